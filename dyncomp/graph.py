@@ -1,0 +1,369 @@
+"""The intermediate representation: a flat FX graph at ATen level, with names, symbolic shapes and provenance.
+
+A :class:`Graph` wraps the ``torch.fx.GraphModule`` that ``torch.export`` produced. Every node keeps
+
+* ``meta["val"]`` — a fake tensor: dtype and shape, where the dynamic dimensions are symbolic;
+* ``meta["path"]`` — the module path it came from (``model.layers.3.mlp``), for people, never for decisions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from dyncomp.errors import GraphError, RequestError
+
+_DTYPE_SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input: its name, dtype and shape; a string in the shape names a dynamic dimension."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_DTYPE_SHORT[self.dtype]}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Graph:
+    """A traced model.
+
+    Args:
+        module: flat graph module; placeholders in the order of ``inputs``, output a tuple in the order of ``outputs``.
+        inputs: what the graph takes.
+        outputs: the names of what it returns.
+        info: plain facts that travel with the graph (``name``, ``task``, ``context_length``, passes that ran …).
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    # -- running -------------------------------------------------------------------------------------------------
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Run the graph; one output is returned bare, several as a tuple."""
+        result = self.module(*self._bind(args, kwargs))
+        return result[0] if len(self.outputs) == 1 else result
+
+    def _bind(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
+        names = [spec.name for spec in self.inputs]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) > len(names) or set(given) != set(names):
+            raise RequestError(f"the graph takes the inputs {names}, got {len(args)} positional and {sorted(kwargs)}")
+        return [given[name] for name in names]
+
+    # -- reading -------------------------------------------------------------------------------------------------
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.module.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output_nodes(self) -> list[fx.Node]:
+        return list(self._output.args[0])  # type: ignore[arg-type]
+
+    @property
+    def _output(self) -> fx.Node:
+        return next(n for n in reversed(self.module.graph.nodes) if n.op == "output")
+
+    def tensor(self, node: fx.Node | str) -> Tensor:
+        """The parameter, buffer or constant that a ``get_attr`` node (or its dotted name) reads."""
+        target = node if isinstance(node, str) else str(node.target)
+        value: Any = self.module
+        for part in target.split("."):
+            if not hasattr(value, part):
+                raise GraphError(f"the graph reads {target!r}, which its module does not have")
+            value = getattr(value, part)
+        return value
+
+    def constants(self) -> dict[str, Tensor]:
+        """Every tensor that some node reads, by dotted name, in graph order."""
+        return {str(n.target): self.tensor(n) for n in self.module.graph.nodes if n.op == "get_attr" and n.users}
+
+    def parameter_count(self) -> int:
+        """Number of distinct floating-point weights the graph reads (tied weights count once)."""
+        seen = {(id(t) if t.is_meta else t.data_ptr()): t.numel() for t in self.constants().values() if t.is_floating_point()}
+        return sum(seen.values())
+
+    # -- writing -------------------------------------------------------------------------------------------------
+    def add_tensor(self, name: str, value: Tensor, *, trainable: bool = True) -> None:
+        """Register ``value`` under the dotted ``name`` (a parameter when it is floating point and trainable)."""
+        *path, leaf = name.split(".")
+        owner: torch.nn.Module = self.module
+        for part in path:
+            child = owner._modules.get(part)
+            if child is None:
+                child = torch.nn.Module()
+                owner.add_module(part, child)
+            owner = child
+        if hasattr(owner, leaf):
+            delattr(owner, leaf)
+        if trainable and value.is_floating_point():
+            owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, value)
+
+    def read(self, name: str) -> fx.Node:
+        """A ``get_attr`` node for the tensor ``name``, made at the top of the graph unless there is one."""
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+        first = next(iter(self.module.graph.nodes))
+        with self.module.graph.inserting_before(first):
+            node = self.module.graph.create_node("get_attr", name, name=_identifier(name))
+        node.meta["val"] = self.tensor(name)
+        return node
+
+    @contextlib.contextmanager
+    def inserting(self, *, before: fx.Node | None = None, after: fx.Node | None = None, path: str | None = None) -> Iterator[Builder]:
+        """Insert nodes at one place; the builder fills in their shapes and provenance."""
+        anchor = before if before is not None else after
+        assert anchor is not None
+        graph = self.module.graph
+        with graph.inserting_before(anchor) if before is not None else graph.inserting_after(anchor):
+            yield Builder(self, path if path is not None else anchor.meta.get("path", ""))
+
+    def copy(self) -> Graph:
+        """A graph whose nodes may be changed freely; the tensors are shared with this one."""
+        module = fx.GraphModule(self.module, fx.Graph())
+        module.graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = module.graph.graph_copy(self.module.graph, mapping)
+        module.graph.output(result)
+        clone = Graph(module, self.inputs, self.outputs, dict(self.info))
+        clone._adopt_tensors(self)
+        module.recompile()
+        return clone
+
+    def _adopt_tensors(self, other: Graph) -> None:
+        # GraphModule's constructor shares whole submodules; a later add_tensor() on the copy would then reach the original.
+        for name in list(self.module._modules):
+            del self.module._modules[name]
+        for name in list(self.module._parameters):
+            del self.module._parameters[name]
+        for name in list(self.module._buffers):
+            del self.module._buffers[name]
+        for name, value in other.constants().items():
+            self._share(name, value)
+
+    def _share(self, name: str, value: Tensor) -> None:
+        *path, leaf = name.split(".")
+        owner: torch.nn.Module = self.module
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        if isinstance(value, torch.nn.Parameter):
+            owner._parameters[leaf] = value
+        else:
+            owner._buffers[leaf] = value
+
+    def clean(self) -> None:
+        """Remove what nothing uses, drop unread tensors, lint and recompile."""
+        graph = self.module.graph
+        for node in reversed(list(graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output") and not _has_side_effect(node):
+                graph.erase_node(node)
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        _drop_unread(self.module, read)
+        graph.lint()
+        self.module.recompile()
+
+    # -- shapes --------------------------------------------------------------------------------------------------
+    def shape(self, node: fx.Node) -> tuple[int | str, ...] | None:
+        """The node's shape with dynamic dimensions by name, or None for what is not a tensor."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        names = self.dimension_names()
+        return tuple(_dimension(size, names) for size in value.shape)
+
+    def dimension_names(self) -> dict[str, str]:
+        """Symbol of the shape environment -> dimension name, as ``{"s72": "batch"}``."""
+        names: dict[str, str] = {}
+        for spec, node in zip(self.inputs, self.placeholders, strict=True):
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                names.update({str(size): dim for size, dim in zip(value.shape, spec.shape, strict=True) if isinstance(dim, str)})
+        return names
+
+    def infer_shapes(self, hints: dict[str, int] | None = None) -> None:
+        """Recompute every node's ``meta["val"]`` by running the graph on fake tensors with symbolic dimensions.
+
+        Args:
+            hints: example size per dimension name; they must not be 0 or 1.
+        """
+        env = ShapeEnv()
+        mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        symbols: dict[str, Any] = {}
+        for position, dim in enumerate(dict.fromkeys(d for spec in self.inputs for d in spec.shape if isinstance(d, str))):
+            hint = (hints or {}).get(dim, 3 + 2 * position)
+            source = ConstantSource(dim)
+            symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            symbols[dim] = env.create_symintnode(symbol, hint=hint, source=source)
+        with mode, torch.no_grad():
+            values = [torch.empty([symbols.get(d, d) for d in spec.shape], dtype=spec.dtype) for spec in self.inputs]
+            _ShapeInterpreter(self.module, mode).run(*values)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+    def text(self, *, paths: bool = True) -> str:
+        """The graph as a readable program: one node a line, with shapes; grouped by module path."""
+        names = self.dimension_names()
+        head = f"graph {self.info.get('name', 'model')}({', '.join(map(str, self.inputs))}) -> ({', '.join(self.outputs)}):"
+        lines, current = [head], None
+        for node in self.module.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            path = node.meta.get("path", "")
+            if paths and node.op == "call_function" and path != current:
+                lines.append(f"  # {path or '(top level)'}")
+                current = path
+            lines.append("  " + _format_node(node, names))
+        return "\n".join(lines) + "\n"
+
+    # -- analysis ------------------------------------------------------------------------------------------------
+    def to_networkx(self) -> nx.DiGraph:
+        """The dataflow as a directed graph; node attributes ``op``, ``path``, ``shape``, ``bytes`` (of constants)."""
+        view = nx.DiGraph()
+        for node in self.module.graph.nodes:
+            constant = self.tensor(node) if node.op == "get_attr" else None
+            view.add_node(
+                node.name, op=node.op if node.op != "call_function" else op_name(node), path=node.meta.get("path", ""),
+                shape=self.shape(node), bytes=constant.numel() * constant.element_size() if constant is not None else 0,
+            )  # fmt: skip
+            view.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return view
+
+
+class Builder:
+    """Creates call nodes at one place of a graph, with shapes inferred and provenance filled in."""
+
+    def __init__(self, graph: Graph, path: str) -> None:
+        self.graph, self.path = graph, path
+
+    def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        node = self.graph.module.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta["path"] = self.path
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None) or FakeTensorMode()
+        with mode, torch.no_grad():
+            mode.allow_non_fake_inputs = True
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "get_attr" and isinstance(result, Tensor) and not hasattr(result, "fake_mode"):
+            result = self.mode.from_tensor(result, static_shapes=True)
+        n.meta["val"] = result
+        return result
+
+
+def op_name(node: fx.Node) -> str:
+    """Short name of what a call node calls: ``linear``, ``dyncomp.routed_ffn``, ``getitem``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        overload = "" if target._overloadname == "default" else "." + target._overloadname
+        return (name if namespace == "aten" else f"{namespace}.{name}") + overload
+    return getattr(target, "__name__", str(target))
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _tensors(value: Any) -> Iterable[Any]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _dimension(size: Any, names: dict[str, str]) -> int | str:
+    if isinstance(size, int):
+        return size
+    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(0), m.group(0)), str(size))
+
+
+def _format_value(value: Any, names: dict[str, str]) -> str:
+    if isinstance(value, Tensor):
+        return f"{_DTYPE_SHORT.get(value.dtype, str(value.dtype))}[{', '.join(str(_dimension(s, names)) for s in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_format_value(v, names) for v in value) + ")"
+    if isinstance(value, (torch.SymInt, int)):
+        return "int"
+    return type(value).__name__
+
+
+def _format_argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return str(value.target) if value.op == "get_attr" else value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_format_argument(v) for v in value) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value == 9223372036854775807:
+        return "end"
+    return str(value)
+
+
+def _format_node(node: fx.Node, names: dict[str, str]) -> str:
+    if node.op == "output":
+        return f"return {', '.join(_format_argument(a) for a in node.args[0])}"  # type: ignore[union-attr]
+    arguments = [_format_argument(a) for a in node.args]
+    arguments += [f"{k}={_format_argument(v)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")]
+    annotation = f": {_format_value(node.meta['val'], names)}" if "val" in node.meta else ""
+    return f"{node.name}{annotation} = {op_name(node)}({', '.join(arguments)})"
+
+
+def _has_side_effect(node: fx.Node) -> bool:
+    target = node.target
+    if target is operator.getitem or node.op == "get_attr":
+        return False
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _drop_unread(module: torch.nn.Module, read: set[str], prefix: str = "") -> None:
+    for table in (module._parameters, module._buffers):
+        for name in [n for n in table if prefix + n not in read]:
+            del table[name]
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        _drop_unread(child, read, f"{prefix}{name}.")
+        if not (child._parameters or child._buffers or child._modules):
+            del module._modules[name]

@@ -1,0 +1,230 @@
+"""The operations dyncomp adds to ATen. A region becomes one op; each backend lowers that op once.
+
+==============================  ===========================================================================
+``dyncomp::routed_ffn``         feed-forward experts under gates; the whole interface of routing
+``dyncomp::threshold_gates``    scores -> 0/1 gates, every expert whose score is positive
+``dyncomp::topk_gates``         scores -> 0/1 gates, the k best experts of each token
+``dyncomp::rotary``             rotary position embedding from cos/sin tables
+``dyncomp::cached_attention``   causal attention over a KV cache of fixed capacity
+==============================  ===========================================================================
+
+Each has a fake kernel (so graphs with it can be exported) and the first three an autograd formula (so they train).
+Importing this module registers them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyncomp.activations import ACTIVATIONS
+
+
+# ---- routed_ffn ----------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::routed_ffn", mutates_args=())
+def routed_ffn(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
+    """``y[t] = sum_e gates[t, e] * FFN_e(x[t])``, computing only the experts whose gate is not zero.
+
+    Args:
+        x: [..., d].
+        gates: [..., E], same leading shape as ``x``. 0 skips the expert for that token; a row of zeros skips the FFN
+            (Mixture-of-Depths); a column of zeros is a pruned expert; a column of ones a shared one.
+        w_up: [E, F, d], or [E, 2F, d] for a gated FFN: the F rows that go through the activation, then the F rows
+            they multiply.
+        b_up: [E, F] or [E, 2F], or None.
+        w_down: [E, d_out, F].
+        activation: a name in :data:`dyncomp.activations.ACTIVATIONS`.
+
+    Returns:
+        [..., d_out]. The bias of the down-projection belongs to the whole FFN and is added outside.
+
+    With every gate 1 the result equals the dense FFN whose neurons the experts are.
+    """
+    tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
+    experts, d_out, _ = w_down.shape
+    y = x.new_zeros(tokens.shape[0], d_out)
+    active = weights != 0
+    always = active.all(0)
+    if tokens.shape[0] > 0 and bool(always.any()) and bool((weights[:, always] == 1).all()):
+        # Experts that every token uses with gate 1 run as one dense FFN, with no gather.
+        kept = always.nonzero().squeeze(-1)
+        up, bias, down = (w_up, b_up, w_down) if len(kept) == experts else (
+            w_up[kept], None if b_up is None else b_up[kept], w_down[kept])  # fmt: skip
+        y = _dense_experts(tokens, up, bias, down, activation)
+    else:
+        always = torch.zeros_like(always)
+    for e in (active.any(0) & ~always).nonzero().squeeze(-1).tolist():
+        rows = active[:, e].nonzero().squeeze(-1)
+        h = _expand(tokens[rows], w_up[e], None if b_up is None else b_up[e], w_down.shape[2], activation)
+        y.index_add_(0, rows, F.linear(h * weights[rows, e, None], w_down[e]))
+    return y.reshape(*x.shape[:-1], d_out)
+
+
+def _expand(x: Tensor, w_up: Tensor, b_up: Tensor | None, neurons: int, activation: str) -> Tensor:
+    """Hidden activations of one FFN: x [N, d], w_up [F or 2F, d] -> [N, F]."""
+    h = F.linear(x, w_up, b_up)
+    if w_up.shape[0] == neurons:
+        return ACTIVATIONS[activation](h)
+    return ACTIVATIONS[activation](h[..., :neurons]) * h[..., neurons:]
+
+
+def _dense_experts(x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
+    """All the given experts for all tokens, as one FFN."""
+    experts, d_out, neurons = w_down.shape
+    split = w_up.unflatten(1, (-1, neurons)).transpose(0, 1).reshape(-1, w_up.shape[-1])  # gate rows of all, then up rows of all
+    bias = None if b_up is None else b_up.unflatten(1, (-1, neurons)).transpose(0, 1).reshape(-1)
+    h = _expand(x, split, bias, experts * neurons, activation)
+    return F.linear(h, w_down.transpose(0, 1).reshape(d_out, -1))
+
+
+@routed_ffn.register_fake
+def _(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
+    torch._check(x.dim() == gates.dim(), lambda: "x and gates need the same number of dimensions")
+    torch._check(gates.shape[-1] == w_up.shape[0], lambda: f"{gates.shape[-1]} gates for {w_up.shape[0]} experts")
+    torch._check(w_up.shape[1] in (w_down.shape[2], 2 * w_down.shape[2]), lambda: "w_up must have F or 2F rows for w_down's F columns")
+    return x.new_empty(*x.shape[:-1], w_down.shape[1])
+
+
+def _routed_ffn_setup(ctx, inputs, output) -> None:
+    x, gates, w_up, b_up, w_down, activation = inputs
+    ctx.save_for_backward(x, gates, w_up, b_up, w_down)
+    ctx.activation = activation
+
+
+def routed_ffn_reference(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
+    """The same sum in plain ATen, every expert for every token: differentiable, and the op's definition in tests."""
+    experts, d_out, neurons = w_down.shape
+    h = F.linear(x, w_up.reshape(-1, w_up.shape[-1]), None if b_up is None else b_up.reshape(-1)).unflatten(-1, (experts, -1))
+    h = ACTIVATIONS[activation](h) if w_up.shape[1] == neurons else ACTIVATIONS[activation](h[..., :neurons]) * h[..., neurons:]
+    return F.linear((h * gates[..., None]).flatten(-2), w_down.transpose(0, 1).reshape(d_out, -1))
+
+
+def _routed_ffn_backward(ctx, grad: Tensor):
+    """The exact gradient: recomputed with every expert, because d y / d gate = FFN_e(x) also where the gate is zero,
+    and that is what teaches a router about the experts it did not choose."""
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        y = routed_ffn_reference(*inputs, ctx.activation)
+        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+        grads = iter(torch.autograd.grad(y, wanted, grad))
+    return (*(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None)
+
+
+routed_ffn.register_autograd(_routed_ffn_backward, setup_context=_routed_ffn_setup)
+
+
+# ---- gates ---------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::threshold_gates", mutates_args=())
+def threshold_gates(scores: Tensor) -> Tensor:
+    """1 where the score is positive, 0 elsewhere (the threshold is part of the router's bias): [..., E] -> [..., E].
+
+    The gradient is straight-through: that of ``sigmoid(scores)``.
+    """
+    return (scores > 0).to(scores.dtype)
+
+
+@threshold_gates.register_fake
+def _(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores)
+
+
+@torch.library.custom_op("dyncomp::topk_gates", mutates_args=())
+def topk_gates(scores: Tensor, k: int) -> Tensor:
+    """1 for the ``k`` highest scores of each token, 0 elsewhere: [..., E] -> [..., E]. Straight-through gradient as above."""
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(k, dim=-1).indices, 1.0)
+
+
+@topk_gates.register_fake
+def _(scores: Tensor, k: int) -> Tensor:
+    torch._check(0 < k <= scores.shape[-1], lambda: f"k = {k} of {scores.shape[-1]} experts")
+    return torch.empty_like(scores)
+
+
+def _gates_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.arguments = len(inputs)
+
+
+def _gates_backward(ctx, grad: Tensor):
+    (scores,) = ctx.saved_tensors
+    p = torch.sigmoid(scores)
+    return (grad * p * (1 - p), *([None] * (ctx.arguments - 1))) if ctx.arguments > 1 else grad * p * (1 - p)
+
+
+threshold_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
+topk_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
+
+
+# ---- rotary --------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding (Su et al., 2104.09864) of the first ``2 * cos.shape[1]`` features of each head.
+
+    Args:
+        x: [B, H, S, D] queries or keys.
+        cos, sin: [P, R / 2] tables by position, R <= D rotated features.
+        positions: [B, S] int64, below P.
+        interleaved: pairs are (0, 1), (2, 3) …; otherwise (0, R/2), (1, R/2 + 1) …
+    """
+    half = cos.shape[1]
+    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [B, 1, S, R/2]
+    turned, kept = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = torch.cat([a * c - b * s, b * c + a * s], -1)
+    return torch.cat([turned, kept], -1)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# ---- cached attention ----------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of S new tokens over a KV cache; the same op serves prefill (S = prompt) and decode (S = 1).
+
+    Args:
+        q: [B, H, S, D]. k, v: [B, Hkv, S, D]; query head i reads key head i * Hkv // H (grouped-query attention).
+        key_cache, value_cache: [B, Hkv, C, D] of capacity C.
+        past_length: [B] int64, valid entries of each row's cache; past_length + S must not exceed C.
+        scale: factor on q @ k.
+        window: a query sees its own position and the ``window - 1`` before it; 0 means all.
+
+    Returns:
+        out [B, H, S, D] and the caches with the new keys and values at positions past_length … past_length + S - 1.
+        Rows of different lengths are padded on the right: what is written for the padding lies beyond the row's
+        length and is overwritten by the next step.
+    """
+    batch, heads, length, _ = q.shape
+    capacity = key_cache.shape[2]
+    positions = past_length[:, None] + torch.arange(length, device=q.device)  # [B, S]
+    rows = torch.arange(batch, device=q.device)[:, None]
+    key_cache, value_cache = key_cache.clone(), value_cache.clone()
+    key_cache[rows, :, positions] = k.transpose(1, 2)
+    value_cache[rows, :, positions] = v.transpose(1, 2)
+    used = min(capacity, int(past_length.max()) + length) if batch else 0
+    slot = torch.arange(used, device=q.device)
+    visible = slot <= positions[..., None]  # [B, S, used]
+    if window:
+        visible &= slot > positions[..., None] - window
+    groups = heads // k.shape[1]
+    keys, values = (c[:, :, :used].repeat_interleave(groups, 1) for c in (key_cache, value_cache))
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
+    return out, key_cache, value_cache
+
+
+@cached_attention.register_fake
+def _(q, k, v, key_cache, value_cache, past_length, scale, window):
+    return (
+        q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
+        torch.empty_like(key_cache),
+        torch.empty_like(value_cache),
+    )

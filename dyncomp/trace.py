@@ -1,0 +1,148 @@
+"""From a model to a :class:`~dyncomp.graph.Graph`: ``torch.export``, then a small canonical form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dyncomp.errors import TraceError
+from dyncomp.graph import Graph, TensorSpec
+
+aten = torch.ops.aten
+_END = 9223372036854775807
+
+
+def trace(
+    module: nn.Module,
+    example_inputs: Mapping[str, Tensor],
+    dynamic_dims: Mapping[str, Mapping[int, str]],
+    *,
+    output_name: str = "output",
+    info: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Trace ``module`` into a flat ATen graph with dynamic dimensions.
+
+    Args:
+        module: takes ``example_inputs`` by keyword, returns one tensor (or a tuple of tensors). May be on the meta
+            device: then no weight is ever allocated.
+        example_inputs: tensors by argument name; dynamic dimensions must have sizes of at least 2.
+        dynamic_dims: argument name -> {dimension -> name}, e.g. ``{"input_ids": {0: "batch", 1: "sequence"}}``.
+        output_name: name of the (first) output.
+        info: facts to keep with the graph.
+
+    Raises:
+        TraceError: the model cannot be exported, or a dimension declared dynamic is fixed by the model's code.
+    """
+    dynamic_shapes = {name: dict.fromkeys(dynamic_dims.get(name, {}), torch.export.Dim.AUTO) or None for name in example_inputs}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, (), dict(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise TraceError(
+            f"{type(module).__name__} cannot be traced by torch.export: {_first_line(error)}",
+            hint="check that the forward pass has no data-dependent Python control flow",
+        ) from error
+    return from_exported(program, dynamic_dims, output_name=output_name, info=info)
+
+
+def from_exported(
+    program: torch.export.ExportedProgram,
+    dynamic_dims: Mapping[str, Mapping[int, str]],
+    *,
+    output_name: str = "output",
+    info: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Make a :class:`Graph` of an exported program; see :func:`trace`."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    module.graph.set_codegen(fx.graph.CodeGen())  # flat signature: tensors in, tuple of tensors out
+    specs = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value, dims = node.meta["val"], dict(dynamic_dims.get(node.name, {}))
+        if not isinstance(value, Tensor):
+            raise TraceError(f"the input {node.name!r} is a {type(value).__name__}; only tensors can be graph inputs")
+        for dim, name in dims.items():
+            if isinstance(value.shape[dim], int):
+                raise TraceError(
+                    f"dimension {dim} ({name}) of the input {node.name!r} is declared dynamic, but the model fixes it to {value.shape[dim]}",
+                    hint="trace it as a static dimension, or with another attention implementation",
+                )
+        shape = tuple(dims.get(i, int(size) if isinstance(size, int) else f"d{i}") for i, size in enumerate(value.shape))
+        specs.append(TensorSpec(node.name, value.dtype, shape))
+    outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    names = (output_name, *(f"{output_name}_{i}" for i in range(1, len(outputs))))
+    for node in module.graph.nodes:
+        node.meta["path"] = _module_path(node)
+    graph = Graph(fx.GraphModule(module, module.graph), tuple(specs), names, dict(info or {}))
+    canonicalize(graph)
+    return graph
+
+
+def canonicalize(graph: Graph) -> None:
+    """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``."""
+    for node in list(graph.module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default or node.target in _ASSERTIONS:
+            graph.module.graph.erase_node(node)
+        elif (source := _identity_of(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.module.graph.erase_node(node)
+    graph.clean()
+
+
+_ASSERTIONS = {
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+_ALWAYS_IDENTITY = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.to.other}
+_DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.dropout_.default}
+
+
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    """The node that ``node`` merely repeats, or None."""
+    target, args = node.target, node.args
+    source = args[0] if args and isinstance(args[0], fx.Node) else None
+    if source is None:
+        return None
+    if target in _ALWAYS_IDENTITY or target in _DROPOUT:  # graphs are for inference: dropout is off
+        return source
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return None
+    if target in _CASTS and before.dtype == after.dtype and before.device == after.device:
+        return source
+    if target is aten.slice.Tensor and len(args) < 5:
+        start, end = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
+        if start in (None, 0) and end in (None, _END):
+            return source
+    if len(args) >= 2 and after.dtype == before.dtype and not node.kwargs:
+        neutral = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}.get(target)  # type: ignore[call-overload]
+        if neutral is not None and isinstance(args[1], (int, float)) and args[1] == neutral:
+            return source
+    return None
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return "" if path.startswith("_empty_nn_module_stack") else path
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
