@@ -1,0 +1,228 @@
+"""Passes and the pipeline that runs them.
+
+A pass is a frozen dataclass: its fields are its options, so ``carve-experts{experts=16 shared=2}`` is its spec on the
+command line, in a recipe and in a bundle's manifest at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dyncomp.errors import DyncompError, PassError, RequestError
+from dyncomp.graph import Graph
+from dyncomp.regions.refusal import Refusal
+
+if typing.TYPE_CHECKING:
+    from dyncomp.calibrate import Calibration
+
+Progress = Callable[[str, int, int], None]
+"""``progress(stage, done, total)``; called often, must be cheap."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass
+class Context:
+    """What passes may use besides the graph.
+
+    Args:
+        calibration: text windows and the statistics of the dense model on them.
+        probe: inputs by name on which each pass is checked against the graph before it.
+        progress: called as work proceeds.
+        seed: for everything random.
+    """
+
+    calibration: Calibration | None = None
+    probe: dict[str, Tensor] | None = None
+    progress: Progress = no_progress
+    seed: int = 0
+
+    def need_calibration(self, who: str) -> Calibration:
+        if self.calibration is None:
+            raise RequestError(f"{who} needs calibration statistics", hint="give a text to calibrate on (--calibrate FILE)")
+        return self.calibration
+
+
+@dataclass
+class PassResult:
+    """What a pass did: names of the regions it changed, what it refused, and figures worth keeping."""
+
+    changed: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses set ``name`` and implement :meth:`run`; they mutate the graph they are given, never its
+    tensors (``graph.add_tensor`` replaces one)."""
+
+    name: ClassVar[str] = ""
+    tolerance: ClassVar[float | None] = None
+    """Largest relative error of the outputs against the graph before; None when the pass changes the function by design."""
+
+    registry: ClassVar[dict[str, type[Pass]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            Pass.registry[cls.name] = cls
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        raise NotImplementedError
+
+    def check(self, before: Graph, after: Graph, ctx: Context) -> float | None:
+        """Relative error of ``after`` against ``before`` on the probe inputs, or None when there is nothing to compare."""
+        if ctx.probe is None or before.inputs != after.inputs:
+            return None
+        with torch.no_grad():
+            return relative_error(after(**ctx.probe), before(**ctx.probe))
+
+    @property
+    def spec(self) -> str:
+        """``name{option=value …}`` with the options that differ from their defaults."""
+        options = [
+            f"{f.name.replace('_', '-')}={_format_option(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + ("{" + " ".join(options) + "}" if options else "")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value; infinite when ``actual`` is not finite."""
+    if not bool(torch.isfinite(actual).all()):
+        return float("inf")
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((actual - expected).abs().max() / scale)
+
+
+@dataclass
+class PassRecord:
+    """One run of one pass, for reports and manifests."""
+
+    spec: str
+    seconds: float
+    relative_error: float | None
+    result: PassResult
+
+
+@dataclass
+class Pipeline:
+    """Runs passes in order; after each one the graph is linted and its numerics checked.
+
+    Args:
+        passes: what to run.
+        dump: a folder for the graph's text after each pass.
+    """
+
+    passes: Sequence[Pass]
+    dump: Path | None = None
+
+    def run(self, graph: Graph, ctx: Context, *, on_pass: Callable[[PassRecord], None] | None = None) -> list[PassRecord]:
+        """Apply the passes to ``graph`` in place.
+
+        Raises:
+            PassError: a pass failed, left a malformed graph or exceeded its tolerance; names it and those before it.
+        """
+        records: list[PassRecord] = []
+        for index, item in enumerate(self.passes):
+            before, start = graph.copy(), time.perf_counter()
+            try:
+                result = item.run(graph, ctx)
+                graph.clean()
+                error = item.check(before, graph, ctx)
+            except DyncompError as failure:
+                if isinstance(failure, PassError | RequestError):
+                    raise
+                raise PassError(self._describe(index, str(failure)), hint=failure.hint) from failure
+            except Exception as failure:
+                raise PassError(self._describe(index, f"{type(failure).__name__}: {failure}")) from failure
+            if error is not None and (error != error or error > (item.tolerance if item.tolerance is not None else float("inf"))
+                                      or error == float("inf")):  # fmt: skip
+                raise PassError(self._describe(index, f"the outputs differ by {error:.2e} (relative); allowed {item.tolerance}"))
+            records.append(PassRecord(item.spec, time.perf_counter() - start, error, result))
+            if self.dump is not None:
+                self.dump.mkdir(parents=True, exist_ok=True)
+                (self.dump / f"{index:02d}-{item.name}.txt").write_text(graph.text())
+            if on_pass is not None:
+                on_pass(records[-1])
+        return records
+
+    def _describe(self, index: int, what: str) -> str:
+        earlier = ", ".join(p.spec for p in self.passes[:index])
+        return f"the pass {self.passes[index].spec!r} failed{f' (after {earlier})' if earlier else ''}: {what}"
+
+
+# ---- specs ---------------------------------------------------------------------------------------------------------
+_SPEC = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|;|$)")
+
+
+def parse_passes(spec: str) -> list[Pass]:
+    """Parse ``carve-experts{experts=16 shared=2}, fit-router`` into passes.
+
+    Raises:
+        RequestError: an unknown pass or option, or a value of the wrong type or out of range.
+    """
+    passes, position = [], 0
+    while position < len(spec.rstrip(" ,;")):
+        match = _SPEC.match(spec, position)
+        if match is None or match.end() == position:
+            raise RequestError(
+                f"cannot read the pass list at {spec[position : position + 30]!r}", hint="write it as: carve-experts{experts=16}, fit-router"
+            )
+        passes.append(make_pass(match.group(1), match.group(2) or ""))
+        position = match.end()
+    return passes
+
+
+def make_pass(name: str, options: str = "") -> Pass:
+    """Make one pass from its name and the text between the braces."""
+    if name not in Pass.registry:
+        raise RequestError(f"there is no pass {name!r}", hint="passes: " + ", ".join(sorted(Pass.registry)))
+    kind = Pass.registry[name]
+    hints = typing.get_type_hints(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for item in options.split():
+        key, separator, text = item.partition("=")
+        option = key.replace("-", "_")
+        if option not in fields or not separator:
+            known = ", ".join(sorted(f.replace("_", "-") for f in fields)) or "none"
+            raise RequestError(f"the pass {name!r} has no option {key!r}" if separator else f"{item!r} is not option=value", hint=f"options: {known}")
+        values[option] = _parse_option(text, hints[option], f"{name}{{{key}}}")
+    return kind(**values)
+
+
+def _parse_option(text: str, kind: Any, where: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if typing.get_origin(kind) is tuple:
+            item = typing.get_args(kind)[0]
+            return tuple(_parse_option(part, item, where) for part in text.split("+") if part)
+    except (ValueError, KeyError):
+        raise RequestError(f"{where}: {text!r} is not a {getattr(kind, '__name__', kind)}") from None
+    return text
+
+
+def _format_option(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
