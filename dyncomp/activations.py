@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+aten = torch.ops.aten
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -25,3 +28,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "selu": F.selu,
 }
+
+
+def emit_activation(call: Callable[..., Any], name: str, x: Any) -> Any:
+    """Emit the activation ``name`` on the node ``x`` as ATen calls; ``call(op, *args, **kwargs)`` makes a node."""
+    if name == "identity":
+        return x
+    if name == "quick_gelu":
+        return call(aten.mul.Tensor, x, call(aten.sigmoid.default, call(aten.mul.Tensor, x, 1.702)))
+    if name == "relu2":
+        return call(aten.square.default, call(aten.relu.default, x))
+    if name == "gelu_tanh":
+        return call(aten.gelu.default, x, approximate="tanh")
+    return call(getattr(aten, name).default, x)

@@ -92,11 +92,18 @@ def _routed_ffn_setup(ctx, inputs, output) -> None:
     ctx.activation = activation
 
 
+def expert_hidden(x: Tensor, w_up: Tensor, b_up: Tensor | None, neurons: int, activation: str) -> Tensor:
+    """Hidden activations of every expert: x [..., d] -> [..., E, F] (see :func:`routed_ffn`; ``neurons`` is F)."""
+    h = F.linear(x, w_up.reshape(-1, w_up.shape[-1]), None if b_up is None else b_up.reshape(-1)).unflatten(-1, (w_up.shape[0], -1))
+    if w_up.shape[1] == neurons:
+        return ACTIVATIONS[activation](h)
+    return ACTIVATIONS[activation](h[..., :neurons]) * h[..., neurons:]
+
+
 def routed_ffn_reference(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
     """The same sum in plain ATen, every expert for every token: differentiable, and the op's definition in tests."""
-    experts, d_out, neurons = w_down.shape
-    h = F.linear(x, w_up.reshape(-1, w_up.shape[-1]), None if b_up is None else b_up.reshape(-1)).unflatten(-1, (experts, -1))
-    h = ACTIVATIONS[activation](h) if w_up.shape[1] == neurons else ACTIVATIONS[activation](h[..., :neurons]) * h[..., neurons:]
+    _, d_out, neurons = w_down.shape
+    h = expert_hidden(x, w_up, b_up, neurons, activation)
     return F.linear((h * gates[..., None]).flatten(-2), w_down.transpose(0, 1).reshape(d_out, -1))
 
 
@@ -187,8 +194,9 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool)
 # ---- cached attention ----------------------------------------------------------------------------------------------
 @torch.library.custom_op("dyncomp::cached_attention", mutates_args=())
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of S new tokens over a KV cache; the same op serves prefill (S = prompt) and decode (S = 1).
 
     Args:
@@ -197,6 +205,7 @@ def cached_attention(
         past_length: [B] int64, valid entries of each row's cache; past_length + S must not exceed C.
         scale: factor on q @ k.
         window: a query sees its own position and the ``window - 1`` before it; 0 means all.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax; 0 means they do not.
 
     Returns:
         out [B, H, S, D] and the caches with the new keys and values at positions past_length … past_length + S - 1.
@@ -217,12 +226,16 @@ def cached_attention(
         visible &= slot > positions[..., None] - window
     groups = heads // k.shape[1]
     keys, values = (c[:, :, :used].repeat_interleave(groups, 1) for c in (key_cache, value_cache))
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
+    if softcap:
+        scores = softcap * torch.tanh(q @ keys.transpose(2, 3) * (scale / softcap))
+        out = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1) @ values
+    else:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
     return out, key_cache, value_cache
 
 
 @cached_attention.register_fake
-def _(q, k, v, key_cache, value_cache, past_length, scale, window):
+def _(q, k, v, key_cache, value_cache, past_length, scale, window, softcap=0.0):
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         torch.empty_like(key_cache),

@@ -42,12 +42,14 @@ class Context:
         probe: inputs by name on which each pass is checked against the graph before it.
         progress: called as work proceeds.
         seed: for everything random.
+        dense: the graph before any pass, for passes that follow it.
     """
 
     calibration: Calibration | None = None
     probe: dict[str, Tensor] | None = None
     progress: Progress = no_progress
     seed: int = 0
+    dense: Graph | None = None
 
     def need_calibration(self, who: str) -> Calibration:
         if self.calibration is None:

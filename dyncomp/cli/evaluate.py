@@ -1,0 +1,36 @@
+"""``dyncomp evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dyncomp.cli import options
+
+
+@click.command("evaluate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, help="Text to evaluate on: wikipedia, news, or a file; may be repeated. [default: news]")
+@click.option("--windows", type=click.IntRange(min=1), default=20, show_default=True, help="At most this many windows of each text.")
+@options.seed
+@options.as_json
+def command(bundle: Path, texts: tuple[str, ...], windows: int, seed: int, json_: bool) -> None:
+    """Quality of BUNDLE beside its dense model, on the same windows of any text.
+
+    The dense model is loaded again from where the bundle says it came from, and must be the same one.
+    """
+    from dyncomp.bundle import open_bundle
+    from dyncomp.evaluate import evaluate_bundle
+    from dyncomp.report.progress import ProgressReporter
+    from dyncomp.report.tables import quality_table
+
+    opened = open_bundle(bundle)
+    with ProgressReporter() as progress:
+        quality = evaluate_bundle(opened, texts or ("news",), windows=windows, seed=seed, progress=progress)
+    if json_:
+        options.print_json({"schema": 1, "model": opened.manifest.source.name, "recipe": opened.manifest.recipe, "quality": quality})
+        return
+    from dyncomp.report.tables import show
+
+    show(quality_table(quality, opened.manifest.source.task))

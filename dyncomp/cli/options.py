@@ -1,0 +1,34 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+class Fraction(click.ParamType):
+    """``75%`` or ``0.75``; out-of-range values are left to the command, which knows what they mean."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            number = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a fraction such as 75% or 0.75", param, ctx)
+        if not value.endswith("%") and number > 1:
+            self.fail(f"{value!r} is more than 1; did you mean {value}%?", param, ctx)
+        return number
+
+
+threads = click.option("--threads", type=click.IntRange(min=1), help="Threads for latency figures and inference. [default: every core]")
+as_json = click.option("--json", "json_", is_flag=True, help="Print machine-readable results on standard output.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))

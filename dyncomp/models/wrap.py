@@ -1,0 +1,170 @@
+"""From a Hugging Face model to a module with named tensor inputs and one tensor output."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyncomp.errors import ModelError
+from dyncomp.models.loaded import EXAMPLE_BATCH, EXAMPLE_SEQUENCE, LoadedModel, check_forward, finish, plain_config
+
+TOKENS = {0: "batch", 1: "sequence"}
+_BY_FACTORY = "write a factory (module:function) that returns the module with its example inputs"
+
+
+class CausalLM(nn.Module):
+    """``input_ids: [batch, sequence]`` -> ``logits: [batch, sequence, vocabulary]``; no cache, no padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, **self._options).logits
+
+
+class Encoder(nn.Module):
+    """``input_ids, attention_mask: [batch, sequence]`` -> ``last_hidden_state: [batch, sequence, width]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self._options).last_hidden_state
+
+
+class EncoderDecoder(nn.Module):
+    """``input_ids: [batch, source]``, ``decoder_input_ids: [batch, target]`` -> ``last_hidden_state: [batch, target, width]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **self._options).last_hidden_state
+
+
+class Vision(nn.Module):
+    """``pixel_values: [batch, channels, height, width]`` -> ``last_hidden_state: [batch, patches, width]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values, **self._options).last_hidden_state
+
+
+def is_causal_lm(config: Any) -> bool:
+    """Whether a configuration describes a decoder with a vocabulary head.
+
+    The checkpoint's own class name decides where there is one. Where there is none, membership in transformers' table of
+    causal models does, except for families that are also masked language models (BERT is in both tables).
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return False
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return False
+    names = config.architectures or []
+    return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def wrap(model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, check: bool = True) -> LoadedModel:
+    """Describe a Hugging Face model by its inputs and its one output.
+
+    Args:
+        model: a ``PreTrainedModel``; with a vocabulary head when ``causal``. May be on the meta device.
+        check: run the forward pass once where the class alone does not say that it works.
+
+    Raises:
+        ModelError: the model takes something other than tokens or images.
+    """
+    config: Any = model.config
+    if not config.architectures:  # a GGUF file does not name it; a bundle's reader needs it
+        config.architectures = [type(model).__name__]
+    facts = plain_config(config)
+    device = next(model.parameters()).device
+    main_input = getattr(model, "main_input_name", "input_ids")
+    dynamic: dict[str, dict[int, str]]
+    module: nn.Module
+    if causal:
+        module, task, output = CausalLM(model), "causal-lm", "logits"
+        inputs = {"input_ids": _tokens(config, device)}
+        dynamic = {"input_ids": dict(TOKENS)}
+    elif main_input == "pixel_values":
+        _drop_pooler(model)
+        module, task, output = Vision(model), "other", "last_hidden_state"
+        inputs = {"pixel_values": _images(config, next(model.parameters()), name)}
+        dynamic = {"pixel_values": {0: "batch"}}
+    elif main_input != "input_ids":
+        raise ModelError(
+            f"{name}: a {config.model_type!r} model takes {main_input!r}; dyncomp loads models of tokens or images",
+            hint=_BY_FACTORY,
+        )
+    elif getattr(config, "is_encoder_decoder", False):
+        # The encoder-decoder classes read this from the decoder's configuration, whatever the call says.
+        for part in (config, getattr(getattr(model, "decoder", None), "config", config)):
+            part.use_cache = False
+        module, task, output = EncoderDecoder(model), "other", "last_hidden_state"
+        inputs = {"input_ids": _tokens(config, device), "decoder_input_ids": _tokens(config, device)[:, :-4]}
+        dynamic = {"input_ids": {0: "batch", 1: "source"}, "decoder_input_ids": {0: "batch", 1: "target"}}
+    else:
+        _drop_pooler(model)
+        module, task, output = Encoder(model), "encoder", "last_hidden_state"
+        ids = _tokens(config, device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        dynamic = {"input_ids": dict(TOKENS), "attention_mask": dict(TOKENS)}
+    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, _context_length(config), facts)
+    return check_forward(loaded) if check and not causal else loaded
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    if "return_dict" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        options["return_dict"] = True
+    return options
+
+
+def _drop_pooler(model: Any) -> None:
+    # The output does not pass through it, and a checkpoint without one would leave it random: a new fingerprint at each load.
+    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters and hasattr(model, "pooler"):
+        model.pooler = None
+
+
+def _tokens(config: Any, device: torch.device) -> Tensor:
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 2))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_SEQUENCE), generator=generator).to(device)
+
+
+def _images(config: Any, like: Tensor, name: str) -> Tensor:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise ModelError(
+            f"{name}: the configuration of this {config.model_type!r} model does not say its image size",
+            hint=_BY_FACTORY,
+        )
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    shape = (EXAMPLE_BATCH, int(getattr(config, "num_channels", 3)), int(height), int(width))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
+def _context_length(config: Any) -> int | None:
+    text = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+        if isinstance(value := getattr(text, key, None), int) and value > 0:
+            return value
+    return None

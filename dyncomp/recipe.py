@@ -1,0 +1,68 @@
+"""Recipes: named pass lists, with the active fraction left open."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import dyncomp.passes  # noqa: F401  registers the passes by name
+from dyncomp.errors import RequestError
+from dyncomp.pipeline import Pass, parse_passes
+
+
+class Recipe(BaseModel):
+    """A pass list; ``{active}`` and ``{experts}`` in it stand for the values the user gives.
+
+    Args:
+        name: for people.
+        passes: as in ``carve-experts{experts=16}, fit-router{active=75%}``.
+        active, experts: what to use when the user gives none.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "custom"
+    passes: str
+    active: float = 0.75
+    experts: int = 16
+
+    def resolve(self, *, active: float | None = None, experts: int | None = None) -> list[Pass]:
+        """The passes with every placeholder filled in.
+
+        Raises:
+            RequestError: an unknown pass or option.
+        """
+        spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(experts or self.experts))
+        return parse_passes(spec)
+
+
+RECIPES = {
+    "experts": Recipe(
+        name="experts", passes="carve-experts{experts={experts}}, fit-router{active={active}}, refit-down"
+    ),
+    "experts-topk": Recipe(
+        name="experts-topk", passes="carve-experts{experts={experts}}, fit-router{active={active} gates=topk}, refit-down"
+    ),
+    "static": Recipe(name="static", passes="prune-static{active={active}}"),
+}
+DEFAULT = "experts"
+
+
+def load_recipe(name: str | None) -> Recipe:
+    """A recipe by name, or from a TOML file with the fields of :class:`Recipe`.
+
+    Raises:
+        RequestError: no such recipe, or the file is not one.
+    """
+    if name is None or name in RECIPES:
+        return RECIPES[name or DEFAULT]
+    path = Path(name).expanduser()
+    known = f"recipes: {', '.join(RECIPES)}; or a TOML file with passes = \"…\""
+    if not path.is_file():
+        raise RequestError(f"there is no recipe {name!r}, and no such file", hint=known)
+    try:
+        return Recipe.model_validate({"name": path.stem} | tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise RequestError(f"{path} is not a recipe: {str(error).splitlines()[0]}", hint=known) from error

@@ -1,0 +1,322 @@
+"""Attention, found by dataflow: ``scaled_dot_product_attention`` nodes, and matmul -> scale -> + mask -> softmax -> matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+from dyncomp.regions.mask import Mask, classify_mask, integer_literals
+from dyncomp.regions.partial import SHAPE_QUERIES, ShapeOnly, evaluate, symbolic_shape
+from dyncomp.regions.refusal import Refusal
+from dyncomp.regions.rotary import Rotary, find_rotary
+
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_MATMUL = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
+_PROJECTION = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default, aten.conv1d.default}
+_SWAPS_LAST = {(aten.transpose.int, -1, -2), (aten.transpose.int, -2, -1), (aten.transpose.int, 2, 3), (aten.transpose.int, 3, 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """``output = softmax(scale * query @ key^T + mask) @ value``.
+
+    Args:
+        path: module path of the node, for people.
+        output: [B, H, S, Dv].
+        query: [B, H, S, D], as attended: after the rotary embedding.
+        key: [B, Hkv, T, D], before it is repeated for the groups; [B, Hkv, D, T] when ``key_transposed``.
+        value: [B, Hkv, T, Dv].
+        scale: factor on the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0 means they do not.
+        mask: what a query sees.
+        rotary: how query and key were rotated, each, if they were.
+        projections: the nodes that project the input to query, key and value (the same node when fused), or None.
+    """
+
+    path: str
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: Mask
+    softcap: float = 0.0
+    key_transposed: bool = False
+    rotary: tuple[Rotary | None, Rotary | None] = (None, None)
+    projections: tuple[fx.Node | None, fx.Node | None, fx.Node | None] = (None, None, None)
+
+    @property
+    def heads(self) -> int:
+        return int(self.query.meta["val"].shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.value.meta["val"].shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.query.meta["val"].shape[3])
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.value.meta["val"].shape[3])
+
+    @property
+    def self_attention(self) -> bool:
+        """Whether queries and keys come from the same positions."""
+        length = self.key.meta["val"].shape[3 if self.key_transposed else 2]
+        return str(length) == str(self.query.meta["val"].shape[2])
+
+
+def find_attentions(graph: Graph) -> tuple[list[Attention], list[Refusal]]:
+    """Every attention of the graph, in order, and what looked like one but could not be understood.
+
+    Works on the meta device too. Masks and rotary embeddings are recognised by evaluating them at a few sizes.
+    """
+    shapes = ShapeOnly(graph)
+    finder = _Finder(graph, shapes)
+    found, refused = [], []
+    for node in graph.nodes:
+        if node.op != "call_function" or node in shapes:
+            continue
+        try:
+            if node.target is _SDPA:
+                found.append(finder.fused(node))
+            elif node.target in _SOFTMAX and finder.attends(node):
+                found.append(finder.eager(node))
+        except _NotUnderstood as reason:
+            refused.append(Refusal(node.meta.get("path") or node.name, "attention", str(reason), "load it with attn_implementation='sdpa'"))
+    return found, refused
+
+
+class _NotUnderstood(Exception):
+    """Why something that looks like an attention is not one we can name."""
+
+
+class _Finder:
+    def __init__(self, graph: Graph, shapes: ShapeOnly) -> None:
+        self.graph, self.shapes = graph, shapes
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self._masks: dict[object, Mask] = {}
+
+    def fused(self, node: fx.Node) -> Attention:
+        """From a ``scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)`` node."""
+        arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
+        query, mask = arguments["query"], arguments.get("attn_mask")
+        assert isinstance(query, fx.Node)
+        if arguments.get("dropout_p"):
+            raise _NotUnderstood("it drops out attention weights")
+        scale = arguments.get("scale")
+        if arguments.get("is_causal"):
+            kind = Mask("causal")
+        elif mask is None:
+            kind = Mask("none")
+        else:
+            assert isinstance(mask, fx.Node)
+            kind = self._mask(mask, lambda size: _additive(self._evaluate(mask, size)))
+        return self._region(node, query, arguments["key"], arguments["value"], float(scale) if scale is not None else None, kind)  # type: ignore[arg-type]
+
+    def attends(self, softmax: fx.Node) -> bool:
+        """Whether a softmax looks like that of attention scores: [..., S, T] between two matrix products."""
+        value = softmax.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() < 3 or softmax.args[1] not in (-1, value.dim() - 1):
+            return False
+        return any(n.target in _MATMUL for n in _ancestors(softmax, 12)) and any(n.target in _MATMUL for n in _descendants(softmax, 6))
+
+    def eager(self, softmax: fx.Node) -> Attention:
+        product = self._product_before(softmax)
+        output = self._product_after(softmax)
+        scores = softmax.args[0]
+        query, key = product.args[0], product.args[1]
+        assert isinstance(scores, fx.Node)
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        transposed = (key.target, *key.args[1:]) not in _SWAPS_LAST
+        if not transposed:
+            key = key.args[0]  # type: ignore[assignment]
+        region = _between(scores, product)
+        others = [n for r in region for n in r.all_input_nodes if n not in region and n not in self.shapes and n is not product]
+        if others:
+            scale, softcap, mask = 1.0, 0.0, Mask("given")
+        else:
+            scale, softcap, mask = self._scoring(product, scores, region)
+        return self._region(output, query, key, output.args[1], scale, mask, softcap, transposed)  # type: ignore[arg-type]
+
+    # -- the parts of an eager attention -----------------------------------------------------------------------------
+    def _product_before(self, softmax: fx.Node) -> fx.Node:
+        node = softmax.args[0]
+        products = [n for n in _ancestors(softmax, 12) if n.target in _MATMUL and n not in self.shapes]
+        if not products:
+            raise _NotUnderstood("no product of queries and keys leads to its softmax")
+        product = max(products, key=self.order.__getitem__)
+        assert isinstance(node, fx.Node)
+        if product.meta["val"].dim() != 4:
+            raise _NotUnderstood(f"its scores have {product.meta['val'].dim()} dimensions, not [batch, heads, query, key]")
+        return product
+
+    def _product_after(self, softmax: fx.Node) -> fx.Node:
+        node = softmax
+        for _ in range(6):
+            users = [u for u in node.users if u.target not in SHAPE_QUERIES]
+            if len(users) != 1:
+                break
+            node = users[0]
+            if node.target in _MATMUL:
+                if node.meta["val"].dim() != 4 or not isinstance(node.args[1], fx.Node):
+                    break
+                return node
+            if str(node.meta["val"].shape) != str(softmax.meta["val"].shape):
+                break
+        raise _NotUnderstood("what its softmax yields is not simply multiplied by the values")
+
+    def _scoring(self, product: fx.Node, scores: fx.Node, region: set[fx.Node]) -> tuple[float, float, Mask]:
+        """Scale, softcap and mask of the region from ``q @ k^T`` to the softmax, by evaluation."""
+
+        def run(size: int, fill: float | Tensor) -> Tensor:
+            sizes = {"batch": 2, "sequence": size}
+            s = torch.zeros(symbolic_shape(self.graph, product, sizes)) + fill
+            return evaluate(self.graph, [scores], sizes, {product: s})[0]
+
+        key = (frozenset(n for r in region for n in r.all_input_nodes if n in self.shapes), tuple(str(r.target) for r in region))
+        if key not in self._masks:
+            sources = [n for r in region for n in r.all_input_nodes if n in self.shapes]
+            self._masks[key] = self._classify(lambda size: run(size, 0.0), sources)
+        sample = torch.randn(symbolic_shape(self.graph, product, {"batch": 2, "sequence": 9}), generator=torch.Generator().manual_seed(0))
+        seen = run(9, 0.0) > -1e4
+        bias = torch.where(seen, run(9, 0.0), 0.0)
+        scaled = (run(9, sample) - bias)[seen]
+        scale = float(((run(9, 1e-3) - bias)[seen] / 1e-3).median())
+        limit = float((run(9, 1e6) - bias)[seen].abs().max())
+        if torch.allclose(scaled, scale * sample[seen], rtol=1e-4, atol=1e-5):
+            return _round(scale), 0.0, self._masks[key]
+        if torch.allclose(scaled, limit * torch.tanh(sample[seen] * scale / limit), rtol=1e-4, atol=1e-5):
+            return _round(scale), _round(limit), self._masks[key]
+        raise _NotUnderstood("its scores are neither scaled nor softly capped, but something else")
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+    def _region(
+        self, output: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, scale: float | None, mask: Mask, softcap: float = 0.0,
+        transposed: bool = False,
+    ) -> Attention:  # fmt: skip
+        for name, node in (("query", query), ("key", key), ("value", value)):
+            tensor = node.meta["val"]
+            if tensor.dim() != 4 or not isinstance(tensor.shape[1], int):
+                raise _NotUnderstood(f"its {name} is {list(tensor.shape)}, not [batch, heads, sequence, features]")
+        heads = int(query.meta["val"].shape[1])
+        key, value = self._unrepeated(key, heads), self._unrepeated(value, heads)
+        if key.meta["val"].shape[1] != value.meta["val"].shape[1]:
+            raise _NotUnderstood("keys and values have different numbers of heads")
+        if scale is None:
+            scale = float(query.meta["val"].shape[3]) ** -0.5
+        path = output.meta.get("path") or output.name
+        turned = (find_rotary(self.graph, query, self.order, self.shapes), None if transposed else find_rotary(self.graph, key, self.order, self.shapes))
+        projections = (self._projection(query), self._projection(key), self._projection(value))
+        return Attention(path, output, query, key, value, scale, mask, softcap, transposed, turned, projections)
+
+    def _unrepeated(self, node: fx.Node, heads: int) -> fx.Node:
+        """The keys (or values) before they were repeated for the groups of queries."""
+        best, current = node, node
+        for _ in range(5):
+            inputs = [n for n in current.all_input_nodes if n not in self.shapes]
+            if len(inputs) != 1 or current.op != "call_function":
+                break
+            current = inputs[0]
+            value = current.meta.get("val")
+            if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(value.shape[1], int):
+                continue
+            few = int(value.shape[1])
+            if few > heads or heads % few or str(value.shape[3]) != str(node.meta["val"].shape[3]):
+                continue
+            sizes = {"batch": 2, "sequence": 3}
+            try:
+                x = torch.randn(symbolic_shape(self.graph, current, sizes))
+                (y,) = evaluate(self.graph, [node], sizes, {current: x})
+            except Exception:  # not a pure rearrangement
+                break
+            target = node.meta["val"].shape[1]
+            if y.shape[1] != target or not torch.equal(y, x.repeat_interleave(target // few, 1)):
+                break
+            best = current
+        return best
+
+    def _projection(self, node: fx.Node) -> fx.Node | None:
+        for ancestor in _ancestors(node, 24):
+            if ancestor.target in _PROJECTION:
+                return ancestor
+        return None
+
+    def _evaluate(self, node: fx.Node, size: int) -> Tensor:
+        return evaluate(self.graph, [node], {"batch": 2 if size <= 32 else 1, "sequence": size})[0]
+
+    def _mask(self, node: fx.Node, additive: Callable[[int], Tensor]) -> Mask:
+        if node not in self.shapes:
+            return Mask("given")
+        if node not in self._masks:
+            self._masks[node] = self._classify(additive, [node])
+        return self._masks[node]
+
+    def _classify(self, additive: Callable[[int], Tensor], sources: list[fx.Node]) -> Mask:
+        nodes = {a for s in sources for a in (s, *_ancestors(s, 200))}
+        limit = int(self.graph.info.get("context_length") or 0)
+        return classify_mask(additive, integer_literals(self.graph, nodes), limit)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
+
+
+def _round(value: float) -> float:
+    """The nearest short decimal or reciprocal root, when it is as good as equal: measured factors carry rounding noise."""
+    inverse = 1 / (value * value)
+    if abs(inverse - round(inverse)) < 1e-3 * inverse and abs(round(inverse) ** -0.5 - value) < 1e-5 * value:
+        return round(inverse) ** -0.5
+    return float(f"{value:.5g}")
+
+
+def _ancestors(node: fx.Node, depth: int) -> Mapping[fx.Node, int]:
+    """Nodes that ``node`` is computed from, nearest first, up to a number of steps back."""
+    found: dict[fx.Node, int] = {}
+    level = [node]
+    for step in range(1, depth + 1):
+        level = [n for m in level for n in m.all_input_nodes if n not in found]
+        for n in level:
+            found.setdefault(n, step)
+        level = list(dict.fromkeys(level))
+    return found
+
+
+def _descendants(node: fx.Node, depth: int) -> Mapping[fx.Node, int]:
+    found: dict[fx.Node, int] = {}
+    level = [node]
+    for step in range(1, depth + 1):
+        level = [n for m in level for n in m.users if n not in found]
+        for n in level:
+            found.setdefault(n, step)
+    return found
+
+
+def _between(result: fx.Node, source: fx.Node) -> set[fx.Node]:
+    """The nodes on some way from ``source`` to ``result``, without ``source``."""
+    reached = {source}
+    region: set[fx.Node] = set()
+    stack = [source]
+    after: set[fx.Node] = set()
+    while stack:
+        for user in stack.pop().users:
+            if user not in after:
+                after.add(user)
+                stack.append(user)
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node in region or node in reached or node not in after:
+            continue
+        region.add(node)
+        stack.extend(node.all_input_nodes)
+    return region

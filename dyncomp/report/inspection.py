@@ -1,0 +1,140 @@
+"""What ``dyncomp inspect`` shows, as tables and as plain data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from dyncomp.bundle import Bundle
+from dyncomp.cost import count
+from dyncomp.graph import Graph
+from dyncomp.regions import Regions, find_routed
+from dyncomp.report.tables import quality_table, table
+
+
+def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
+    """Every region with its shapes and counts."""
+    cost = count(graph)
+    return {
+        "model": graph.info.get("name"),
+        "task": graph.info.get("task"),
+        "parameters": cost.parameters,
+        "flops_per_token": cost.flops_per_token,
+        "ffns": [
+            {
+                "name": f.name, "activation": f.activation, "gated": f.gated, "layout": f.layout, "d_model": f.d_model, "d_ff": f.d_ff,
+                "bias": f.down.bias is not None, "parameters": f.parameters, "flops_per_token": f.flops_per_token,
+                "shared_weights": f.shared_weights,
+            }
+            for f in regions.ffns
+        ],
+        "attentions": [
+            {
+                "name": a.path, "heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "mask": str(a.mask),
+                "rotary": a.rotary[0] is not None,
+            }
+            for a in regions.attentions
+        ],
+        "blocks": [{"name": b.name, "kind": b.kind} for b in regions.blocks],
+        "head": None if regions.head is None else {"weight": regions.head.weight, "tied": regions.head.tied, "vocab": regions.head.vocab},
+        "refusals": [asdict(r) for r in regions.refusals],
+    }  # fmt: skip
+
+
+def regions_tables(graph: Graph, regions: Regions) -> list[Table | str]:
+    """The same for people; equal neighbours share a row."""
+    facts = regions_as_dict(graph, regions)
+    inputs = ", ".join(map(str, graph.inputs))
+    items: list[Table | str] = [
+        f"{facts['model']}: {facts['task']}, {facts['parameters'] / 1e6:.1f} M parameters, {facts['flops_per_token'] / 1e6:.1f} MFLOPs per token",
+        f"graph: {len(graph.nodes)} nodes, ({inputs}) -> ({', '.join(graph.outputs)})",
+    ]
+    rows = [
+        ((f"{'gated ' if f['gated'] else ''}{f['activation']}", f["layout"], f"{f['d_model']} -> {f['d_ff']}", "yes" if f["bias"] else "no",
+          f"{f['parameters'] / 1e6:.2f} M", f"{f['flops_per_token'] / 1e6:.2f} M", "shared weights" if f["shared_weights"] else ""), f["name"])
+        for f in facts["ffns"]
+    ]  # fmt: skip
+    items.append(_grouped("FFNs", ("activation", "layout", "width", "bias", "parameters", "FLOPs/token", "note"), rows))
+    rows = [
+        ((f"{a['heads']}", f"{a['kv_heads']}", f"{a['head_dim']}", a["mask"], "yes" if a["rotary"] else "no"), a["name"])
+        for a in facts["attentions"]
+    ]
+    items.append(_grouped("attentions", ("heads", "KV heads", "head dim", "mask", "rotary"), rows))
+    if facts["head"]:
+        items.append(f"head: {facts['head']['weight']}, {facts['head']['vocab']} tokens{', tied to the embedding' if facts['head']['tied'] else ''}")
+    return items + _refusals(facts["refusals"])
+
+
+def bundle_as_dict(opened: Bundle) -> dict[str, Any]:
+    """The manifest (without checksums) and the report."""
+    return opened.manifest.model_dump(exclude={"files"}) | {"report": opened.report()}
+
+
+def bundle_tables(opened: Bundle) -> list[Table | str]:
+    """What was rewritten, where, with what quality, and what was refused and why."""
+    manifest, report = opened.manifest, opened.report()
+    items: list[Table | str] = [
+        f"{opened.path}: {manifest.source.name} ({manifest.source.kind}, {manifest.source.task}), recipe {manifest.recipe}, dyncomp {manifest.dyncomp}",
+    ]
+    passes = table("passes", "pass", ">regions", ">error", ">s", "refused")
+    for entry in manifest.passes:
+        error = "" if entry.relative_error is None else f"{entry.relative_error:.1e}"
+        passes.add_row(entry.spec, str(len(entry.changed)), error, f"{entry.seconds:.0f}", str(len(entry.refused) or ""))
+    items.append(passes)
+    graph = opened.graph()
+    active = next(iter(report["quality"].values())).get("active_by_region", {})
+    rows = table("routed FFNs", "where", ">experts", ">neurons each", "activation", ">active, held out", "router")
+    for region in find_routed(graph):
+        router = " -> ".join(_op(n) for n in region.router)
+        share = f"{active[region.name]:.1%}" if region.name in active else ""
+        rows.add_row(region.name, str(region.experts), str(region.d_ff // region.experts), region.activation, share, router)
+    items.append(rows)
+    kept = [name for entry in manifest.passes for name in entry.facts.get("kept_dense", [])]
+    if kept:
+        items.append(f"kept dense: {', '.join(kept)}")
+    items.append(quality_table(report["quality"], manifest.source.task))
+    return items + _refusals([*manifest.refusals, *(r for entry in manifest.passes for r in entry.refused)])
+
+
+def experts_table(opened: Bundle) -> Table:
+    """One row a routed FFN: the share of held-out tokens that ran each expert, in percent."""
+    first = next(iter(opened.report()["quality"].values()))
+    rows = table("share of tokens that run each expert, %", "where", ">active", "experts")
+    for name, load in first.get("load_by_region", {}).items():
+        rows.add_row(name, f"{first['active_by_region'][name]:.1%}", " ".join(f"{100 * value:3.0f}" for value in load))
+    return rows
+
+
+def graph_diff(before: Graph, after: Graph) -> Iterator[str]:
+    """Unified diff of the two graphs' texts."""
+    yield from difflib.unified_diff(before.text().splitlines(), after.text().splitlines(), "dense", "converted", lineterm="", n=1)
+
+
+def _op(node: Any) -> str:
+    from dyncomp.graph import op_name
+
+    return op_name(node).removeprefix("dyncomp.")
+
+
+def _grouped(title: str, columns: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], str]]) -> Table:
+    """Rows that agree in every column become one, with a count and the first and last name."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for cells, name in rows:
+        groups.setdefault(cells, []).append(name)
+    result = table(f"{title}: {sum(map(len, groups.values()))}", ">count", *columns, "where")
+    for cells, names in groups.items():
+        result.add_row(str(len(names)), *cells, names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}")
+    return result
+
+
+def _refusals(refusals: list[dict[str, str]]) -> list[Table | str]:
+    if not refusals:
+        return ["refused: nothing"]
+    rows = table("refused", "where", "what", "why", "remedy")
+    for item in refusals:
+        rows.add_row(item["where"], item["what"], item["reason"], item["remedy"])
+    return [rows]

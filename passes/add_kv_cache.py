@@ -1,0 +1,208 @@
+"""Give a decoder a KV cache: one graph that serves prefill and decode."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph, TensorSpec
+from dyncomp.ops import cached_attention
+from dyncomp.passes.position_tables import NotTabulated, PositionTables
+from dyncomp.passes.verify_cache import verify_cache
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions.attention import Attention, find_attentions
+from dyncomp.regions.partial import ShapeOnly, dominator
+from dyncomp.regions.refusal import Refusal
+
+aten = torch.ops.aten
+_HEAD = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
+
+
+@dataclass(frozen=True)
+class AddKVCache(Pass):
+    """Keep the keys and values of past tokens, so that each step computes only the new ones.
+
+    before:  (input_ids [B, S]) -> logits [B, S, V]
+    after:   (input_ids [B, S], past_length [B], key_cache_0 [B, Hkv, C, D], value_cache_0, …)
+             -> logits, new_key_cache_0, new_value_cache_0, …
+
+    Each causal attention becomes ``dyncomp.cached_attention``; rotary embeddings become ``dyncomp.rotary`` and all other
+    functions of the position become tables, both read at ``past_length + arange(S)``. Rows may have different lengths:
+    they are padded on the right, and each has its own ``past_length``. ``past_length + S`` must not exceed C, nor C the
+    context length. All or nothing: if anything is refused the graph stays as it is. The result is held against the
+    graph before on random tokens, in chunks and with rows of different lengths.
+    """
+
+    name = "add-kv-cache"
+    context_length: int = 0  # positions to tabulate; 0: the model's context length
+    logits: str = "all"  # "last" adds an input last: i64[batch] and computes the logits of that one token in each row
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        if self.logits not in ("all", "last"):
+            raise RequestError(f"add-kv-cache{{logits={self.logits}}}: logits is 'all' or 'last'")
+        context = self.context_length or int(graph.info.get("context_length") or 0)
+        if context <= 0:
+            return _refused(graph, "the model's context length is unknown", "give add-kv-cache{context-length=N}")
+        if (reason := _unsuitable_inputs(graph)) is not None:
+            return _refused(graph, reason, "trace the model with input_ids: i64[batch, sequence] as its only input")
+        work = graph.copy()
+        attentions, refused = find_attentions(work)
+        refused += [r for a in attentions if (r := _refusal(a, work)) is not None]
+        if not attentions and not refused:
+            return _refused(graph, "the graph has no attention", "without attention there is nothing to cache")
+        if refused:
+            return PassResult(refused=refused)
+        try:
+            facts = _Rewrite(work, context, self.logits == "last").apply(attentions)
+        except NotTabulated as reason:
+            return _refused(graph, str(reason), "its positions cannot be moved: run it without a cache")
+        error, where = verify_cache(graph, work)
+        if where is not None:
+            return _refused(
+                graph, f"with a cache the result differs by {error:.1e} (relative), first at {where}", "something other than attention mixes tokens"
+            )
+        graph.module, graph.inputs, graph.outputs, graph.info = work.module, work.inputs, work.outputs, work.info
+        return PassResult(changed=[a.path for a in attentions], facts={**facts, "relative_error": error})
+
+    def check(self, before: Graph, after: Graph, ctx: Context) -> float | None:
+        """The inputs change, so the pass checks itself (``facts["relative_error"]``)."""
+        return None
+
+
+class _Rewrite:
+    def __init__(self, graph: Graph, context: int, last: bool) -> None:
+        self.graph, self.context, self.last = graph, context, last
+        self.made: set[fx.Node] = set()
+
+    def apply(self, attentions: list[Attention]) -> dict[str, Any]:
+        graph = self.graph
+        ids = graph.placeholders[0]
+        batch = str(graph.inputs[0].shape[0])
+        self._anchor = ids
+        past = self._input(TensorSpec("past_length", torch.int64, (batch,)))
+        last = self._input(TensorSpec("last", torch.int64, (batch,))) if self.last else None
+        caches = []
+        for index, attention in enumerate(attentions):
+            shapes = [(batch, attention.kv_heads, "capacity", size) for size in (attention.head_dim, attention.value_dim)]
+            dtypes = [n.meta["val"].dtype for n in (attention.key, attention.value)]
+            names = (f"key_cache_{index}", f"value_cache_{index}")
+            caches.append([self._input(TensorSpec(n, d, s)) for n, d, s in zip(names, dtypes, shapes, strict=True)])
+        with graph.module.graph.inserting_after(self._anchor):
+            size = self._call(aten.sym_size.int, ids, 1)
+        with graph.module.graph.inserting_after(size):
+            steps = self._call(aten.arange.default, size)
+        with graph.module.graph.inserting_after(steps):
+            column = self._call(aten.unsqueeze.default, past, 1)
+        with graph.module.graph.inserting_after(column):
+            positions = self._call(aten.add.Tensor, column, steps)
+        tables = PositionTables(graph, positions, self.context, self._call)
+        rotary = {r.result: tables.replace_rotary(r) for a in attentions for r in a.rotary if r is not None}
+        updated = [self._attend(a, c, past, rotary) for a, c in zip(attentions, caches, strict=True)]
+        if last is not None:
+            self._only_last(last)
+        output = graph._output
+        output.args = ((*graph.output_nodes, *(node for pair in updated for node in pair)),)
+        graph.outputs = (*graph.outputs, *(f"new_{s.name}" for s in graph.inputs if "_cache_" in s.name))
+        tables.replace_rest(self.made)
+        graph.clean()
+        graph.infer_shapes()
+        graph.info["kv_cache"] = {
+            "context_length": self.context,
+            "logits": "last" if self.last else "all",
+            "layers": [
+                {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.value_dim, "window": a.mask.window} for a in attentions
+            ],
+        }
+        return {"attentions": len(attentions), "rotary": len(rotary), "tables": tables.names, "context_length": self.context}
+
+    def _attend(self, a: Attention, caches: list[fx.Node], past: fx.Node, rotary: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        query, key, value = (rotary.get(n, n) for n in (a.query, a.key, a.value))
+        with self.graph.module.graph.inserting_before(a.output):
+            if a.key_transposed:
+                key = self._call(aten.transpose.int, key, 2, 3)
+            node = self._call(cached_attention._opoverload, query, key, value, *caches, past, a.scale, a.mask.window, a.softcap)
+            out, *new = (self._call(operator.getitem, node, i) for i in range(3))
+        for made in (node, out, *new):
+            made.meta["path"] = a.path
+        a.output.replace_all_uses_with(out)
+        return new
+
+    def _only_last(self, last: fx.Node) -> None:
+        """Gather the hidden state of one token per row before the vocabulary head."""
+        logits = self.graph.output_nodes[0]
+        head = vocabulary_head(self.graph, logits)
+        hidden = next(n for n in head.all_input_nodes if n.op != "get_attr")
+        with self.graph.module.graph.inserting_before(head):
+            index = self._call(aten.view.default, last, [-1, 1, 1])
+            index = self._call(aten.expand.default, index, [-1, 1, int(hidden.meta["val"].shape[2])])
+            only = self._call(aten.gather.default, hidden, 1, index)  # [B, 1, d]
+        head.replace_input_with(hidden, only)
+
+    def _input(self, spec: TensorSpec) -> fx.Node:
+        with self.graph.module.graph.inserting_after(self._anchor):
+            self._anchor = self.graph.module.graph.placeholder(spec.name)
+        self.graph.inputs = (*self.graph.inputs, spec)
+        self.made.add(self._anchor)
+        return self._anchor
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.module.graph.call_function(target, args)
+        self.made.add(node)
+        return node
+
+
+def vocabulary_head(graph: Graph, logits: fx.Node) -> fx.Node:
+    """The projection whose result is the logits, but for scaling or soft-capping.
+
+    Raises:
+        NotTabulated: there is none with a constant weight and [batch, sequence, d] input.
+    """
+    shapes, order = ShapeOnly(graph), {n: i for i, n in enumerate(graph.nodes)}
+    node: fx.Node | None = logits
+    for _ in range(8):
+        if node is None:
+            break
+        if node.target in _HEAD:
+            inputs = [n for n in node.all_input_nodes if n not in shapes]
+            if len(inputs) == 1 and isinstance(inputs[0].meta.get("val"), Tensor) and inputs[0].meta["val"].dim() == 3:
+                return node
+        node = dominator(node, order, shapes)
+    raise NotTabulated("the projection that makes the logits was not found; use add-kv-cache{logits=all}: the output")
+
+
+def _unsuitable_inputs(graph: Graph) -> str | None:
+    if len(graph.inputs) != 1:
+        return f"the graph has {len(graph.inputs)} inputs ({', '.join(s.name for s in graph.inputs)})"
+    spec = graph.inputs[0]
+    if spec.dtype != torch.int64 or len(spec.shape) != 2 or not all(isinstance(d, str) for d in spec.shape):
+        return f"its input is {spec}"
+    return None
+
+
+def _refusal(attention: Attention, graph: Graph) -> Refusal | None:
+    sequence = graph.inputs[0].shape[1]
+    query = graph.shape(attention.query)
+    reasons = {
+        "none": ("every token sees the whole sequence (bidirectional)", "an encoder runs without a cache"),
+        "given": ("its mask depends on the values of an input", "trace the model with input_ids only"),
+        "bias": ("a bias that depends on the positions is added to its scores (ALiBi, relative positions)", "run it without a cache"),
+        "other": ("its mask is neither causal nor a causal window", "run it without a cache"),
+    }
+    if not attention.self_attention or query is None or query[2] != sequence:
+        reason, remedy = "its queries and keys are not the tokens of the input (cross-attention, or pooled)", "run it without a cache"
+    elif attention.mask.kind in reasons:
+        reason, remedy = reasons[attention.mask.kind]
+    elif attention.heads % attention.kv_heads:
+        reason, remedy = f"{attention.heads} query heads over {attention.kv_heads} key heads", "run it without a cache"
+    else:
+        return None
+    return Refusal(attention.path, "attention", reason, remedy)
+
+
+def _refused(graph: Graph, reason: str, remedy: str) -> PassResult:
+    return PassResult(refused=[Refusal(str(graph.info.get("name", "model")), AddKVCache.name, reason, remedy)])

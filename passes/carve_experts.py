@@ -1,0 +1,119 @@
+"""Pass ``carve-experts``: split each FFN's neurons into experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.calibrate import FFNStatistics
+from dyncomp.errors import RequestError
+from dyncomp.graph import Builder, Graph
+from dyncomp.passes.clustering import balanced_kmeans, random_partition
+from dyncomp.passes.layerwise import routing_facts
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
+from dyncomp.regions.refusal import Refusal
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CarveExperts(Pass):
+    """Split each FFN's neurons into experts; with every gate 1 the sum over experts equals the dense FFN.
+
+    before:  linear(x, gate) -> silu -\\
+             linear(x, up) ------------*-> linear(., down)
+    after:   scores = linear(x, router)            # zero weights, bias 1: every expert is on until fit-router
+             gates  = dyncomp.threshold_gates(scores)
+             dyncomp.routed_ffn(x, gates, w_up[E], w_down[E])
+
+    The first ``shared`` experts hold the neurons that tokens mark most often; the rest are clustered.
+    """
+
+    name: ClassVar[str] = "carve-experts"
+    tolerance: ClassVar[float | None] = 1e-4
+
+    experts: int = 16
+    """E, experts per FFN; must divide its width."""
+    shared: int = 0
+    """How many of them every token runs."""
+    cluster: str = "coactivation"
+    """``coactivation`` (neurons that tokens mark together), ``weights`` (k-means on the input rows), ``random``."""
+    keep_dense: tuple[int, ...] = (0,)
+    """Positions of FFNs to leave as they are (0 is the first; negative counts from the end)."""
+
+    def __post_init__(self) -> None:
+        if self.cluster not in ("coactivation", "weights", "random"):
+            raise RequestError(f"carve-experts: unknown clustering {self.cluster!r}", hint="use coactivation, weights or random")
+        if self.experts < 2 or not 0 <= self.shared < self.experts:
+            raise RequestError(f"carve-experts: {self.experts} experts of which {self.shared} shared", hint="0 <= shared < experts, experts >= 2")
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        ffns = find_regions(graph).ffns
+        dense = {position % len(ffns) for position in self.keep_dense if -len(ffns) <= position < len(ffns)} if len(ffns) > 1 else set()
+        result = PassResult(facts={"experts": self.experts, "kept_dense": [ffns[i].name for i in sorted(dense)]})
+        for position, ffn in enumerate(ffns):
+            ctx.progress("carve-experts", position + 1, len(ffns))
+            if position in dense:
+                continue
+            if ffn.shared_weights:
+                result.refused.append(Refusal(ffn.name, self.name, "its weights are read by another layer", "keep it dense"))
+                continue
+            weights = ffn.weights(graph)
+            carve(graph, ffn, weights, self._partition(ffn, weights, ctx))
+            routing_facts(graph, ffn.name)["shared"] = self.shared
+            result.changed.append(ffn.name)
+        return result
+
+    def _partition(self, ffn: FFN, weights: FFNWeights, ctx: Context) -> Tensor:
+        """[E, F / E] neuron indices, shared experts first."""
+        if self.cluster == "random":
+            return random_partition(ffn.d_ff, self.experts, seed=ctx.seed)
+        statistics = self._statistics(ffn, ctx) if self.cluster == "coactivation" or self.shared else None
+        features = statistics.features if self.cluster == "coactivation" and statistics else weights.w_up[: ffn.d_ff]
+        features = features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        if not self.shared or statistics is None:
+            return balanced_kmeans(features, self.experts, seed=ctx.seed)
+        size = random_partition(ffn.d_ff, self.experts).shape[1]
+        order = statistics.rate.argsort(descending=True, stable=True)
+        common, rest = order[: self.shared * size], order[self.shared * size :].sort().values
+        routed = rest[balanced_kmeans(features[rest], self.experts - self.shared, seed=ctx.seed)]
+        return torch.cat([common.view(self.shared, size), routed])
+
+    @staticmethod
+    def _statistics(ffn: FFN, ctx: Context) -> FFNStatistics:
+        statistics = ctx.need_calibration("carve-experts{cluster=coactivation}").statistics
+        if ffn.name not in statistics:
+            raise RequestError(f"the calibration has no statistics for {ffn.name}", hint="calibrate this model again")
+        return statistics[ffn.name]
+
+
+def carve(graph: Graph, ffn: FFN, weights: FFNWeights, partition: Tensor) -> fx.Node:
+    """Replace one FFN by a routed one whose experts are the rows of ``partition`` ([E, F / E]); every gate is 1."""
+    experts = partition.shape[0]
+    halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)  # [1 or 2, F, d]
+    prefix = f"{ffn.name}.experts"
+    names = {"w_up": halves[:, partition].transpose(0, 1).flatten(1, 2).contiguous()}  # [E, (2)F/E, d]
+    names["w_down"] = weights.w_down[:, partition].transpose(0, 1).contiguous()  # [E, d_out, F/E]
+    if weights.b_up is not None:
+        names["b_up"] = weights.b_up.view(-1, ffn.d_ff)[:, partition].transpose(0, 1).flatten(1, 2).contiguous()
+    for name, value in names.items():
+        graph.add_tensor(f"{prefix}.{name}", value)
+    graph.add_tensor(f"{ffn.name}.router.weight", torch.zeros(experts, ffn.d_model))
+    graph.add_tensor(f"{ffn.name}.router.bias", torch.ones(experts))
+    if weights.b_down is not None:
+        graph.add_tensor(f"{prefix}.b_down", weights.b_down.clone())
+
+    def build(builder: Builder, x: fx.Node) -> fx.Node:
+        scores = builder.call(aten.linear.default, x, graph.read(f"{ffn.name}.router.weight"), graph.read(f"{ffn.name}.router.bias"))
+        gates = builder.call(torch.ops.dyncomp.threshold_gates.default, scores)
+        y = builder.call(
+            torch.ops.dyncomp.routed_ffn.default, x, gates, graph.read(f"{prefix}.w_up"),
+            graph.read(f"{prefix}.b_up") if weights.b_up is not None else None, graph.read(f"{prefix}.w_down"), ffn.activation,
+        )  # fmt: skip
+        return y if weights.b_down is None else builder.call(aten.add.Tensor, y, graph.read(f"{prefix}.b_down"))
+
+    return replace_ffn(graph, ffn, build)

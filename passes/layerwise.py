@@ -1,0 +1,146 @@
+"""What passes that fit one routed FFN after the other have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.errors import PassError, RequestError
+from dyncomp.graph import Graph
+from dyncomp.ops import expert_hidden
+from dyncomp.pipeline import Context
+from dyncomp.regions import RoutedFFN, find_regions, find_routed
+from dyncomp.sweep import Sweep, fast_matmul
+
+aten = torch.ops.aten
+_GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
+
+
+class ExpertView:
+    """The tensors of one routed FFN and of its router, as they are in the graph now.
+
+    The router is what ``carve-experts`` puts there: ``scores = linear(x, weight, bias)``, then threshold or top-k gates.
+    """
+
+    def __init__(self, graph: Graph, region: RoutedFFN) -> None:
+        gates = region.gates
+        scores = gates.args[0] if gates.target in _GATES else None
+        if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
+            raise PassError(f"{region.name} has no linear router", hint="run carve-experts first")
+        self.region, self.name = region, region.name
+        self.gates = gates
+        self.router_weight, self.router_bias = (str(scores.args[i].target) for i in (1, 2))  # type: ignore[union-attr]
+        self.weight, self.bias = graph.tensor(self.router_weight).detach(), graph.tensor(self.router_bias).detach()
+        self.w_up, self.w_down = graph.tensor(region.w_up).detach(), graph.tensor(region.w_down).detach()
+        self.b_up = graph.tensor(region.b_up).detach() if region.b_up else None
+        self.b_down = graph.tensor(region.b_down).detach() if region.b_down else None
+        self.experts, self.d_out, self.neurons = self.w_down.shape
+        self.d_model = self.w_up.shape[2]
+        self.activation = region.activation
+        self._shared = routing_facts(graph, region.name).get("shared", 0)
+
+    @property
+    def shared(self) -> Tensor:
+        """[E] experts that every token runs."""
+        marked = torch.zeros(self.experts, dtype=torch.bool)
+        marked[: self._shared] = True
+        return marked
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[n, d] -> [n, E, F]."""
+        return expert_hidden(x, self.w_up, self.b_up, self.neurons, self.activation)
+
+    def gate_values(self, x: Tensor) -> Tensor:
+        """[n, d] -> [n, E], with the router as it is in the graph now."""
+        return self.gates.target(torch.nn.functional.linear(x, self.weight, self.bias), *self.gates.args[1:])  # type: ignore[operator]
+
+
+def routing_facts(graph: Graph, name: str) -> dict[str, Any]:
+    """What passes noted about one routed FFN (``shared`` experts, the ``active`` share of its neurons); may be added to."""
+    return graph.info.setdefault("routing", {}).setdefault(name, {})
+
+
+@dataclass
+class Layer:
+    """One routed FFN with its inputs on the calibration text, computed through the layers as they are by then.
+
+    Args:
+        inputs: [B, S, d] a batch.
+        wanted: [B, S, d_out] a batch, or None: the output at which the residual stream after the FFN equals the dense
+            model's, whatever error the layers before it have left in the stream.
+    """
+
+    view: ExpertView
+    inputs: list[Tensor]
+    wanted: list[Tensor] | None = None
+
+
+def layerwise(graph: Graph, ctx: Context, who: str, *, follow_dense: bool = False) -> Iterator[Layer]:
+    """Yield each routed FFN in order; what the caller changes in one layer, the next ones see.
+
+    Args:
+        follow_dense: run the dense model in step and fill in :attr:`Layer.wanted` where the FFN's output is added to a
+            residual stream that is known by then.
+    """
+    regions = find_routed(graph)
+    if not regions:
+        raise PassError("the graph has no routed FFN", hint="run carve-experts first")
+    calibration = ctx.need_calibration(who)
+    sweep = Sweep(graph, calibration.batches)
+    dense = {f.name: f for f in find_regions(ctx.dense).ffns} if follow_dense and ctx.dense is not None else {}
+    dense_sweep = Sweep(ctx.dense, calibration.batches) if dense and ctx.dense is not None else None
+    with fast_matmul(), torch.no_grad():
+        for position, region in enumerate(regions):
+            layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
+            added, stream = _residual_add(region.output)
+            dense_added, _ = _residual_add(dense[region.name].output) if region.name in dense else (None, None)
+            if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
+                target = dense_sweep.advance(dense_added)
+                layer.wanted = [t - r for t, r in zip(target, sweep.values(stream), strict=True)]
+            yield layer
+            ctx.progress(who, position + 1, len(regions))
+
+
+def _residual_add(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """(the node that adds ``output`` to a residual stream, the stream), or Nones."""
+    for user in output.users:
+        if user.target is aten.add.Tensor and not user.kwargs and len(user.args) == 2:
+            other = user.args[1] if user.args[0] is output else user.args[0]
+            if isinstance(other, fx.Node) and other.op == "call_function":
+                return user, other
+    return None, None
+
+
+def active_share(graph: Graph, active: float, *, who: str) -> float:
+    """The mean active fraction that routed FFNs must have for ``active`` over all FFNs, those left dense included."""
+    dense = sum(f.d_ff for f in find_regions(graph).ffns)
+    routed = sum(r.d_ff for r in find_routed(graph))
+    share = (active * (dense + routed) - dense) / max(routed, 1)
+    if share <= 0:
+        raise RequestError(
+            f"{who}: {active:.0%} active is not possible while {dense / (dense + routed):.0%} of all neurons are in FFNs kept dense",
+            hint="ask for more, or keep fewer FFNs dense",
+        )
+    return share
+
+
+def threshold(inputs: list[Tensor], weight: Tensor, bias: Tensor, share: float) -> float:
+    """The score above which a fraction ``share`` of all (token, expert) pairs lies."""
+    scores = torch.cat([torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).flatten() for x in inputs])
+    rank = min(max(round((1 - share) * scores.numel()), 0), scores.numel())
+    if rank == 0:
+        return float(scores.min()) - 1.0
+    return float(scores.kthvalue(rank).values)
+
+
+def set_gates(graph: Graph, view: ExpertView, *, k: int) -> None:
+    """Make the region's gates a top-k of its scores."""
+    scores = view.gates.args[0]
+    with graph.inserting(before=view.gates) as builder:
+        gates = builder.call(torch.ops.dyncomp.topk_gates.default, scores, k)
+    view.gates.replace_all_uses_with(gates)
+    graph.module.graph.erase_node(view.gates)

@@ -1,0 +1,38 @@
+"""Ridge regression from sums, so that the samples need not be kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LeastSquares:
+    """Accumulates ``min ||A X - B||² + λ ||X||²`` over blocks of rows; the last column of A is a constant, for the bias.
+
+    Args:
+        columns: of A, the constant not counted.
+        targets: columns of B.
+    """
+
+    def __init__(self, columns: int, targets: int) -> None:
+        self.gram = torch.zeros(columns + 1, columns + 1)
+        self.cross = torch.zeros(columns + 1, targets)
+        self.rows = 0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add rows: a [n, columns], b [n, targets]."""
+        column_sums = a.sum(0)
+        self.gram[:-1, :-1] += a.T @ a
+        self.gram[-1, :-1] += column_sums
+        self.gram[:-1, -1] += column_sums
+        self.cross[:-1] += a.T @ b
+        self.cross[-1] += b.sum(0)
+        self.rows += len(a)
+        self.gram[-1, -1] = self.rows
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(X [columns, targets], bias [targets]); λ is ``ridge`` times the mean diagonal of AᵀA, the bias is not penalised."""
+        gram = self.gram.double()
+        gram.diagonal()[:-1] += ridge * gram.diagonal()[:-1].mean()
+        solution = torch.linalg.solve(gram, self.cross.double()).float()
+        return solution[:-1], solution[-1]

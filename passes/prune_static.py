@@ -1,0 +1,119 @@
+"""Pass ``prune-static``: the baseline that needs no routing at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.activations import ACTIVATIONS, emit_activation
+from dyncomp.errors import RequestError
+from dyncomp.graph import Builder, Graph
+from dyncomp.passes.least_squares import LeastSquares
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
+from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import Sweep, fast_matmul
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PruneStatic(Pass):
+    """Remove the same neurons for every token.
+
+    Neurons are kept by FLAP's fluctuation score Var(h) * ||w_down||² (2312.11983, section 3.2); the rest is compensated by their
+    mean output (a bias), or, with ``refit``, by least squares on the kept neurons, exactly as ``refit-down`` does it.
+
+    before:  linear(x, gate [F, d]) …  linear(., down [d, F])
+    after:   linear(x, gate [kF, d]) … linear(., down [d, kF]) + b
+    """
+
+    name: ClassVar[str] = "prune-static"
+
+    active: float = 0.75
+    """Fraction of all FFN neurons that remains, FFNs kept dense included."""
+    refit: bool = True
+    ridge: float = 0.2
+    keep_dense: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.active <= 1:
+            raise RequestError(f"prune-static: the fraction {self.active:g} is not in (0, 1]", hint="for example active=75%")
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        ffns = find_regions(graph).ffns
+        dense = {i % len(ffns) for i in self.keep_dense if -len(ffns) <= i < len(ffns)} if len(ffns) > 1 else set()
+        width, kept = sum(f.d_ff for f in ffns), sum(ffns[i].d_ff for i in dense)
+        share = (self.active * width - kept) / max(width - kept, 1)
+        if share <= 0:
+            raise RequestError(f"prune-static: {self.active:.0%} is not possible with {len(dense)} FFNs kept dense", hint="keep fewer dense")
+        sweep = Sweep(graph, ctx.need_calibration(self.name).batches)
+        result = PassResult(facts={"active": self.active})
+        with fast_matmul(), torch.no_grad():
+            for position, ffn in enumerate(ffns):
+                ctx.progress(self.name, position + 1, len(ffns))
+                if position in dense:
+                    continue
+                if ffn.shared_weights:
+                    result.refused.append(Refusal(ffn.name, self.name, "its weights are read by another layer", "keep it dense"))
+                    continue
+                inputs = sweep.advance(ffn.input)
+                self._prune(graph, ffn, max(1, round(share * ffn.d_ff)), inputs)
+                result.changed.append(ffn.name)
+        return result
+
+    def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor]) -> None:
+        weights = ffn.weights(graph)
+        axis = ffn.ups[0].axis
+        blocks = [x.movedim(axis, -1).reshape(-1, ffn.d_model) for x in inputs]
+        moments = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
+        for x in blocks:
+            h = _hidden(x, weights, ffn)
+            moments += torch.stack([h.sum(0), h.square().sum(0)])
+        mean, square = moments / sum(map(len, blocks))
+        score = (square - mean.square()) * weights.w_down.double().square().sum(0)
+        keep = score.topk(count).indices.sort().values
+        drop = torch.ones(ffn.d_ff, dtype=torch.bool).index_fill(0, keep, False)
+        down, bias = weights.w_down[:, keep], mean[drop].float() @ weights.w_down[:, drop].T
+        if self.refit:
+            problem = LeastSquares(count, ffn.d_out)
+            for x in blocks:
+                h = _hidden(x, weights, ffn)
+                problem.add(h[:, keep], h[:, drop] @ weights.w_down[:, drop].T)
+            delta, bias = problem.solve(self.ridge)
+            down = down + delta.T
+        halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, keep]
+        biases = None if weights.b_up is None else weights.b_up.view(-1, ffn.d_ff)[:, keep]
+        total = bias if weights.b_down is None else weights.b_down + bias
+        _replace(graph, ffn, halves, biases, down.contiguous(), total)
+
+
+def _hidden(x: Tensor, weights: FFNWeights, ffn: FFN) -> Tensor:
+    h = torch.nn.functional.linear(x, weights.w_up, weights.b_up)
+    return ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
+
+
+def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down: Tensor, bias: Tensor) -> None:
+    """Put a plain FFN of the kept neurons in place of ``ffn``."""
+    parts = ("gate", "up") if ffn.gated else ("up",)
+    for part, half in zip(parts, halves, strict=True):
+        graph.add_tensor(f"{ffn.name}.pruned.{part}", half.contiguous())
+    for part, half in zip(parts, biases if biases is not None else (), strict=False):
+        graph.add_tensor(f"{ffn.name}.pruned.{part}_bias", half.contiguous())
+    graph.add_tensor(f"{ffn.name}.pruned.down", down)
+    graph.add_tensor(f"{ffn.name}.pruned.down_bias", bias)
+
+    def build(builder: Builder, x: fx.Node) -> fx.Node:
+        def linear(source: fx.Node, part: str, *, biased: bool) -> fx.Node:
+            extra = (graph.read(f"{ffn.name}.pruned.{part}_bias"),) if biased else ()
+            return builder.call(aten.linear.default, source, graph.read(f"{ffn.name}.pruned.{part}"), *extra)
+
+        h = emit_activation(builder.call, ffn.activation, linear(x, parts[0], biased=biases is not None))
+        if ffn.gated:
+            h = builder.call(aten.mul.Tensor, h, linear(x, "up", biased=biases is not None))
+        return linear(h, "down", biased=True)
+
+    replace_ffn(graph, ffn, build)

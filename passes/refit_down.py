@@ -1,0 +1,89 @@
+"""Pass ``refit-down``: refit each routed FFN's down-projection to what the chosen experts give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dyncomp.graph import Graph
+from dyncomp.passes.layerwise import ExpertView, Layer, layerwise, routing_facts, threshold
+from dyncomp.passes.least_squares import LeastSquares
+from dyncomp.pipeline import Context, Pass, PassResult
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RefitDown(Pass):
+    """Least squares on the gated hidden activations; free at run time.
+
+    W_down + Δ and a bias minimise ||y - gated(h) (W_down + Δ)ᵀ - b||² + λ||Δ||², y being what the same FFN gives with every
+    expert on, or what brings the residual stream back to the dense model's (``follow-dense``). Layers are refitted in order, each on the inputs that the refitted layers before it give; before
+    each fit its threshold is set again, so that the active fraction stays what ``fit-router`` made it.
+
+    before:  dyncomp.routed_ffn(x, gates, w_up, w_down)
+    after:   dyncomp.routed_ffn(x, gates, w_up, w_down + Δ) + b
+    """
+
+    name: ClassVar[str] = "refit-down"
+
+    ridge: float = 0.2
+    """λ, as a fraction of the mean diagonal of the Gram matrix."""
+    follow_dense: float = 0.5
+    """0 aims at what this FFN gives with every expert on; 1 at the dense model's residual stream, so that a layer also makes
+    good for what the layers before it lost (the asymmetric target of GPTAQ, 2504.02692); between them, a blend."""
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        result = PassResult()
+        for layer in layerwise(graph, ctx, self.name, follow_dense=self.follow_dense > 0):
+            recalibrate(graph, layer.view, layer.inputs)
+            layer.view = view = ExpertView(graph, layer.view.region)
+            _refit(graph, layer, self.ridge, self.follow_dense)
+            result.changed.append(view.name)
+        return result
+
+
+def recalibrate(graph: Graph, view: ExpertView, inputs: list[Tensor]) -> None:
+    """Shift the router's bias so that the region's active share on ``inputs`` is the one noted by fit-router."""
+    share = routing_facts(graph, view.name).get("active")
+    routed = ~view.shared
+    if share is None or view.gates.target is not torch.ops.dyncomp.threshold_gates.default:
+        return
+    wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
+    bias = view.bias.clone()
+    bias[routed] -= threshold(inputs, view.weight[routed], bias[routed], wanted)
+    graph.add_tensor(view.router_bias, bias)
+
+
+def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
+    view = layer.view
+    down = view.w_down.permute(0, 2, 1).flatten(0, 1)  # [E * F, d_out]
+    problem = LeastSquares(down.shape[0], view.d_out)
+    for index, x in enumerate(layer.inputs):
+        x = x.reshape(-1, view.d_model)
+        h, gates = view.hidden(x), view.gate_values(x)
+        active = (h * gates[..., None]).flatten(1)
+        missing = h.flatten(1) @ down - active @ down  # what the skipped experts would have added
+        if layer.wanted is not None and follow:
+            wanted = layer.wanted[index].reshape(-1, view.d_out) - active @ down - (view.b_down if view.b_down is not None else 0)
+            missing = missing.lerp(wanted, follow)
+        problem.add(active, missing)
+    delta, bias = problem.solve(ridge)
+    experts = (down + delta).unflatten(0, (view.experts, -1)).transpose(1, 2).contiguous()
+    graph.add_tensor(view.region.w_down, experts)
+    add_bias(graph, view, bias)
+
+
+def add_bias(graph: Graph, view: ExpertView, bias: Tensor) -> None:
+    """Add ``bias`` ([d_out]) to the region's output: into the bias it has, or as a new one."""
+    if view.region.b_down is not None:
+        graph.add_tensor(view.region.b_down, graph.tensor(view.region.b_down).detach() + bias)
+        return
+    node, name = view.region.node, f"{view.name}.experts.b_down"
+    graph.add_tensor(name, bias)
+    with graph.inserting(after=node, path=node.meta.get("path")) as builder:
+        added = builder.call(aten.add.Tensor, node, graph.read(name))
+    node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)

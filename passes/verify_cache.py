@@ -1,0 +1,111 @@
+"""Hold a graph with a KV cache against the graph without: in chunks, and with rows of different lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+
+aten = torch.ops.aten
+_LENGTH, _PREFILL, _SHORTER = 12, 7, 2  # tokens a row; tokens of the first chunk; how much shorter the second row is
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+def verify_cache(before: Graph, after: Graph, attempts: int = 3) -> tuple[float | None, str | None]:
+    """Compare on random tokens.
+
+    Args:
+        before: (input_ids) -> logits.
+        after: what ``add-kv-cache`` made of it.
+        attempts: a router near its threshold may choose differently after rounding; a real difference shows each time.
+
+    Returns:
+        (relative error, None) when they agree; (relative error, where the first difference is) when they do not;
+        (None, None) when the weights are on the meta device and nothing can be run.
+    """
+    if any(t.is_meta for t in before.constants().values()):
+        return None, None
+    error, where = float("inf"), "the output"
+    for seed in range(attempts):
+        tokens = _tokens(before, seed)
+        with torch.no_grad():
+            expected = before(tokens)
+            error, where = _compare(before, after, tokens, expected)
+        if error <= _TOLERANCE.get(expected.dtype, 5e-2):
+            return error, None
+    return error, where
+
+
+def _tokens(graph: Graph, seed: int) -> Tensor:
+    ids = graph.placeholders[0]
+    tables = [n for n in ids.users if n.target is aten.embedding.default]
+    vocabulary = min((int(graph.tensor(n.args[0]).shape[0]) for n in tables if isinstance(n.args[0], fx.Node)), default=2)
+    return torch.randint(0, vocabulary, (2, _LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> tuple[float, str]:
+    context = after.info["kv_cache"]["context_length"]
+    total = min(_LENGTH, context)
+    first = min(_PREFILL, total)
+    caches = [torch.zeros([{"batch": 2, "capacity": total}.get(d, d) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
+              for s in after.inputs if "_cache_" in s.name]  # fmt: skip
+    lengths = torch.tensor([first, max(first - _SHORTER, 1)])  # real tokens of the first chunk, the rest is padding
+    past = torch.zeros(2, dtype=torch.int64)
+    chunk, worst, where = tokens[:, :first], 0.0, "the output"
+    scale = expected.abs().max().clamp_min(1e-30)
+    while True:
+        inputs = [chunk, past, *([lengths - 1] if any(s.name == "last" for s in after.inputs) else []), *caches]
+        logits, *caches = after(*inputs)
+        for row in range(2):
+            length, start = int(lengths[row]), int(past[row])
+            wanted = expected[row, start : start + length]
+            given = logits[row, :length] if logits.shape[1] == chunk.shape[1] else logits[row]
+            error = float((given - wanted[-given.shape[0] :]).abs().max() / scale)
+            if not error <= worst:
+                worst = error if error == error else float("inf")
+                if worst > 1e-5:
+                    where = _first_difference(before, after, tokens, inputs, row, start, length) or where
+        past = past + lengths
+        left = total - int(past.max())
+        if left <= 0:
+            return worst, where
+        size = 1 if int(past.max()) == first else left
+        chunk = torch.stack([tokens[row, int(past[row]) : int(past[row]) + size] for row in range(2)])
+        lengths = torch.full((2,), size)
+
+
+def _first_difference(
+    before: Graph, after: Graph, tokens: Tensor, inputs: list[Tensor], row: int, start: int, length: int
+) -> str | None:
+    """The first node that both graphs have and whose values differ on the given tokens of a row."""
+    whole, part = _values(before, [tokens]), _values(after, inputs)
+    batch, sequence = before.inputs[0].shape
+    for node in before.nodes:
+        shape = before.shape(node)
+        if node.name not in part or not shape or shape[0] != batch or list(shape).count(sequence) != 1:
+            continue
+        axis = list(shape).index(sequence) - 1
+        a, b = whole[node.name][row], part[node.name][row]
+        if not a.is_floating_point() or a.dim() != b.dim() or b.shape[axis] < length:
+            continue
+        a, b = a.narrow(axis, start, length), b.narrow(axis, 0, length)
+        if a.shape == b.shape and float((a - b).abs().max()) > 1e-4 * float(a.abs().max()):
+            return f"{node.name} in {node.meta['path']}" if node.meta.get("path") else node.name
+    return None
+
+
+def _values(graph: Graph, inputs: list[Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor) and n.op == "call_function":
+                found[n.name] = result
+            return result
+
+    Recorder(graph.module).run(*inputs)
+    return found
