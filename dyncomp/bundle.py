@@ -148,7 +148,10 @@ def open_bundle(path: str | Path) -> Bundle:
         if not part.is_file():
             raise BundleError(f"{part} is missing from the bundle", hint="convert the model again")
         if part.stat().st_size != entry.bytes:
-            raise BundleError(f"{part} has {part.stat().st_size} bytes, the manifest says {entry.bytes}: truncated or replaced", hint="convert the model again")
+            raise BundleError(
+                f"{part} has {part.stat().st_size} bytes, the manifest says {entry.bytes}: truncated or replaced",
+                hint="convert the model again",
+            )
         if _sha256(part) != entry.sha256:
             raise BundleError(f"{part} was changed since it was written (its checksum differs)", hint="convert the model again")
     return Bundle(path, manifest)
@@ -186,7 +189,9 @@ def disk_errors(where: Path) -> Iterator[None]:
     except Exception as error:  # safetensors reports a full disk as an error of its own
         if "No space left" not in str(error):
             raise
-        raise DyncompError(f"the disk is full while writing to {where}", hint="free some space and run the same command again: it continues") from error
+        raise DyncompError(
+            f"the disk is full while writing to {where}", hint="free some space and run the same command again: it continues"
+        ) from error
 
 
 def save_bundle_files(folder: Path, graph: Graph, tokenizer: Any | None, report: dict[str, Any]) -> None:

@@ -24,6 +24,9 @@ from dyncomp.sweep import Sweep, fast_matmul
 
 PROJECTION = 384
 """Columns of the random projection that stands for the tokens in co-activation features."""
+TOKENS = 16_384
+"""Statistics are taken over at most this many of the calibration tokens: which neurons fire together shows early. (Routers
+and refits, which are regressions, use all of them.)"""
 MARKED = 0.1
 """Fraction of neurons marked per token: the ones with the largest |activation| (ATopK of CMoE, 2502.04416, section 4.1)."""
 
@@ -113,10 +116,15 @@ def calibrate(
     """
     if cache is not None:
         calibration.load(cache)
+    batches, seen = [], 0
+    for batch in calibration.batches:
+        if seen < TOKENS:
+            batches.append(batch)
+            seen += next(iter(batch.values())).numel()
     missing = [f for f in ffns if f.name not in calibration.statistics]
     if not missing:
         return
-    total, done = len(missing) * len(calibration.batches), 0
+    total, done = len(missing) * len(batches), 0
 
     def tick() -> None:
         nonlocal done
@@ -124,7 +132,7 @@ def calibrate(
         if progress is not None:
             progress("calibrate", min(done, total), total)
 
-    sweep = Sweep(graph, calibration.batches)
+    sweep = Sweep(graph, batches)
     with fast_matmul():
         for position, ffn in enumerate(missing):
             accumulate = _Accumulator(ffn.d_ff)

@@ -63,7 +63,7 @@ class ConvertRequest:
     calibrate: str | None = None
     other: str | None = "news"
     tokens: int = 40_960
-    windows: int = 20
+    windows: int = 16
     backend: str = "ort"
     threads: int | None = None
     seed: int = 0
@@ -74,7 +74,9 @@ class ConvertRequest:
         RequestError: an option is out of range, or the destination is taken.
         """
         if self.active is not None and not 0 < self.active <= 1:
-            raise RequestError(f"--active {self.active:.0%} is not a fraction of the FFN neurons", hint="give more than 0% and at most 100%")
+            raise RequestError(
+                f"--active {self.active:.0%} is not a fraction of the FFN neurons", hint="give more than 0% and at most 100%"
+            )
         if self.experts is not None and self.experts < 2:
             raise RequestError(f"--experts {self.experts}: a routed FFN needs at least 2 experts")
         if self.backend not in BACKENDS:
@@ -109,7 +111,9 @@ def prepare_texts(request: ConvertRequest, loaded: LoadedModel) -> Texts:
     texts.evaluation["held out"] = windows(held_out, loaded.tokenizer, length=length, tokens=request.windows * length, seed=request.seed)
     if request.other and request.other != request.calibrate:
         other = load_text(request.other)
-        texts.evaluation["other source"] = windows(other, loaded.tokenizer, length=length, tokens=request.windows * length, seed=request.seed)
+        texts.evaluation["other source"] = windows(
+            other, loaded.tokenizer, length=length, tokens=request.windows * length, seed=request.seed
+        )
     return texts
 
 
@@ -146,14 +150,14 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: A
         converted, records = work.resume(dense)
         if records:
             say(f"continuing after {records[-1].spec}")
-        Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_pass=lambda record: work.keep(converted, record))
+        Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
         records = work.records
         report = _report(request, recipe.name, loaded, dense, converted, records)
         _evaluate(report, work, ctx, {"dense": dense, "converted": converted}, loaded.task, texts)
         folder = work.bundle_folder()
         bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
         if request.backend == "ort":
-            _lower(report, request, folder, dense, converted, loaded, texts, progress)
+            _lower(report, request, folder, {"dense": dense, "converted": converted}, loaded, progress)
         report["seconds"] = time.perf_counter() - started
         report["cpu_seconds"] = time.process_time() - cpu_started
         report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -179,17 +183,17 @@ class Workspace:
         self.folder.mkdir(exist_ok=True)
         file.write_text(key)
 
-    def keep(self, graph: Graph, record: PassRecord) -> None:
-        """Note a finished pass and the graph after it."""
+    def keep(self, graph: Graph, done: list[PassRecord]) -> None:
+        """Note finished passes and the graph after them."""
         part = self.folder / "graph.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         save_graph(graph, part / "graph.json", part / "weights.safetensors")
-        (part / "records.json").write_text(json.dumps([dataclasses.asdict(r) for r in [*self.records, record]]))
-        done = self.folder / "graph"
-        shutil.rmtree(done, ignore_errors=True)
-        os.replace(part, done)
-        self.records.append(record)
+        (part / "records.json").write_text(json.dumps([dataclasses.asdict(r) for r in [*self.records, *done]]))
+        kept = self.folder / "graph"
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(part, kept)
+        self.records += done
 
     def resume(self, dense: Graph) -> tuple[Graph, list[PassRecord]]:
         """The graph after the last finished pass and the records so far; a copy of the dense graph when there is none."""
@@ -223,7 +227,9 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, dense: Graph, converted: Graph, records: list[PassRecord]) -> dict[str, Any]:
+def _report(
+    request: ConvertRequest, recipe: str, loaded: LoadedModel, dense: Graph, converted: Graph, records: list[PassRecord]
+) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": loaded.name,
@@ -248,7 +254,9 @@ def _evaluate(report: dict[str, Any], work: Workspace, ctx: Context, models: dic
 
     def measure() -> dict[str, Any]:
         return {
-            name: quality_figures(evaluate(models, ids, task=task, progress=lambda _, d, t, n=name: ctx.progress(f"evaluate {n}", d, t)), converted)
+            name: quality_figures(
+                evaluate(models, ids, task=task, progress=lambda _, d, t, n=name: ctx.progress(f"evaluate {n}", d, t)), converted
+            )
             for name, ids in texts.evaluation.items()
         }
 
@@ -262,7 +270,11 @@ def _evaluate(report: dict[str, Any], work: Workspace, ctx: Context, models: dic
         "parameters": cost.parameters,
         "active_parameters": cost.active_parameters,
         "flops_per_token": cost.flops_per_token,
-        "dense": {"parameters": before.parameters, "active_parameters": before.active_parameters, "flops_per_token": before.flops_per_token},
+        "dense": {
+            "parameters": before.parameters,
+            "active_parameters": before.active_parameters,
+            "flops_per_token": before.flops_per_token,
+        },
     }
 
 
@@ -312,6 +324,15 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
     )
 
 
-def _lower(report, request, folder, dense, converted, loaded, texts, progress) -> None:
-    """Lower the converted model, check it against its graph, and time it beside the dense one."""
-    raise NotImplementedError
+def _lower(
+    report: dict[str, Any], request: ConvertRequest, folder: Path, models: dict[str, Graph], loaded: LoadedModel, progress: Progress
+) -> None:
+    """Lower the converted model, hold it against its graph, and time it beside the dense one."""
+    from dyncomp.deploy import check_parity, dense_ort, lower_ort, measure
+
+    artifact = folder / "artifacts" / "ort"
+    lowered, refused = lower_ort(models["converted"], artifact, progress)
+    report["lowering_refused"] = [dataclasses.asdict(r) for r in refused]
+    report["parity"] = [check_parity(lowered, artifact, threads=request.threads)]
+    dense = dense_ort(models["dense"], loaded.fingerprint, progress)
+    report["bench"] = measure(dense, artifact, task=loaded.task, threads=request.threads)

@@ -103,8 +103,8 @@ class Graph:
         return {str(n.target): self.tensor(n) for n in self.module.graph.nodes if n.op == "get_attr" and n.users}
 
     def parameter_count(self) -> int:
-        """Number of distinct floating-point weights the graph reads (tied weights count once)."""
-        seen = {(id(t) if t.is_meta else t.data_ptr()): t.numel() for t in self.constants().values() if t.is_floating_point()}
+        """Number of distinct weights the graph reads (tied weights count once; tables and masks are not weights)."""
+        seen = {(id(t) if t.is_meta else t.data_ptr()): t.numel() for t in self.constants().values() if isinstance(t, torch.nn.Parameter)}
         return sum(seen.values())
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Graph:
         module.graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         result = module.graph.graph_copy(self.module.graph, mapping)
-        module.graph.output(result)
+        module.graph.output(result).meta = dict(self._output.meta)
         clone = Graph(module, self.inputs, self.outputs, dict(self.info))
         clone._adopt_tensors(self)
         module.recompile()
@@ -217,7 +217,7 @@ class Graph:
         """
         env = ShapeEnv()
         mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-        symbols: dict[str, Any] = {}
+        symbols: dict[int | str, Any] = {}
         for position, dim in enumerate(dict.fromkeys(d for spec in self.inputs for d in spec.shape if isinstance(d, str))):
             hint = (hints or {}).get(dim, 3 + 2 * position)
             source = ConstantSource(dim)

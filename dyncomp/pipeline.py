@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ class Context:
         progress: called as work proceeds.
         seed: for everything random.
         dense: the graph before any pass, for passes that follow it.
+        running: the pass at work, for messages.
     """
 
     calibration: Calibration | None = None
@@ -50,6 +52,7 @@ class Context:
     progress: Progress = no_progress
     seed: int = 0
     dense: Graph | None = None
+    running: Pass | None = None
 
     def need_calibration(self, who: str) -> Calibration:
         if self.calibration is None:
@@ -74,6 +77,9 @@ class Pass:
     name: ClassVar[str] = ""
     tolerance: ClassVar[float | None] = None
     """Largest relative error of the outputs against the graph before; None when the pass changes the function by design."""
+
+    together: ClassVar[Callable[[Sequence[Any], Graph, Context], list[PassResult]] | None] = None
+    """Runs several passes at once. Neighbours in a pipeline that name the same function are handed to it together."""
 
     registry: ClassVar[dict[str, type[Pass]]] = {}
 
@@ -133,39 +139,54 @@ class Pipeline:
     passes: Sequence[Pass]
     dump: Path | None = None
 
-    def run(self, graph: Graph, ctx: Context, *, on_pass: Callable[[PassRecord], None] | None = None) -> list[PassRecord]:
+    def run(self, graph: Graph, ctx: Context, *, on_done: Callable[[list[PassRecord]], None] | None = None) -> list[PassRecord]:
         """Apply the passes to ``graph`` in place.
+
+        Args:
+            on_done: called after each pass (or group of passes that ran together), when ``graph`` is whole again.
 
         Raises:
             PassError: a pass failed, left a malformed graph or exceeded its tolerance; names it and those before it.
         """
         records: list[PassRecord] = []
-        for index, item in enumerate(self.passes):
-            before, start = graph.copy(), time.perf_counter()
+        for group in self._groups():
+            before, start, index = graph.copy(), time.perf_counter(), len(records)
+            ctx.running = last = group[-1]
             try:
-                result = item.run(graph, ctx)
+                results = [last.run(graph, ctx)] if len(group) == 1 else type(last).together(group, graph, ctx)  # type: ignore[misc]
                 graph.clean()
-                error = item.check(before, graph, ctx)
-            except DyncompError as failure:
-                if isinstance(failure, PassError | RequestError):
-                    raise
-                raise PassError(self._describe(index, str(failure)), hint=failure.hint) from failure
+                error = last.check(before, graph, ctx)
+            except RequestError:
+                raise
             except Exception as failure:
-                raise PassError(self._describe(index, f"{type(failure).__name__}: {failure}")) from failure
-            if error is not None and (error != error or error > (item.tolerance if item.tolerance is not None else float("inf"))
-                                      or error == float("inf")):  # fmt: skip
-                raise PassError(self._describe(index, f"the outputs differ by {error:.2e} (relative); allowed {item.tolerance}"))
-            records.append(PassRecord(item.spec, time.perf_counter() - start, error, result))
+                what = failure.what if isinstance(failure, DyncompError) else f"{type(failure).__name__}: {failure}"
+                raise PassError(self._describe(group, ctx.running, what), hint=getattr(failure, "hint", None)) from failure
+            allowed = last.tolerance if last.tolerance is not None else sys.float_info.max
+            if error is not None and not error <= allowed:
+                raise PassError(self._describe(group, last, f"the outputs differ by {error:.2e} (relative); allowed {last.tolerance}"))
+            seconds = (time.perf_counter() - start) / len(group)
+            done = [PassRecord(p.spec, seconds, error if p is last else None, r) for p, r in zip(group, results, strict=True)]
+            records += done
             if self.dump is not None:
                 self.dump.mkdir(parents=True, exist_ok=True)
-                (self.dump / f"{index:02d}-{item.name}.txt").write_text(graph.text())
-            if on_pass is not None:
-                on_pass(records[-1])
+                (self.dump / f"{index:02d}-{'+'.join(p.name for p in group)}.txt").write_text(graph.text())
+            if on_done is not None:
+                on_done(done)
         return records
 
-    def _describe(self, index: int, what: str) -> str:
-        earlier = ", ".join(p.spec for p in self.passes[:index])
-        return f"the pass {self.passes[index].spec!r} failed{f' (after {earlier})' if earlier else ''}: {what}"
+    def _groups(self) -> list[list[Pass]]:
+        groups: list[list[Pass]] = []
+        for item in self.passes:
+            if groups and type(item).together is not None and type(item).together is type(groups[-1][-1]).together:
+                groups[-1].append(item)
+            else:
+                groups.append([item])
+        return groups
+
+    def _describe(self, group: list[Pass], failed: Pass | None, what: str) -> str:
+        failed = failed or group[-1]
+        earlier = ", ".join(p.spec for p in self.passes[: next(i for i, p in enumerate(self.passes) if p is failed)])
+        return f"the pass {failed.spec!r} failed{f' (after {earlier})' if earlier else ''}: {what}"
 
 
 # ---- specs ---------------------------------------------------------------------------------------------------------
@@ -183,7 +204,8 @@ def parse_passes(spec: str) -> list[Pass]:
         match = _SPEC.match(spec, position)
         if match is None or match.end() == position:
             raise RequestError(
-                f"cannot read the pass list at {spec[position : position + 30]!r}", hint="write it as: carve-experts{experts=16}, fit-router"
+                f"cannot read the pass list at {spec[position : position + 30]!r}",
+                hint="write it as: carve-experts{experts=16}, fit-router",
             )
         passes.append(make_pass(match.group(1), match.group(2) or ""))
         position = match.end()
@@ -203,7 +225,9 @@ def make_pass(name: str, options: str = "") -> Pass:
         option = key.replace("-", "_")
         if option not in fields or not separator:
             known = ", ".join(sorted(f.replace("_", "-") for f in fields)) or "none"
-            raise RequestError(f"the pass {name!r} has no option {key!r}" if separator else f"{item!r} is not option=value", hint=f"options: {known}")
+            raise RequestError(
+                f"the pass {name!r} has no option {key!r}" if separator else f"{item!r} is not option=value", hint=f"options: {known}"
+            )
         values[option] = _parse_option(text, hints[option], f"{name}{{{key}}}")
     return kind(**values)
 

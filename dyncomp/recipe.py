@@ -13,7 +13,8 @@ from dyncomp.pipeline import Pass, parse_passes
 
 
 class Recipe(BaseModel):
-    """A pass list; ``{active}`` and ``{experts}`` in it stand for the values the user gives.
+    """A pass list; ``{active}`` and ``{experts}`` in it stand for the values the user gives, ``{shared}`` for a
+    quarter of the experts.
 
     Args:
         name: for people.
@@ -35,15 +36,14 @@ class Recipe(BaseModel):
             RequestError: an unknown pass or option.
         """
         spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(experts or self.experts))
+        spec = spec.replace("{shared}", str((experts or self.experts) // 4))
         return parse_passes(spec)
 
 
 RECIPES = {
-    "experts": Recipe(
-        name="experts", passes="carve-experts{experts={experts}}, fit-router{active={active}}, refit-down"
-    ),
+    "experts": Recipe(name="experts", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active}}, refit-down"),
     "experts-topk": Recipe(
-        name="experts-topk", passes="carve-experts{experts={experts}}, fit-router{active={active} gates=topk}, refit-down"
+        name="experts-topk", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down"
     ),
     "static": Recipe(name="static", passes="prune-static{active={active}}"),
 }
@@ -59,7 +59,7 @@ def load_recipe(name: str | None) -> Recipe:
     if name is None or name in RECIPES:
         return RECIPES[name or DEFAULT]
     path = Path(name).expanduser()
-    known = f"recipes: {', '.join(RECIPES)}; or a TOML file with passes = \"…\""
+    known = f'recipes: {", ".join(RECIPES)}; or a TOML file with passes = "…"'
     if not path.is_file():
         raise RequestError(f"there is no recipe {name!r}, and no such file", hint=known)
     try:

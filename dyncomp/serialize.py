@@ -194,5 +194,3 @@ def _read(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if kind == "ellipsis":
         return Ellipsis
     raise KeyError(kind)
-
-

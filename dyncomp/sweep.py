@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.ops import routed_ffn_reference
 
 aten = torch.ops.aten
+
+# With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
+# the op's plain definition is used here, the gathering one wherever a graph is simply run.
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
 
 
 class Sweep:
@@ -95,7 +100,7 @@ class Sweep:
             store = static if node in self._static_nodes else values
             if node not in store:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
-                store[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                store[node] = _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator,arg-type]
             if node in watch:
                 watch[node](index, store[node])
             for source in node.all_input_nodes:

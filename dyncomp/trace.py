@@ -65,17 +65,18 @@ def from_exported(
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
-        value, dims = node.meta["val"], dict(dynamic_dims.get(node.name, {}))
+        name = str(node.target)  # the argument's name; fx renames the node where that is a builtin (`input`)
+        value, dims = node.meta["val"], dict(dynamic_dims.get(name, {}))
         if not isinstance(value, Tensor):
-            raise TraceError(f"the input {node.name!r} is a {type(value).__name__}; only tensors can be graph inputs")
-        for dim, name in dims.items():
+            raise TraceError(f"the input {name!r} is a {type(value).__name__}; only tensors can be graph inputs")
+        for dim, label in dims.items():
             if (fixed := _fixed_size(value.shape[dim])) is not None:
                 raise TraceError(
-                    f"dimension {dim} ({name}) of the input {node.name!r} is declared dynamic, but the model fixes it to {fixed}",
+                    f"dimension {dim} ({label}) of the input {name!r} is declared dynamic, but the model fixes it to {fixed}",
                     hint="trace it as a static dimension, or with another attention implementation",
                 )
         shape = tuple(dims.get(i, f"d{i}" if _fixed_size(size) is None else int(size)) for i, size in enumerate(value.shape))
-        specs.append(TensorSpec(node.name, value.dtype, shape))
+        specs.append(TensorSpec(name, value.dtype, shape))
     outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     names = (output_name, *(f"{output_name}_{i}" for i in range(1, len(outputs))))

@@ -5,9 +5,11 @@
 if __name__ != "dyncomp.passes":
     raise ImportError(f"import this package as dyncomp.passes, not as {__name__!r}")
 
+from dyncomp.passes.add_kv_cache import AddKVCache
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.fit_router import FitRouter
+from dyncomp.passes.fuse_norm import FuseNorm
 from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.refit_down import RefitDown
 
-__all__ = ["CarveExperts", "FitRouter", "PruneStatic", "RefitDown"]
+__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "PruneStatic", "RefitDown"]

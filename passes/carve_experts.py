@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.clustering import balanced_kmeans, random_partition
+from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
 from dyncomp.calibrate import FFNStatistics
 from dyncomp.errors import RequestError
 from dyncomp.graph import Builder, Graph
-from dyncomp.passes.clustering import balanced_kmeans, random_partition
-from dyncomp.passes.layerwise import routing_facts
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
 from dyncomp.regions.refusal import Refusal
@@ -49,7 +49,9 @@ class CarveExperts(Pass):
         if self.cluster not in ("coactivation", "weights", "random"):
             raise RequestError(f"carve-experts: unknown clustering {self.cluster!r}", hint="use coactivation, weights or random")
         if self.experts < 2 or not 0 <= self.shared < self.experts:
-            raise RequestError(f"carve-experts: {self.experts} experts of which {self.shared} shared", hint="0 <= shared < experts, experts >= 2")
+            raise RequestError(
+                f"carve-experts: {self.experts} experts of which {self.shared} shared", hint="0 <= shared < experts, experts >= 2"
+            )
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.ops import expert_hidden
-from dyncomp.pipeline import Context
+from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
 from dyncomp.sweep import Sweep, fast_matmul
 
@@ -79,30 +79,66 @@ class Layer:
     wanted: list[Tensor] | None = None
 
 
-def layerwise(graph: Graph, ctx: Context, who: str, *, follow_dense: bool = False) -> Iterator[Layer]:
-    """Yield each routed FFN in order; what the caller changes in one layer, the next ones see.
+@dataclass(frozen=True)
+class LayerwisePass(Pass):
+    """A pass that fits one routed FFN after the other.
 
-    Args:
-        follow_dense: run the dense model in step and fill in :attr:`Layer.wanted` where the FFN's output is added to a
-            residual stream that is known by then.
+    Neighbours of this kind run in one sweep, layer by layer: each sees the layer as the one before it in the list left it,
+    and its inputs as all of them left the layers below.
     """
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether :attr:`Layer.wanted` is needed."""
+        return False
+
+    def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
+        """Check the request; returns figures worth keeping."""
+        return {}
+
+    def visit(self, graph: Graph, layer: Layer) -> None:
+        """Fit one layer; ``layer.view`` shows the tensors as they are now."""
+        raise NotImplementedError
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        return run_layerwise([self], graph, ctx)[0]
+
+
+def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -> list[PassResult]:
+    """Run layerwise passes over every routed FFN in order, all of them in one sweep over the calibration inputs."""
     regions = find_routed(graph)
     if not regions:
         raise PassError("the graph has no routed FFN", hint="run carve-experts first")
-    calibration = ctx.need_calibration(who)
-    sweep = Sweep(graph, calibration.batches)
-    dense = {f.name: f for f in find_regions(ctx.dense).ffns} if follow_dense and ctx.dense is not None else {}
-    dense_sweep = Sweep(ctx.dense, calibration.batches) if dense and ctx.dense is not None else None
+    stage = "+".join(p.name for p in passes)
+    batches = ctx.need_calibration(stage).batches
+    results = []
+    for item in passes:
+        ctx.running = item
+        results.append(PassResult(facts=item.begin(graph, ctx)))
+    sweep = Sweep(graph, batches)
+    follow = ctx.dense if any(p.follows_dense for p in passes) else None
+    dense = {f.name: f for f in find_regions(follow).ffns} if follow is not None else {}
+    dense_sweep = Sweep(follow, batches) if follow is not None else None
     with fast_matmul(), torch.no_grad():
         for position, region in enumerate(regions):
             layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
-            added, stream = _residual_add(region.output)
+            _, stream = _residual_add(region.output)
             dense_added, _ = _residual_add(dense[region.name].output) if region.name in dense else (None, None)
             if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
                 target = dense_sweep.advance(dense_added)
                 layer.wanted = [t - r for t, r in zip(target, sweep.values(stream), strict=True)]
-            yield layer
-            ctx.progress(who, position + 1, len(regions))
+            for item, result in zip(passes, results, strict=True):
+                ctx.running = item
+                layer.view = ExpertView(graph, _same(graph, region))
+                item.visit(graph, layer)
+                result.changed.append(region.name)
+            ctx.progress(stage, position + 1, len(regions))
+    return results
+
+
+def _same(graph: Graph, region: RoutedFFN) -> RoutedFFN:
+    """The region as it is now: a pass may have given it a bias or other gates."""
+    return next(r for r in find_routed(graph) if r.node is region.node)
 
 
 def _residual_add(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
@@ -113,6 +149,9 @@ def _residual_add(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
             if isinstance(other, fx.Node) and other.op == "call_function":
                 return user, other
     return None, None
+
+
+LayerwisePass.together = run_layerwise
 
 
 def active_share(graph: Graph, active: float, *, who: str) -> float:
@@ -128,7 +167,21 @@ def active_share(graph: Graph, active: float, *, who: str) -> float:
     return share
 
 
-def threshold(inputs: list[Tensor], weight: Tensor, bias: Tensor, share: float) -> float:
+def set_threshold(graph: Graph, layer: Layer) -> None:
+    """Shift the router's bias so that the region's active share on ``layer.inputs`` is the one noted for it.
+
+    The share counts the shared experts; the routed ones make up the rest.
+    """
+    view = ExpertView(graph, layer.view.region)
+    share = routing_facts(graph, view.name).get("active", 1.0)
+    routed = ~view.shared
+    wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
+    bias = view.bias.clone()
+    bias[routed] -= _quantile(layer.inputs, view.weight[routed], bias[routed], wanted)
+    graph.add_tensor(view.router_bias, bias)
+
+
+def _quantile(inputs: list[Tensor], weight: Tensor, bias: Tensor, share: float) -> float:
     """The score above which a fraction ``share`` of all (token, expert) pairs lies."""
     scores = torch.cat([torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).flatten() for x in inputs])
     rank = min(max(round((1 - share) * scores.numel()), 0), scores.numel())

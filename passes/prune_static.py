@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
 
 from dyncomp.activations import ACTIVATIONS, emit_activation
 from dyncomp.errors import RequestError
 from dyncomp.graph import Builder, Graph
-from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
 from dyncomp.regions.refusal import Refusal
@@ -49,7 +49,9 @@ class PruneStatic(Pass):
         width, kept = sum(f.d_ff for f in ffns), sum(ffns[i].d_ff for i in dense)
         share = (self.active * width - kept) / max(width - kept, 1)
         if share <= 0:
-            raise RequestError(f"prune-static: {self.active:.0%} is not possible with {len(dense)} FFNs kept dense", hint="keep fewer dense")
+            raise RequestError(
+                f"prune-static: {self.active:.0%} is not possible with {len(dense)} FFNs kept dense", hint="keep fewer dense"
+            )
         sweep = Sweep(graph, ctx.need_calibration(self.name).batches)
         result = PassResult(facts={"active": self.active})
         with fast_matmul(), torch.no_grad():

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.layerwise import ExpertView, Layer, LayerwisePass, set_threshold
+from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor
 
 from dyncomp.graph import Graph
-from dyncomp.passes.layerwise import ExpertView, Layer, layerwise, routing_facts, threshold
-from dyncomp.passes.least_squares import LeastSquares
-from dyncomp.pipeline import Context, Pass, PassResult
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class RefitDown(Pass):
+class RefitDown(LayerwisePass):
     """Least squares on the gated hidden activations; free at run time.
 
     W_down + Δ and a bias minimise ||y - gated(h) (W_down + Δ)ᵀ - b||² + λ||Δ||², y being what the same FFN gives with every
-    expert on, or what brings the residual stream back to the dense model's (``follow-dense``). Layers are refitted in order, each on the inputs that the refitted layers before it give; before
-    each fit its threshold is set again, so that the active fraction stays what ``fit-router`` made it.
+    expert on, or what brings the residual stream back to the dense model's (``follow-dense``). Layers are refitted in order,
+    each on the inputs that the refitted layers before it give; before each fit its threshold is set again, so that the active
+    fraction stays what ``fit-router`` made it.
 
     before:  dyncomp.routed_ffn(x, gates, w_up, w_down)
     after:   dyncomp.routed_ffn(x, gates, w_up, w_down + Δ) + b
@@ -36,26 +36,15 @@ class RefitDown(Pass):
     """0 aims at what this FFN gives with every expert on; 1 at the dense model's residual stream, so that a layer also makes
     good for what the layers before it lost (the asymmetric target of GPTAQ, 2504.02692); between them, a blend."""
 
-    def run(self, graph: Graph, ctx: Context) -> PassResult:
-        result = PassResult()
-        for layer in layerwise(graph, ctx, self.name, follow_dense=self.follow_dense > 0):
-            recalibrate(graph, layer.view, layer.inputs)
-            layer.view = view = ExpertView(graph, layer.view.region)
-            _refit(graph, layer, self.ridge, self.follow_dense)
-            result.changed.append(view.name)
-        return result
+    @property
+    def follows_dense(self) -> bool:
+        return self.follow_dense > 0
 
-
-def recalibrate(graph: Graph, view: ExpertView, inputs: list[Tensor]) -> None:
-    """Shift the router's bias so that the region's active share on ``inputs`` is the one noted by fit-router."""
-    share = routing_facts(graph, view.name).get("active")
-    routed = ~view.shared
-    if share is None or view.gates.target is not torch.ops.dyncomp.threshold_gates.default:
-        return
-    wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
-    bias = view.bias.clone()
-    bias[routed] -= threshold(inputs, view.weight[routed], bias[routed], wanted)
-    graph.add_tensor(view.router_bias, bias)
+    def visit(self, graph: Graph, layer: Layer) -> None:
+        if layer.view.gates.target is torch.ops.dyncomp.threshold_gates.default:
+            set_threshold(graph, layer)
+            layer.view = ExpertView(graph, layer.view.region)
+        _refit(graph, layer, self.ridge, self.follow_dense)
 
 
 def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:

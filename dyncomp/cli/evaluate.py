@@ -12,7 +12,7 @@ from dyncomp.cli import options
 @click.command("evaluate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, help="Text to evaluate on: wikipedia, news, or a file; may be repeated. [default: news]")
-@click.option("--windows", type=click.IntRange(min=1), default=20, show_default=True, help="At most this many windows of each text.")
+@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="At most this many windows of each text.")
 @options.seed
 @options.as_json
 def command(bundle: Path, texts: tuple[str, ...], windows: int, seed: int, json_: bool) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from dyncomp.errors import ModelError
 from dyncomp.models.factory import load_factory
-from dyncomp.models.gguf import load_gguf
+from dyncomp.models.gguf import load_gguf, load_gguf_architecture
 from dyncomp.models.huggingface import load_architecture, load_directory, load_hub, load_tokenizer
 from dyncomp.models.loaded import LoadedModel
-from dyncomp.models.packaged import PACKAGED, load_packaged
+from dyncomp.models.packaged import PACKAGED, load_packaged, packaged_path
 from dyncomp.models.program import load_program
 
-__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "load_model", "load_tokenizer"]
+__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "load_for_inspection", "load_model", "load_tokenizer"]
 
 _ACCEPTED = (
     "a model is a Hugging Face directory, a .gguf file, a .pt2 file, a Python factory (module:function), a hub id (owner/name), "
@@ -50,6 +50,20 @@ def load_model(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMode
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source):
         return load_hub(source, dtype=dtype)
     raise ModelError(f"no model {source!r}: no such file or directory, and no packaged model of that name", hint=_ACCEPTED)
+
+
+def load_for_inspection(source: str) -> LoadedModel:
+    """What is needed to trace a model and look at it: on the meta device, without its weights, where the source allows.
+
+    Takes everything :func:`load_model` takes, and a bare ``config.json``.
+    """
+    source = os.fspath(source)
+    path = packaged_path(source) if source in PACKAGED and not Path(source).exists() else Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.name == "config.json"):
+        return load_architecture(path, name=source)
+    if path.is_file() and path.suffix == ".gguf":
+        return load_gguf_architecture(path, name=source)
+    return load_model(source)
 
 
 def _load_file(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:

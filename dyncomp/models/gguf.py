@@ -17,7 +17,7 @@ from torch import nn
 from dyncomp.errors import ModelError
 from dyncomp.models.extras import quiet, require
 from dyncomp.models.gguf_file import ARRAY, STRING, GgufFile, Value, read_gguf
-from dyncomp.models.huggingface import from_pretrained
+from dyncomp.models.huggingface import from_pretrained, load_architecture
 from dyncomp.models.loaded import LoadedModel, first_line
 from dyncomp.models.wrap import is_causal_lm, wrap
 
@@ -29,18 +29,9 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype = torch.float32, kind
         ModelError: the file is damaged or truncated, or of an architecture transformers cannot load.
         MissingExtraError: transformers, gguf or accelerate is not installed.
     """
-    for package in ("transformers", "gguf", "accelerate"):
-        require(package, needed_for="loading a GGUF file")
-    from gguf import GGML_QUANT_SIZES
+    file = _open(path)
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    file = read_gguf(path, {int(key): sizes for key, sizes in GGML_QUANT_SIZES.items()})
-    if file.architecture not in (supported := supported_architectures()):
-        raise ModelError(
-            f"{path} holds a model of the architecture {file.architecture!r}, which transformers cannot load from GGUF; "
-            f"it loads {', '.join(supported)}",
-            hint="use the model's Hugging Face directory (safetensors) instead",
-        )
     folder, options = str(path.parent), {"gguf_file": path.name}
     with quiet(), _header_read_once(file):
         try:
@@ -52,6 +43,35 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype = torch.float32, kind
         auto = AutoModelForCausalLM if causal else AutoModel
         model = from_pretrained(auto, folder, name=str(path), config=config, dtype=dtype, **_dequantized(path), **options)
     return wrap(_plain(model), name=name, kind=kind, tokenizer=tokenizer, causal=causal)
+
+
+def load_gguf_architecture(path: Path, *, name: str) -> LoadedModel:
+    """The model of a GGUF file on the meta device: its header is read, its weights are not."""
+    file = _open(path)
+    from transformers import AutoConfig
+
+    with quiet(), _header_read_once(file):
+        try:
+            config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True, gguf_file=path.name)
+        except Exception as error:
+            raise ModelError(f"{path}: transformers cannot read the header: {first_line(error)}") from error
+    return load_architecture(config, name=name)
+
+
+def _open(path: Path) -> GgufFile:
+    """The header, checked against the file's size, of an architecture that can be loaded."""
+    for package in ("transformers", "gguf", "accelerate"):
+        require(package, needed_for="loading a GGUF file")
+    from gguf import GGML_QUANT_SIZES
+
+    file = read_gguf(path, {int(key): sizes for key, sizes in GGML_QUANT_SIZES.items()})
+    if file.architecture not in (supported := supported_architectures()):
+        raise ModelError(
+            f"{path} holds a model of the architecture {file.architecture!r}, which transformers cannot load from GGUF; "
+            f"it loads {', '.join(supported)}",
+            hint="use the model's Hugging Face directory (safetensors) instead",
+        )
+    return file
 
 
 def supported_architectures() -> list[str]:

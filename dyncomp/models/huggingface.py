@@ -42,11 +42,12 @@ def load_directory(folder: Path, *, name: str, dtype: torch.dtype = torch.float3
     return wrap(model, name=name, kind=kind, tokenizer=load_tokenizer(folder), causal=causal)
 
 
-def load_architecture(source: Any) -> LoadedModel:
+def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
     """Build a model on the meta device: shapes and code, no weights, so that a model of any size can be traced.
 
     Args:
         source: a Hugging Face directory, the path of a config.json, or a configuration object of transformers.
+        name: what to call it; by default what ``source`` is.
 
     Returns:
         a LoadedModel whose parameters and example inputs are on the meta device.
@@ -58,12 +59,12 @@ def load_architecture(source: Any) -> LoadedModel:
     from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
     if isinstance(source, PreTrainedConfig):
-        config, name = source, f"{source.model_type} configuration"
+        config, name = source, name or f"{source.model_type} configuration"
     else:
         path = Path(source)
         if not path.exists():
             raise ModelError(f"no such file or directory: {path}", hint="give a Hugging Face directory or a config.json")
-        name, config = str(source), _config(read_config(path if path.is_dir() else path.parent), str(path))
+        name, config = name or str(source), _config(read_config(path if path.is_dir() else path.parent), str(path))
     causal = is_causal_lm(config)
     auto = AutoModelForCausalLM if causal else AutoModel
     with quiet(), torch.device("meta"):

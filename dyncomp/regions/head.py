@@ -40,8 +40,8 @@ class Head:
 
 
 def find_head(graph: Graph, linears: Mapping[fx.Node, Linear]) -> Head | None:
-    """The head, or None: the last linear layer before an output, if it is as tall as an embedding table the graph looks tokens up in."""
-    tables = {name for name in map(lambda n: _table(graph, n), graph.module.graph.nodes) if name is not None}
+    """The last linear layer before an output, if it is as tall as an embedding table that tokens are looked up in; or None."""
+    tables = {name for node in graph.module.graph.nodes if (name := _table(graph, node)) is not None}
     heights = {graph.tensor(name).shape[0] for name in tables}
     for output in graph.output_nodes:
         linear = _last_linear(output, linears)

@@ -18,7 +18,7 @@ SPLITS = {
     aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
 }  # fmt: skip
 SLICES = {aten.slice.Tensor, aten.narrow.default}
-_UNTAGGED_POINTWISE = {aten.hardswish.default, aten.square.default}
+_UNTAGGED_POINTWISE = {aten.hardswish.default, aten.square.default, aten.prelu.default}
 _AFFINE = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.add.Scalar, aten.mul.Scalar,
     aten.where.self, aten.masked_fill.Scalar, aten.rsub.Scalar,
@@ -142,24 +142,29 @@ def _through_pointwise(graph: Graph, hidden: Hidden, node: fx.Node, axis: int) -
     for operand in node.all_input_nodes:
         shape = sizes(operand)
         if shape is None and operand.op != "get_attr":
-            hidden.problems.append((f"its activation depends on the input's size ({operand.name})", LEAVE_DENSE))
-        elif operand.op == "get_attr" or constant(graph, operand) is not None:
-            name = str(operand.target) if operand.op == "get_attr" else constant(graph, operand)[0]  # type: ignore[index]
-            if graph.tensor(name).numel() != 1:
-                values = graph.tensor(name).numel()
-                hidden.problems.append(
-                    (f"its activation has a parameter of {values} values ({name})", "fold it into the weights, or leave the FFN dense")
-                )
+            hidden.problems.append(("its activation depends on the input's size", LEAVE_DENSE))
+        elif (values := _constant_size(graph, operand)) is not None:
+            if values != 1:
+                reason = f"its activation has a parameter of {values} values"
+                hidden.problems.append((reason, "fold it into the weights, or leave the FFN dense"))
         elif shape == ():
-            hidden.axes[operand] = axis  # a computed scalar: the probe evaluates it
-            steps += [(n, None) for n in operand.all_input_nodes if n.op != "get_attr"]
+            continue  # a scalar that something computes: the probe finds out whether it is a constant
         elif shape == sizes(node):
             steps.append((operand, axis))
         else:
-            hidden.problems.append(
-                (f"its hidden activations are combined with {operand.name!r}, which has another shape", "leave the FFN dense")
-            )
+            reason = f"its hidden activations are combined with the result of {op_name(operand)}, which has another shape"
+            hidden.problems.append((reason, "leave the FFN dense"))
+            if shape and shape[-1] == (sizes(node) or (0,))[-1]:  # not a factor per token, which would lead into a norm
+                steps.append((operand, None))
     return steps
+
+
+def _constant_size(graph: Graph, node: fx.Node) -> int | None:
+    """The number of values of the constant that ``node`` is, or None."""
+    found = constant(graph, node)
+    if found is None and node.op != "get_attr":
+        return None
+    return graph.tensor(found[0] if found is not None else node).numel()
 
 
 def _search_on(hidden: Hidden, node: fx.Node) -> list[tuple[fx.Node, int | None]]:

@@ -68,10 +68,11 @@ def sizes(node: fx.Node) -> tuple[Any, ...] | None:
 
 def permutation(node: fx.Node, rank: int) -> list[int]:
     """Output axis -> input axis of a node in :data:`TRANSPOSES`."""
+    arguments: tuple[Any, ...] = node.args
     if node.target is aten.permute.default:
-        return [axis % rank for axis in node.args[1]]  # type: ignore[union-attr, operator]
+        return [axis % rank for axis in arguments[1]]
     order = list(range(rank))
-    i, j = (a % rank for a in node.args[1:3]) if node.target is aten.transpose.int else (0, rank - 1)  # type: ignore[operator]
+    i, j = (axis % rank for axis in arguments[1:3]) if node.target is aten.transpose.int else (0, rank - 1)
     order[i], order[j] = order[j], order[i]
     return order
 
@@ -196,10 +197,9 @@ _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.convolution.defa
 
 def _is_pointwise_convolution(node: fx.Node) -> bool:
     """Kernel 1, stride 1, no padding, one group: the same linear layer at every position."""
-    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    if node.target is not aten.convolution.default:
-        names = ("stride", "padding", "dilation", "groups")
-    options = dict(zip(names, node.args[3:], strict=False))
+    general = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    special = ("stride", "padding", "dilation", "groups")
+    options: dict[str, Any] = dict(zip(general if node.target is aten.convolution.default else special, node.args[3:], strict=False))
     kernel = (sizes(node.args[1]) or ())[2:]  # type: ignore[arg-type]
 
     def every(name: str, wanted: int) -> bool:

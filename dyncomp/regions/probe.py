@@ -109,11 +109,11 @@ def _evaluate(graph: Graph, target: fx.Node, known: dict[fx.Node, Any]) -> Any:
         if op is operator.getitem:
             return value(args[0])[args[1]]
         if op in SPLITS:
-            return op(value(args[0]), args[1], -1)  # type: ignore[operator]
+            return op(value(args[0]), args[1], -1)
         if op in SLICES:
-            return op(value(args[0]), -1, *args[2:])  # type: ignore[operator]
+            return op(value(args[0]), -1, *args[2:])
         if op is aten.glu.default:
-            return op(value(args[0]), -1)  # type: ignore[operator]
+            return op(value(args[0]), -1)
         return op(*fx.map_arg(args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
 
     try:

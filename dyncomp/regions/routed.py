@@ -73,8 +73,10 @@ def _read(graph: Graph, node: fx.Node, names: Names) -> RoutedFFN:
     _, d_out, neurons = graph.tensor(down).shape
     b_down, output = _bias_after(graph, node, d_out)
     return RoutedFFN(
-        names.take(str(node.meta.get("path", "")), node), node, x, gates, up, None if b_up is None else _weight_name(graph, b_up), down, b_down,
-        str(activation), experts, experts * neurons, d_model, d_out, rows == 2 * neurons, output, _router(x, gates, node),
+        name=names.take(str(node.meta.get("path", "")), node),
+        node=node, input=x, gates=gates, output=output, router=_router(x, gates, node),
+        w_up=up, b_up=None if b_up is None else _weight_name(graph, b_up), w_down=down, b_down=b_down,
+        activation=str(activation), gated=rows == 2 * neurons, experts=experts, d_ff=experts * neurons, d_model=d_model, d_out=d_out,
     )  # fmt: skip
 
 

@@ -65,7 +65,9 @@ def regions_tables(graph: Graph, regions: Regions) -> list[Table | str]:
     ]
     items.append(_grouped("attentions", ("heads", "KV heads", "head dim", "mask", "rotary"), rows))
     if facts["head"]:
-        items.append(f"head: {facts['head']['weight']}, {facts['head']['vocab']} tokens{', tied to the embedding' if facts['head']['tied'] else ''}")
+        items.append(
+            f"head: {facts['head']['weight']}, {facts['head']['vocab']} tokens{', tied to the embedding' if facts['head']['tied'] else ''}"
+        )
     return items + _refusals(facts["refusals"])
 
 

@@ -53,10 +53,16 @@ def cost_table(report: dict[str, Any]) -> Table:
     """Parameters and FLOPs per token, counted from the graph."""
     result = table("cost", "", ">parameters", ">active per token", ">MFLOPs per token", ">active FFN neurons")
     dense = report["dense"]
-    result.add_row("dense", _millions(dense["parameters"]), _millions(dense["active_parameters"]), f"{dense['flops_per_token'] / 1e6:.1f}", "100.0%")
+    result.add_row(
+        "dense", _millions(dense["parameters"]), _millions(dense["active_parameters"]), f"{dense['flops_per_token'] / 1e6:.1f}", "100.0%"
+    )
     active = f"{report['active_ffn']:.1%}" if "active_ffn" in report else "100.0%"
     result.add_row(
-        "converted", _millions(report["parameters"]), _millions(report["active_parameters"]), f"{report['flops_per_token'] / 1e6:.1f}", active
+        "converted",
+        _millions(report["parameters"]),
+        _millions(report["active_parameters"]),
+        f"{report['flops_per_token'] / 1e6:.1f}",
+        active,
     )
     return result
 
@@ -86,7 +92,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     for item in report.get("parity", []):
         equal = item.get("greedy_tokens_equal")
         tokens = f", greedy tokens equal {equal:.0%}" if equal is not None else ""
-        lines.append(f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}")
+        lines.append(
+            f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}"
+        )
     first = next(iter(report["quality"].values()))
     increase, cosine = first.get("increase", {}), first.get("cosine", {})
     worse = increase and increase.get("static_pruned", 9e9) <= increase["converted"]

@@ -1,0 +1,130 @@
+"""Token-by-token decoding with the KV cache updated in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dyncomp.backends.ort.run import OrtModel
+from dyncomp.errors import BackendError, RequestError
+from dyncomp.runtime.session import Array, Recompute
+
+_CHUNK = 512  # longest piece of a prompt computed at once: bounds the memory for attention scores
+
+
+class OrtDecoder:
+    """A :class:`~dyncomp.runtime.session.DecoderSession` over an :class:`OrtModel` with a KV cache.
+
+    The cache is allocated once and bound as both the past and the new cache, so a step neither allocates nor copies.
+    """
+
+    engine, cached = "dyncomp-ort", True
+
+    def __init__(self, model: OrtModel) -> None:
+        cache = model.kv_cache
+        if cache is None:
+            raise BackendError(f"the model in {model.directory} has no KV cache", hint="use decoder_for(), which then computes the whole sequence again")
+        self.model, self.threads = model, model.threads
+        self.context_length = int(cache["context_length"])
+        self._last_only = "last" in model.inputs
+        self._names = [n for n in model.inputs if n not in ("input_ids", "past_length", "last")]
+        self._shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self._names]
+        self._caches: list[Array] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self._past = np.zeros(0, np.int64)
+        self._decode: _Binding | None = None
+
+    def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
+        ids, lengths = np.ascontiguousarray(ids, np.int64), np.asarray(lengths, np.int64)
+        batch, length = ids.shape
+        capacity = length + room
+        if self.context_length and capacity > self.context_length:
+            raise RequestError(f"{length} tokens and room for {room} more exceed the model's context of {self.context_length}")
+        self._reserve(batch, capacity)
+        self.reset()
+        self._past = lengths.copy()
+        if length <= _CHUNK:
+            binding = _Binding(self, ids, np.zeros(batch, np.int64), lengths - 1, self._caches)
+            return binding.run()
+        # GroupQueryAttention continues a sequence by more than one token only in a batch of one.
+        return np.concatenate([self._prefill_row(ids[row : row + 1, : lengths[row]], row) for row in range(batch)])
+
+    def _prefill_row(self, ids: Array, row: int) -> Array:
+        caches = [c[row : row + 1] for c in self._caches]
+        logits = np.zeros((1, 0), np.float32)
+        for start in range(0, ids.shape[1], _CHUNK):
+            chunk = np.ascontiguousarray(ids[:, start : start + _CHUNK])
+            logits = _Binding(self, chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()
+        return logits
+
+    def step(self, ids: Array) -> Array:
+        if self._decode is None:
+            batch = len(self._past)
+            self._decode = _Binding(self, np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64), self._caches)
+        self._decode.ids[:, 0] = ids
+        logits = self._decode.run()
+        self._past += 1
+        return logits
+
+    def _reserve(self, batch: int, capacity: int) -> None:
+        """Make sure that there are caches for this many rows and tokens; existing ones are used again when they fit."""
+        if self._caches and self._caches[0].shape[0] == batch and self._caches[0].shape[2] >= capacity:
+            return
+        if self.context_length:
+            capacity = min(self.context_length, -(-capacity // 64) * 64)
+        sizes = {"batch": batch, "capacity": capacity}
+        self._caches = []  # free before allocating
+        self._caches = [np.zeros([sizes.get(d, d) for d in shape], np.float32) for shape in self._shapes]
+
+
+class _Binding:
+    """Inputs and outputs tied to memory once; :meth:`run` may be called again after changing the arrays."""
+
+    def __init__(self, decoder: OrtDecoder, ids: Array, past: Array, last: Array, caches: list[Array]) -> None:
+        from onnxruntime import OrtValue, RunOptions
+
+        session = decoder.model.session
+        self.ids, self._session, self._options = ids, session._sess, RunOptions()
+        self._last = None if decoder._last_only else np.array(last)
+        self._binding: Any = session.io_binding()
+        self._output = decoder.model.outputs[0]
+        self._binding.bind_output(self._output, "cpu")  # bound first, so that it is the first of get_outputs()
+        self._keep = [OrtValue.ortvalue_from_numpy(a) for a in caches]  # on the CPU these share the arrays' memory
+        named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past)]
+        if decoder._last_only:
+            named.append(("last", np.ascontiguousarray(last, np.int64)))
+        for name, array in named:
+            self._keep.append(value := OrtValue.ortvalue_from_numpy(array))
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in zip(decoder._names, self._keep, strict=False):
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(f"new_{name}", value)
+        self._logits: Array | None = None
+
+    def run(self) -> Array:
+        """[B, V]: the logits after each row's last token."""
+        self._session.run_with_iobinding(self._binding._iobinding, self._options)
+        if self._logits is None:  # the first run shows the shape: from now on the same memory is written
+            first = self._binding.get_outputs()[0].numpy()
+            from onnxruntime import OrtValue
+
+            self._logits = np.ascontiguousarray(first)
+            self._keep.append(value := OrtValue.ortvalue_from_numpy(self._logits))
+            self._binding.bind_ortvalue_output(self._output, value)
+        logits = self._logits
+        return logits[:, 0] if self._last is None else logits[np.arange(logits.shape[0]), self._last]
+
+
+def decoder_for(model: OrtModel) -> OrtDecoder | Recompute:
+    """A session for the model: with its KV cache when it has one, else computing the whole sequence at every step."""
+    if model.kv_cache is not None:
+        return OrtDecoder(model)
+    if model.inputs != ("input_ids",):
+        raise BackendError(f"the model takes {list(model.inputs)}: it is not a decoder over input_ids", hint="call OrtModel.run() with its inputs")
+    return Recompute(
+        lambda ids: model.run(input_ids=ids)[model.outputs[0]], engine="dyncomp-ort", threads=model.threads,
+        context_length=int(model.config.get("context_length") or 0),
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""From a graph to an ONNX model that ONNX Runtime runs well."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from dyncomp.backends.ort.attention import select_attention
+from dyncomp.backends.ort.linear import select_linears
+from dyncomp.backends.ort.moe import select_moe
+from dyncomp.backends.ort.norm import select_norms
+from dyncomp.errors import BackendError, MissingExtraError
+from dyncomp.graph import Graph
+from dyncomp.passes.fuse_norm import FuseNorm
+from dyncomp.pipeline import Context
+
+MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
+_OPSET = 20
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What lowering wrote.
+
+    Args:
+        directory: holds ``model.onnx``, ``model.onnx.data`` and ``config.json``.
+        files: their paths.
+        operators: how many nodes of each ONNX operator there are.
+        inputs, outputs: names in order.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    operators: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def lower(graph: Graph, directory: str | Path, *, progress: Progress | None = None) -> Lowered:
+    """Write ``graph`` as an ONNX model with its weights beside it.
+
+    Args:
+        graph: not changed. With a KV cache (``add-kv-cache``) or without.
+        directory: made if absent; files of an earlier lowering are replaced.
+        progress: ``progress(stage, done, total)``.
+
+    Raises:
+        BackendError: something in the graph has no ONNX form; names it.
+        MissingExtraError: onnx or onnxscript is not installed.
+    """
+    report = progress or (lambda stage, done, total: None)
+    directory = Path(directory)
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
+    report("select", 0, 3)
+    selected = select(graph)
+    report("export", 1, 3)
+    model = _export(selected)
+    from dyncomp.backends.ort.finish import finish
+
+    finish(model, graph)
+    report("write", 2, 3)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, DATA, CONFIG):
+        (directory / name).unlink(missing_ok=True)
+    onnx_ir.save(model, directory / MODEL, external_data=DATA)
+    operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
+    (directory / CONFIG).write_text(json.dumps(_config(graph, operators), indent=1) + "\n")
+    report("write", 3, 3)
+    files = tuple(directory / name for name in (MODEL, DATA, CONFIG) if (directory / name).exists())
+    return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
+
+
+def select(graph: Graph) -> Graph:
+    """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only."""
+    graph = graph.copy()
+    FuseNorm().run(graph, Context())
+    if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
+        graph.infer_shapes()
+    select_attention(graph)
+    select_moe(graph)
+    select_norms(graph)
+    select_linears(graph)
+    graph.clean()
+    return graph
+
+
+def _export(graph: Graph) -> Any:
+    """The graph as an ``onnx_ir.Model``."""
+    sizes: dict[str, int] = {}
+    for spec in graph.inputs:
+        for dim in spec.shape:
+            if isinstance(dim, str):
+                sizes.setdefault(dim, 5 + 2 * len(sizes))
+    if "capacity" in sizes:
+        sizes["capacity"] = 64  # must hold the example's tokens
+    example = tuple(torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in graph.inputs)
+    dims = {name: torch.export.Dim.DYNAMIC for name in sizes}
+    shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} or None for s in graph.inputs)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(_Positional(graph.module), example, dynamic_shapes=(shapes,), strict=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, opset_version=_OPSET, optimize=True, external_data=True,
+                input_names=[s.name for s in graph.inputs], output_names=list(graph.outputs),
+            )  # fmt: skip
+        except Exception as error:
+            raise BackendError(_explain(error), hint="export it for another backend, or report the operator named above") from error
+    assert exported is not None
+    return exported.model
+
+
+class _Positional(torch.nn.Module):
+    """The graph module behind a forward() that torch.export can bind."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = module
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.graph_module(*inputs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns and logs about what does not concern the user."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _explain(error: BaseException) -> str:
+    chain, seen = [], error
+    while seen is not None:
+        chain.append(seen)
+        seen = seen.__cause__  # type: ignore[assignment]
+    text = str(chain[-1]).strip().splitlines() or [type(error).__name__]
+    return f"the graph cannot be written as ONNX: {text[0]}"
+
+
+def _operator_name(node: Any) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
+def _config(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "name": graph.info.get("name", "model"),
+        "task": graph.info.get("task"),
+        "context_length": graph.info.get("context_length"),
+        "kv_cache": graph.info.get("kv_cache"),
+        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
+        "outputs": list(graph.outputs),
+        "operators": dict(sorted(operators.items())),
+    }

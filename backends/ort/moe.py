@@ -1,0 +1,132 @@
+"""Routed FFNs -> the MoE operator with exact gates, or one conditional branch for each expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.backends.ort import ops
+from dyncomp.graph import Graph
+from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
+
+aten = torch.ops.aten
+_ROUTED, _THRESHOLD, _TOPK = routed_ffn._opoverload, threshold_gates._opoverload, topk_gates._opoverload
+
+# (activation, gated) -> attributes of MoE. Its "gelu" is the tanh form; a gated FFN has gate and up rows interleaved.
+_OPERATOR: dict[tuple[str, bool], dict[str, Any]] = {
+    ("relu", False): {"activation_type": "relu"},
+    ("gelu_tanh", False): {"activation_type": "gelu"},
+    ("silu", False): {"activation_type": "silu"},
+    ("identity", False): {"activation_type": "identity"},
+    ("silu", True): {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
+    ("quick_gelu", True): {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.702, "activation_beta": 0.0},
+}
+_NEVER = -200.0  # a logit whose probability underflows to 0 beside any other
+
+
+def select_moe(graph: Graph) -> None:
+    """Lower every ``dyncomp.routed_ffn``, and the gates."""
+    for node in graph.nodes:
+        if node.target is not _ROUTED:
+            continue
+        gates, w_up, w_down, activation = node.args[1], node.args[2], node.args[4], node.args[5]
+        assert isinstance(gates, fx.Node)
+        gated = w_up.meta["val"].shape[1] != w_down.meta["val"].shape[2]  # type: ignore[union-attr]
+        square = w_down.meta["val"].shape[1] == w_up.meta["val"].shape[2]  # type: ignore[union-attr]
+        attributes = _OPERATOR.get((str(activation), bool(gated)))
+        if attributes is not None and square and non_negative(gates):
+            _select_operator(graph, node, attributes, bool(gated))
+        else:
+            _select_branches(graph, node, bool(gated))
+    for node in graph.nodes:
+        if node.target is _THRESHOLD:
+            node.target = threshold_plainly
+        elif node.target is _TOPK:
+            node.target = topk_plainly
+
+
+def non_negative(node: fx.Node) -> bool:
+    """Whether a node's values can be seen to be at least 0: logarithms of gates are taken."""
+    if node.target in (_THRESHOLD, _TOPK, aten.sigmoid.default, aten.softmax.int, aten.relu.default, aten._softmax.default, aten.abs.default):
+        return True
+    if node.target in (aten.mul.Tensor, aten.add.Tensor, aten.maximum.default):
+        return all(a >= 0 if isinstance(a, (int, float)) else isinstance(a, fx.Node) and non_negative(a) for a in node.args)
+    if node.target in (aten.reshape.default, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.to.dtype):
+        return isinstance(node.args[0], fx.Node) and non_negative(node.args[0])
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _select_operator(graph: Graph, node: fx.Node, attributes: dict[str, Any], gated: bool) -> None:
+    x, gates, w_up, b_up, w_down, _ = node.args
+    assert isinstance(gates, fx.Node)
+    experts = int(gates.meta["val"].shape[-1])
+    k = gates.args[1] if gates.target is _TOPK else experts
+    if gated:
+        w_up, b_up = (_interleaved(graph, w) if w is not None else None for w in (w_up, b_up))  # type: ignore[arg-type]
+    floor = f"moe_floor_{experts}"
+    graph.add_tensor(floor, torch.tensor([_NEVER] + [float("-inf")] * (experts - 1)), trainable=False)
+    graph.add_tensor("never", torch.tensor([False]), trainable=False)
+    constants = (graph.read(floor), graph.read("never"))
+    with graph.inserting(before=node) as b:
+        y = b.call(routed_operator, x, gates, w_up, b_up, w_down, *constants, k, tuple(attributes.items()))
+    node.replace_all_uses_with(y)
+    graph.module.graph.erase_node(node)
+
+
+def routed_operator(
+    x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, floor: Tensor, never: Tensor,
+    k: int, attributes: tuple[tuple[str, Any], ...],
+) -> Tensor:  # fmt: skip
+    """``MoE(x, log gates) * sum(gates)``: softmax(log g) = g / sum(g), so any gates come out exactly, and g = 0 is skipped.
+
+    The floor lets a token without experts run only the first, whose result is then multiplied by 0: with every logit at
+    minus infinity the operator would run them all.
+    """
+    tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
+    logits = torch.maximum(torch.log(weights), floor)
+    y = ops.mixture_of_experts(tokens, logits, w_up, b_up, w_down, k, dict(attributes))
+    # Up to ONNX Runtime 1.31 the operator is wrong when its result is given the memory of its input: keep x alive beyond it.
+    y = torch.where(never, tokens, y)
+    return (y * weights.sum(-1, keepdim=True)).reshape(x.shape)
+
+
+def _interleaved(graph: Graph, weight: fx.Node) -> fx.Node:
+    """[E, 2F, …] with the gate rows first -> gate and up rows in turn."""
+    name = f"{weight.target}_interleaved"
+    tensor = graph.tensor(weight).detach()
+    graph.add_tensor(name, tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous())
+    return graph.read(name)
+
+
+def _select_branches(graph: Graph, node: fx.Node, gated: bool) -> None:
+    x, gates, w_up, b_up, w_down, activation = node.args
+    up, down = (graph.tensor(w).detach() for w in (w_up, w_down))  # type: ignore[arg-type]
+    bias = graph.tensor(b_up).detach() if b_up is not None else None  # type: ignore[arg-type]
+    weights = []
+    for e in range(up.shape[0]):
+        parts = [(w_up, "up", up[e].t()), *([(b_up, "up", bias[e])] if bias is not None else []), (w_down, "down", down[e].t())]
+        for source, _, value in parts:
+            name = f"{source.target}_{e}"  # type: ignore[union-attr]
+            graph.add_tensor(name, value.contiguous())
+            weights.append(graph.read(name))
+    with graph.inserting(before=node) as b:
+        y = b.call(routed_branches, x, gates, weights, activation, gated, bias is not None, int(down.shape[1]))
+    node.replace_all_uses_with(y)
+    graph.module.graph.erase_node(node)
+
+
+def routed_branches(x: Tensor, gates: Tensor, weights: list[Tensor], activation: str, gated: bool, biased: bool, d_out: int) -> Tensor:
+    tokens, flat = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
+    y = ops.experts(tokens, flat, weights, activation, gated, biased, d_out)
+    return y.reshape(*x.shape[:-1], d_out)
+
+
+def threshold_plainly(scores: Tensor) -> Tensor:
+    return (scores > 0).to(scores.dtype)
+
+
+def topk_plainly(scores: Tensor, k: int) -> Tensor:
+    return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)

@@ -1,0 +1,102 @@
+"""ONNX Runtime's own operators as functions on tensors.
+
+Each traces to one ONNX node (``torch.onnx.ops.symbolic``). They compute zeros in PyTorch: a graph that calls them is for
+export only. ``com.microsoft`` operators are described in ONNX Runtime's ``docs/ContribOperators.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.onnx import ops
+
+MICROSOFT = "com.microsoft"
+
+
+def _one(op: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any], like: Tensor, shape: Sequence[Any]) -> Tensor:
+    return ops.symbolic(op, list(inputs), attributes, dtype=like.dtype, shape=list(shape), version=1)
+
+
+def simplified_layer_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension: [..., d] -> [..., d]."""
+    attributes = {"axis": -1, "epsilon": float(epsilon), "stash_type": 1}
+    return _one("SimplifiedLayerNormalization", [x, weight], attributes, x, x.shape)
+
+
+def skip_simplified_layer_norm(x: Tensor, skip: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(x + skip), x + skip): [B, S, d] each."""
+    result = ops.symbolic_multi_out(
+        f"{MICROSOFT}::SkipSimplifiedLayerNormalization",
+        [x, skip, weight],
+        {"epsilon": float(epsilon)},
+        dtypes=[x.dtype, torch.float32, torch.float32, x.dtype],
+        shapes=[list(x.shape), [1], [1], list(x.shape)],
+        version=1,
+    )
+    return result[0], result[3]
+
+
+def fused_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` with the weight as the model stores it: [..., d], [N, d] -> [..., N]."""
+    return _one(f"{MICROSOFT}::FusedMatMul", [x, weight], {"transB": 1, "alpha": 1.0}, x, [*x.shape[:-1], weight.shape[0]])
+
+
+def group_query_attention(
+    query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, total: Tensor,
+    cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Causal attention over a KV cache.
+
+    Args:
+        query: [B, S, H * D], or query, key and value side by side, [B, S, (H + 2 Hkv) D]: then key and value are None.
+        key, value: [B, S, Hkv * D].
+        key_cache, value_cache: [B, Hkv, C, D]; bound to the same memory as the outputs they are updated in place.
+        lengths: [B] int32, number of valid entries after this step, minus one.
+        total: [] int32, the largest of them plus one.
+        cos, sin: [P, R / 2], the rotary embedding is applied inside; or None.
+
+    Returns:
+        [B, S, H * D] and the caches.
+    """
+    head_dim, kv_heads = key_cache.shape[3], key_cache.shape[1]
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(kv_heads), "scale": float(scale)}
+    if cos is not None:
+        attributes |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+    if window:
+        attributes["local_window_size"] = window
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    result = ops.symbolic_multi_out(
+        f"{MICROSOFT}::GroupQueryAttention",
+        [query, key, value, key_cache, value_cache, lengths, total, *([cos, sin] if cos is not None else [])],
+        attributes,
+        dtypes=[query.dtype] * 3,
+        shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
+        version=1,
+    )
+    return result[0], result[1], result[2]
+
+
+def mixture_of_experts(
+    x: Tensor, logits: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, k: int, attributes: dict[str, Any]
+) -> Tensor:
+    """The ``MoE`` operator: ``sum over the k likeliest experts of softmax(logits)[e] * FFN_e(x)``; experts of probability 0 cost nothing.
+
+    Args:
+        x: [T, d]. logits: [T, E]. w_up: [E, F or 2F, d]. b_up: [E, F or 2F] or None. w_down: [E, d, F].
+        attributes: the activation.
+    """
+    return _one(f"{MICROSOFT}::MoE", [x, logits, w_up, b_up, w_down], {"k": k, "normalize_routing_weights": 0, **attributes}, x, x.shape)
+
+
+def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str, gated: bool, biased: bool, d_out: int) -> Tensor:
+    """A stand-in that :mod:`dyncomp.backends.ort.experts` expands into one branch for each expert: [T, d], [T, E] -> [T, d_out].
+
+    Args:
+        weights: for each expert up [d, F or 2F], then its bias [F or 2F] when ``biased``, then down [F, d_out].
+    """
+    attributes = {"activation": activation, "gated": int(gated), "biased": int(biased)}
+    return _one("dyncomp::RoutedFFN", [x, gates, *weights], attributes, x, [x.shape[0], d_out])

@@ -1,0 +1,122 @@
+"""Run a lowered model."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyncomp.backends.ort.lower import CONFIG, MODEL
+from dyncomp.backends.ort.providers import require_providers
+from dyncomp.errors import BackendError, ModelError, RequestError
+from dyncomp.hardware import default_threads
+
+Array = np.ndarray[Any, Any]
+
+
+class OrtModel:
+    """An ONNX Runtime session over what :func:`dyncomp.backends.ort.lower.lower` wrote.
+
+    Args:
+        directory: holds ``model.onnx``, its data and ``config.json``.
+        threads: intra-op threads; by default the cores this process may use.
+        providers: execution providers by short or full name, best first; by default the CPU.
+        pin: bind each thread to a core of its own, for measurements.
+        profile: a path prefix: ONNX Runtime then writes a profile when :meth:`end_profiling` is called.
+
+    Raises:
+        ProviderError: a provider is not in this ONNX Runtime.
+        ModelError: the directory has no lowered model, or a damaged one.
+        BackendError: ONNX Runtime cannot run the model.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, threads: int | None = None, providers: Sequence[str] | None = None, pin: bool = False,
+        profile: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        wanted = require_providers(providers)
+        import onnxruntime as ort
+
+        self.directory, self.threads = Path(directory), threads or default_threads()
+        self.config = _read_config(self.directory)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if pin and self.threads > 1:  # the calling thread is the first; cores are counted from 1
+            options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(i + 2) for i in range(self.threads - 1)))
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        try:
+            self.session = ort.InferenceSession(str(self.directory / MODEL), options, providers=wanted)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime cannot load {self.directory / MODEL}: {_first_line(error)}") from error
+        self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
+        self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
+
+    @property
+    def kv_cache(self) -> dict[str, Any] | None:
+        """Layout of the KV cache (``context_length``, ``layers`` …), or None when the model has none."""
+        return self.config.get("kv_cache")
+
+    def run(self, **inputs: Array | Tensor) -> dict[str, Array]:
+        """All outputs by name.
+
+        Raises:
+            RequestError: an input is missing, unknown, or has the wrong rank or dtype.
+        """
+        if set(inputs) != set(self.inputs):
+            raise RequestError(f"the model takes the inputs {list(self.inputs)}, got {sorted(inputs)}")
+        feeds = {s["name"]: _as_array(inputs[s["name"]], s) for s in self.config["inputs"]}
+        try:
+            return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Execution provider -> operator -> number of nodes it was given."""
+        found: dict[str, dict[str, int]] = {}
+        for part in self.session.get_provider_graph_assignment_info():
+            counts = collections.Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in part.get_nodes())
+            known = found.setdefault(part.ep_name, {})
+            for name, count in sorted(counts.items()):
+                known[name] = known.get(name, 0) + count
+        return found
+
+    def end_profiling(self) -> Path:
+        """Stop profiling; returns the file that was written."""
+        return Path(self.session.end_profiling())
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        if config["schema"] != 1:
+            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema 1", hint="update dyncomp, or export again")
+        return dict(config)
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint="export the bundle again: dyncomp export --backend ort") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint="export the bundle again: dyncomp export --backend ort") from error
+
+
+def _as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.ndim != len(spec["shape"]):
+        raise RequestError(f"the input {spec['name']!r} has shape {list(array.shape)}, it should be {spec['shape']}")
+    dtype = np.dtype(spec["dtype"])
+    if array.dtype != dtype:
+        if array.dtype.kind != dtype.kind:
+            raise RequestError(f"the input {spec['name']!r} is {array.dtype}, it should be {dtype}")
+        array = array.astype(dtype)
+    return np.ascontiguousarray(array)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,55 @@
+"""Decoding with the graph itself, in PyTorch: the reference that other backends are held to."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dyncomp.graph import Graph
+from dyncomp.runtime.session import Array, Recompute
+
+
+class TorchDecoder:
+    """A :class:`~dyncomp.runtime.session.DecoderSession` over a graph with a KV cache."""
+
+    engine, cached = "dyncomp-torch", True
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.threads = graph, torch.get_num_threads()
+        self.context_length = int(graph.info["kv_cache"]["context_length"])
+        self._last_only = any(s.name == "last" for s in graph.inputs)
+        self._specs = [s for s in graph.inputs if s.name not in ("input_ids", "past_length", "last")]
+        self.reset()
+
+    def reset(self) -> None:
+        self._past, self._caches = torch.zeros(0, dtype=torch.int64), list[torch.Tensor]()
+
+    def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
+        batch, length = ids.shape
+        sizes = {"batch": batch, "capacity": length + room}
+        self._past = torch.zeros(batch, dtype=torch.int64)
+        self._caches = [torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in self._specs]
+        return self._run(torch.as_tensor(ids), torch.as_tensor(lengths))
+
+    def step(self, ids: Array) -> Array:
+        return self._run(torch.as_tensor(ids).reshape(-1, 1), torch.ones(len(self._past), dtype=torch.int64))
+
+    def _run(self, ids: torch.Tensor, lengths: torch.Tensor) -> Array:
+        last = [lengths - 1] if self._last_only else []
+        with torch.no_grad():
+            logits, *self._caches = self.graph(ids, self._past, *last, *self._caches)
+        self._past = self._past + lengths
+        picked = logits[:, 0] if self._last_only else logits[torch.arange(len(ids)), lengths - 1]
+        return np.asarray(picked.float().numpy())
+
+
+def decoder_for(graph: Graph) -> TorchDecoder | Recompute:
+    """A session for the graph: with its KV cache when it has one, else computing the whole sequence at every step."""
+    if "kv_cache" in graph.info:
+        return TorchDecoder(graph)
+
+    def logits(ids: Array) -> Array:
+        with torch.no_grad():
+            return np.asarray(graph(torch.as_tensor(ids)).float().numpy())
+
+    return Recompute(logits, engine="dyncomp-torch", threads=torch.get_num_threads(), context_length=int(graph.info.get("context_length") or 0))

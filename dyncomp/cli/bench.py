@@ -1,0 +1,35 @@
+"""``dyncomp bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dyncomp.cli import options
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt that is timed.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@options.threads
+@options.as_json
+def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: bool) -> None:
+    """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
+    from dyncomp.bundle import open_bundle
+    from dyncomp.convert import trace_model
+    from dyncomp.deploy import dense_ort, measure
+    from dyncomp.report.progress import ProgressReporter
+    from dyncomp.report.tables import bench_table, show
+
+    opened = open_bundle(bundle)
+    artifact = opened.artifact("ort")
+    loaded = opened.dense()
+    with ProgressReporter() as progress:
+        dense = dense_ort(trace_model(loaded), loaded.fingerprint, progress)
+        entries = measure(dense, artifact, task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch)
+    if json_:
+        options.print_json({"schema": 1, "model": loaded.name, "recipe": opened.manifest.recipe, "bench": entries})
+    else:
+        show(bench_table(entries))

@@ -1,0 +1,81 @@
+"""``dyncomp run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dyncomp.cli import options
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="Text to complete; may be repeated (a batch).")
+@click.option("--input", "file", type=click.Path(path_type=Path), help="A file with one prompt a line.")
+@click.option("--chat", is_flag=True, help="Take each prompt as a user's message, through the tokenizer's chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Only the k likeliest tokens. [default: all]")
+@click.option("--stop", multiple=True, help="End before this string; may be repeated.")
+@click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
+@options.threads
+@options.seed
+@options.as_json
+def command(
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, threads: int | None, json_: bool, chat: bool, **sampling: Any
+) -> None:
+    """Complete prompts with BUNDLE; one prompt streams as it is generated.
+
+    Batches of prompts of different lengths run together; each gives what it would give alone.
+    """
+    from dyncomp.bundle import open_bundle
+    from dyncomp.deploy import open_session
+    from dyncomp.errors import RequestError
+    from dyncomp.runtime.generate import Generator
+    from dyncomp.runtime.sampling import Sampling
+
+    texts = list(prompts) + (_lines(file) if file is not None else [])
+    if not texts:
+        raise RequestError("there is nothing to complete", hint="give --prompt TEXT or --input FILE")
+    opened = open_bundle(bundle)
+    tokenizer = opened.tokenizer()
+    if tokenizer is None:
+        raise RequestError(f"{bundle} has no tokenizer: it cannot take text")
+    generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
+    if not generator.session.cached:
+        click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
+    choice = Sampling(**sampling)
+    requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
+    if len(texts) == 1 and not json_:
+        if not chat:
+            click.echo(texts[0], nl=False)
+        for piece in generator.stream(requests[0], choice):
+            click.echo(piece, nl=False)
+        click.echo()
+        return
+    completions = generator.generate(requests, choice)
+    if json_:
+        options.print_json([_as_dict(t, c) for t, c in zip(texts, completions, strict=True)])
+        return
+    for text, completion in zip(texts, completions, strict=True):
+        click.echo(f"--- {text}\n{completion.text}")
+
+
+def _as_dict(prompt: str, completion: Any) -> dict[str, Any]:
+    return {
+        "prompt": prompt, "text": completion.text, "tokens": len(completion.tokens), "finish": completion.finish,
+        "prompt_tokens": completion.prompt_tokens, "engine": completion.engine, "kv_cache": completion.cached,
+        "prefill_seconds": completion.seconds[0], "decode_seconds": completion.seconds[1],
+    }  # fmt: skip
+
+
+def _lines(file: Path) -> list[str]:
+    from dyncomp.errors import RequestError
+
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read prompts from {file}: {error}", hint="a UTF-8 text file with one prompt a line") from error

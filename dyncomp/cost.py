@@ -1,0 +1,185 @@
+"""What a graph costs: parameters and floating-point operations per token, counted from its nodes.
+
+Counted are the operations whose work is multiply-accumulates, two operations each: linear layers, matrix products,
+convolutions, attention, routed experts. Embedding look-ups, norms, softmax and other elementwise work are not, nor is what
+depends on the input's size only (position tables, masks) and is the same for every batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from dyncomp.errors import RequestError
+from dyncomp.flops import FLOPS, Sizes
+from dyncomp.graph import Graph
+from dyncomp.regions import Attention, Linear, Regions, find_linears, find_regions
+from dyncomp.regions.linear import Names
+from dyncomp.regions.partial import ShapeOnly
+
+OTHER = "other"
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class RegionCost:
+    """The share of one region.
+
+    Attributes:
+        kind: ``"ffn"``, ``"routed"`` (with its router), ``"attention"`` (with its projections), ``"head"`` or ``"other"``.
+        parameters: weights it reads; those that several regions read belong to the first.
+        active_parameters: of these, the mean number that a token uses.
+        flops_per_token: two per multiply-accumulate.
+    """
+
+    kind: str
+    parameters: int = 0
+    active_parameters: float = 0.0
+    flops_per_token: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The whole graph; see :class:`RegionCost`. ``by_region`` holds every region by name, and sums up to the totals."""
+
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    by_region: dict[str, RegionCost] = field(default_factory=dict)
+
+
+def count(
+    graph: Graph,
+    *,
+    batch: int = 1,
+    sequence: int = 512,
+    active: Mapping[str, float] | None = None,
+    regions: Regions | None = None,
+) -> Cost:
+    """Parameters and operations per token.
+
+    Args:
+        graph: dense or routed, on any device.
+        batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension. Attention costs grow with it;
+            the causal half is not taken off.
+        active: mean fraction of the experts that ran, 0 to 1, per :class:`~dyncomp.regions.RoutedFFN` name; 1 where absent.
+        regions: those of this graph, if they are at hand.
+
+    Returns:
+        Operations per token, that is per element of the first input if it holds token ids, otherwise per combination of its
+        dynamic dimensions (per image, for a vision model with a dynamic batch only).
+
+    Raises:
+        RequestError: ``active`` names no routed FFN of the graph, or is not a fraction.
+    """
+    regions = find_regions(graph) if regions is None else regions
+    active = dict(active or {})
+    unknown = sorted(set(active) - {r.name for r in regions.routed})
+    if unknown:
+        raise RequestError(f"no routed FFN is called {unknown[0]!r}", hint=f"those there are: {[r.name for r in regions.routed]}")
+    if any(not 0 <= share <= 1 for share in active.values()):
+        raise RequestError(f"active fractions lie between 0 and 1, got {active}")
+    members = _members(graph, regions)
+    fraction = {r.node: active.get(r.name, 1.0) for r in regions.routed}
+    owner = {node: name for name, member in members.items() for node in member.nodes}
+    flops = dict.fromkeys([*members, OTHER], 0.0)
+    size = Sizes(graph, batch, sequence)
+    skipped = ShapeOnly(graph)
+    for node in graph.module.graph.nodes:
+        if node.op == "call_function" and node.target in FLOPS and node not in skipped:
+            flops[owner.get(node, OTHER)] += FLOPS[node.target](node, size) * fraction.get(node, 1.0)
+    tokens = size.tokens()
+    parameters = _parameters(graph, members, {r.name: (r.w_up, r.b_up, r.w_down) for r in regions.routed}, active)
+    by_region = {
+        name: RegionCost(members[name].kind if name in members else OTHER, *parameters[name], flops[name] / tokens) for name in flops
+    }
+    return Cost(
+        sum(r.parameters for r in by_region.values()),
+        round(sum(r.active_parameters for r in by_region.values())),
+        round(sum(r.flops_per_token for r in by_region.values())),
+        by_region,
+    )
+
+
+# ---- which node and which weight belongs to which region -----------------------------------------------------------
+@dataclass(frozen=True)
+class _Member:
+    kind: str
+    nodes: set[fx.Node]
+    weights: list[str]
+
+
+def _members(graph: Graph, regions: Regions) -> dict[str, _Member]:
+    linears = find_linears(graph)
+    products = {linear.nodes[0]: linear for linear in linears.values()}
+    members: dict[str, _Member] = {}
+    names = Names()
+    for ffn in regions.ffns:
+        members[names.take(ffn.name, ffn.output)] = _Member("ffn", set(ffn.interior), _weights((*ffn.ups, ffn.down)))
+    for routed in regions.routed:
+        router = [products[n] for n in routed.router if n in products]
+        experts = [n for n in (routed.w_up, routed.b_up, routed.w_down, routed.b_down) if n is not None]
+        members[names.take(routed.name, routed.node)] = _Member("routed", {routed.node, *routed.router}, experts + _weights(router))
+    for attention in regions.attentions:
+        nodes = set(_attention_nodes(attention, products))
+        members[names.take(attention.path, attention.output)] = _Member(
+            "attention", nodes, _weights(products[n] for n in nodes if n in products)
+        )
+    if regions.head is not None:
+        members[HEAD] = _Member("head", set(regions.head.linear.nodes), _weights([regions.head.linear]))
+    return members
+
+
+def _weights(linears: Any) -> list[str]:
+    return [name for linear in linears for name in (linear.weight, linear.bias) if name is not None]
+
+
+def _attention_nodes(attention: Attention, products: Mapping[fx.Node, Linear]) -> Iterator[fx.Node]:
+    """The attention and the nearest products around it: its projections, its scores if they are written out, its output projection."""
+    yield attention.output
+    yield from (p for p in attention.projections if p is not None)
+    yield from _nearest(attention.output, lambda n: n.all_input_nodes, lambda n: n.target in FLOPS, steps=48)
+    yield from itertools.islice(_nearest(attention.output, lambda n: list(n.users), lambda n: n in products, steps=24), 1)
+
+
+def _nearest(
+    start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]], wanted: Callable[[fx.Node], bool], *, steps: int
+) -> Iterator[fx.Node]:
+    """The first wanted nodes on every way from ``start``."""
+    waiting, seen = deque([start]), {start}
+    while waiting and len(seen) < steps:
+        for node in neighbours(waiting.popleft()):
+            if node in seen or node.op != "call_function":
+                continue
+            seen.add(node)
+            if wanted(node):
+                yield node
+            else:
+                waiting.append(node)
+
+
+def _parameters(
+    graph: Graph, members: dict[str, _Member], experts: Mapping[str, tuple[str | None, ...]], active: Mapping[str, float]
+) -> dict[str, tuple[int, float]]:
+    """(all, active) parameters per region; tensors that share storage count once."""
+    region_of = {weight: name for name, member in reversed(members.items()) for weight in member.weights}
+    share: dict[str, float] = {}
+    for name, weights in experts.items():
+        for weight in weights:
+            if weight is not None:
+                share[weight] = max(share.get(weight, 0.0), active.get(name, 1.0))
+    totals = dict.fromkeys([*members, OTHER], (0, 0.0))
+    seen: set[int] = set()
+    for name, tensor in graph.constants().items():
+        key = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        if key in seen or not (isinstance(tensor, nn.Parameter) or name in region_of):
+            continue
+        seen.add(key)
+        everything, used = totals[region_of.get(name, OTHER)]
+        totals[region_of.get(name, OTHER)] = (everything + tensor.numel(), used + tensor.numel() * share.get(name, 1.0))
+    return totals

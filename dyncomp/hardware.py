@@ -1,0 +1,63 @@
+"""What this machine has: cores, vector instructions, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+_VECTOR_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Args:
+    cpu: model name.
+    architecture: ``x86_64``, ``aarch64`` …
+    cores: logical cores this process may use.
+    vector: instruction set extensions that matter to kernels, as the system names them.
+    memory_bytes: physical memory; 0 when unknown.
+    """
+
+    cpu: str
+    architecture: str
+    cores: int
+    vector: tuple[str, ...]
+    memory_bytes: int
+
+
+def detect() -> Hardware:
+    """Look at the machine; what cannot be found out is left empty, never guessed."""
+    info = _cpu_info()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return Hardware(
+        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        architecture=platform.machine(),
+        cores=default_threads(),
+        vector=tuple(f for f in _VECTOR_EXTENSIONS if f in flags),
+        memory_bytes=_memory(),
+    )
+
+
+def default_threads() -> int:
+    """Cores this process may use (its affinity mask), lowered by ``OMP_NUM_THREADS``."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(limit))) if limit.isdigit() and int(limit) else cores
+
+
+def _cpu_info() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0

@@ -1,0 +1,38 @@
+"""Mixtures of experts that a model was trained with: not taken for FFNs, but named, so that nobody wonders."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dyncomp.graph import Graph, op_name
+from dyncomp.regions.linear import NO_OPS, TRANSPOSES
+from dyncomp.regions.refusal import Refusal
+
+_PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "grouped_mm")
+
+
+def find_trained_experts(graph: Graph) -> list[Refusal]:
+    """One refusal per mixture: two or more products with weights of [experts, …, …] in one module."""
+    mixtures: dict[str, list[tuple[fx.Node, int]]] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "call_function" and any(name in op_name(node) for name in _PRODUCTS):
+            for operand in node.all_input_nodes:
+                if (experts := _matrices(graph, operand)) is not None:
+                    mixtures.setdefault(str(node.meta.get("path") or node.name), []).append((node, experts))
+    return [
+        Refusal(
+            where, "ffn", f"it is a mixture of {products[0][1]} experts already ({op_name(products[0][0])})", "nothing to do: it is sparse"
+        )
+        for where, products in mixtures.items()
+        if len(products) > 1
+    ]
+
+
+def _matrices(graph: Graph, node: fx.Node) -> int | None:
+    """How many matrices the constant of [experts, in, out] holds that ``node`` is; else None."""
+    while node.op == "call_function" and (node.target in TRANSPOSES or node.target in NO_OPS):
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op != "get_attr":
+        return None
+    tensor = graph.tensor(node)
+    return tensor.shape[0] if tensor.ndim == 3 and tensor.is_floating_point() else None

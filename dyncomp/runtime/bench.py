@@ -1,0 +1,111 @@
+"""Measure decoding and prefill of several sessions side by side, and where one spends its time."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dyncomp.runtime.session import Array, DecoderSession
+
+_BLOCK, _SETTLE = 16, 3  # steps a session runs before the next has its turn; the first of them are not counted
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A session to measure, and what the report says of it."""
+
+    session: DecoderSession
+    variant: str  # "dense" | "converted"
+    precision: str = "fp32"
+
+
+def bench(
+    variants: list[Variant], *, prompt_tokens: int = 512, context: int = 64, decode_tokens: int = 128, batch: int = 1, rounds: int = 3,
+    vocabulary: int = 1000,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Decode and prefill rates of each session.
+
+    The sessions take turns in one process: prefills one each a round, decoding in blocks of a few steps whose first are
+    not counted, so that whatever else the machine does touches all alike. Rates come from the median step, and the median prefill.
+
+    Args:
+        variants: what to measure.
+        prompt_tokens: length of the prefill that is timed.
+        context: tokens already in the cache when decoding begins.
+        decode_tokens: steps counted for each session, at least.
+        batch: sequences at a time; rates count the tokens of all.
+        rounds: prefills counted for each session, after one that is not.
+        vocabulary: prompts are random tokens below it.
+
+    Returns:
+        For each variant the keys of a ``bench`` entry in a report: ``engine``, ``variant``, ``precision``, ``threads``, ``batch``,
+        ``decode_tokens_per_s``, ``prefill_tokens_per_s``, ``prefill_tokens``.
+    """
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, vocabulary, (batch, prompt_tokens))
+    prefills: list[list[float]] = [[] for _ in variants]
+    for turn in range(rounds + 1):
+        for index, v in enumerate(variants):
+            seconds = _timed(lambda s=v.session: s.prefill(prompt, np.full(batch, prompt_tokens), 1))
+            if turn:
+                prefills[index].append(seconds)
+    blocks = -(-decode_tokens // (_BLOCK - _SETTLE))
+    start = prompt[:, : min(context, prompt_tokens)]
+    for v in variants:
+        v.session.prefill(start, np.full(batch, start.shape[1]), blocks * _BLOCK)
+    steps: list[list[float]] = [[] for _ in variants]
+    for _ in range(blocks):
+        for index, v in enumerate(variants):
+            token = random.integers(0, vocabulary, batch)
+            times = [_timed(lambda s=v.session, t=token: s.step(t)) for _ in range(_BLOCK)]
+            steps[index] += times[_SETTLE:]
+    return [
+        {
+            "engine": v.session.engine, "variant": v.variant, "precision": v.precision, "threads": v.session.threads, "batch": batch,
+            "decode_tokens_per_s": batch / statistics.median(steps[i]), "prefill_tokens_per_s": batch * prompt_tokens / statistics.median(prefills[i]),
+            "prefill_tokens": prompt_tokens,
+        }
+        for i, v in enumerate(variants)
+    ]  # fmt: skip
+
+
+def _timed(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def operator_times(profile: str | Path, *, groups: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Milliseconds in each operator type, from a profile that ONNX Runtime wrote: the sum over nodes of each node's median.
+
+    Args:
+        profile: the file; every node must have run equally often with like inputs (profile decode steps only).
+        groups: pattern over node names -> group name; nodes that match are counted there, first match first.
+    """
+    times: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(Path(profile).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            node = event["name"].removesuffix("_kernel_time")
+            times.setdefault((node, event["args"]["op_name"]), []).append(event["dur"] / 1000)
+    result: dict[str, float] = {}
+    for (node, op), durations in times.items():
+        group = next((name for pattern, name in (groups or {}).items() if re.search(pattern, node)), op)
+        result[group] = result.get(group, 0.0) + statistics.median(durations)
+    return dict(sorted(result.items(), key=lambda item: -item[1]))
+
+
+def random_steps(session: DecoderSession, *, context: int, steps: int, batch: int = 1, vocabulary: int = 1000) -> Array:
+    """Prefill ``context`` random tokens and decode ``steps``; returns the last logits [B, V]. For profiling."""
+    random = np.random.default_rng(0)
+    logits = session.prefill(random.integers(0, vocabulary, (batch, context)), np.full(batch, context), steps)
+    for _ in range(steps):
+        logits = session.step(random.integers(0, vocabulary, batch))
+    return logits

@@ -1,0 +1,83 @@
+"""Calibration statistics and the layer-by-layer sweep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from tiny import ARCHITECTURES, built, sample, trace_tiny
+
+from dyncomp.calibrate import MARKED, Calibration, calibrate, fingerprint
+from dyncomp.regions import find_regions
+from dyncomp.sweep import Sweep
+
+NAMES = [n for n in ("llama", "bert", "gpt2", "falcon") if n in ARCHITECTURES]
+
+
+def batches(name: str, count: int = 3) -> list[dict[str, torch.Tensor]]:
+    _, inputs, dims = built(name)
+    return [sample(inputs, dims, {"batch": 2, "sequence": 5 + s}, seed=s) for s in range(count)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep_gives_what_running_the_graph_gives(name: str) -> None:
+    graph = trace_tiny(name)
+    data = batches(name)
+    sweep = Sweep(graph, data)
+    for region in find_regions(graph).ffns:
+        assert [tuple(v.shape[:2]) for v in sweep.advance(region.input)] == [(2, 5), (2, 6), (2, 7)]
+    for out, batch in zip(sweep.advance(graph.output_nodes[0]), data, strict=True):
+        assert torch.equal(out, graph(**batch))
+
+
+def test_a_sweep_keeps_only_what_is_needed() -> None:
+    graph = trace_tiny("llama")
+    sweep = Sweep(graph, batches("llama"))
+    for region in find_regions(graph).ffns:
+        sweep.advance(region.input)
+        assert len(sweep._values[0]) == 2, "between two layers only the residual stream and the FFN's input live"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_are_those_of_the_hidden_activations(name: str) -> None:
+    graph = trace_tiny(name)
+    data = batches(name)
+    calibration = Calibration(data, "x")
+    ffns = find_regions(graph).ffns
+    calibrate(graph, ffns, calibration)
+    for ffn in ffns:
+        hidden = torch.cat([h.flatten(0, -2) for h in Sweep(graph, data).advance(ffn.down.input)])
+        statistics = calibration.statistics[ffn.name]
+        assert_close(statistics.mean, hidden.mean(0), rel=1e-3)
+        assert_close(statistics.square, hidden.square().mean(0), rel=1e-3)
+        assert_close(statistics.rate.sum(), torch.tensor(float(round(MARKED * ffn.d_ff))), rel=1e-5)
+
+
+def test_statistics_are_saved_reused_and_continued(tmp_path, monkeypatch) -> None:
+    graph, file = trace_tiny("llama"), tmp_path / "calibration.safetensors"
+    data = batches("llama")
+    first = Calibration(data, fingerprint("model", data))
+    calibrate(graph, find_regions(graph).ffns, first, cache=file)
+    again = Calibration(data, fingerprint("model", data))
+    monkeypatch.setattr(Sweep, "advance", None)  # nothing may be computed
+    calibrate(graph, find_regions(graph).ffns, again, cache=file)
+    for name, statistics in first.statistics.items():
+        assert torch.equal(statistics.features, again.statistics[name].features)
+    monkeypatch.undo()
+    partial = Calibration(data, fingerprint("model", data))
+    partial.statistics = {n: s for n, s in list(first.statistics.items())[:1]}
+    partial.save(file)
+    continued = Calibration(data, fingerprint("model", data))
+    calibrate(graph, find_regions(graph).ffns, continued, cache=file)
+    for name, statistics in first.statistics.items():
+        assert torch.equal(statistics.features, continued.statistics[name].features)
+
+
+def test_statistics_of_another_model_or_text_are_not_reused(tmp_path) -> None:
+    graph, file = trace_tiny("llama"), tmp_path / "calibration.safetensors"
+    data = batches("llama")
+    calibrate(graph, find_regions(graph).ffns, Calibration(data, fingerprint("model", data)), cache=file)
+    assert not Calibration(data, fingerprint("another", data)).load(file)
+    assert not Calibration(data[:2], fingerprint("model", data[:2])).load(file)
+    file.write_bytes(file.read_bytes()[:100])
+    assert not Calibration(data, fingerprint("model", data)).load(file), "a damaged cache counts as absent"

@@ -1,0 +1,119 @@
+"""The graph: text, copies, shapes, edits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from tiny import tokens, trace_tiny
+from torch import nn
+
+from dyncomp.errors import GraphError
+from dyncomp.graph import Graph, op_name
+from dyncomp.trace import trace
+
+aten = torch.ops.aten
+
+
+def linear_graph() -> Graph:
+    torch.manual_seed(0)
+    return trace(nn.Linear(4, 3), {"input": torch.randn(2, 4)}, {"input": {0: "batch"}})
+
+
+def test_text_of_llama(golden):
+    golden("llama.txt", trace_tiny("llama").text())
+
+
+def test_text_of_a_linear():
+    assert linear_graph().text().splitlines() == [
+        "graph model(input: f32[batch, 4]) -> (output):",
+        "  # (top level)",
+        "  linear: f32[batch, 3] = linear(input_1, weight, bias)",
+        "  return linear",
+    ]
+
+
+def test_copies_are_independent():
+    original = trace_tiny("llama")
+    text, names, ids = original.text(), list(original.constants()), tokens(2, 5)
+    before = original(ids)
+    copy = original.copy()
+    for name in names:
+        assert copy.tensor(name) is original.tensor(name), "tensors are shared, not copied"
+    name = "model.model.layers.0.mlp.down_proj.weight"
+    copy.add_tensor(name, torch.zeros_like(copy.tensor(name)))
+    copy.info["name"] = "changed"
+    for node in copy.nodes:
+        if op_name(node) == "silu":
+            node.target = aten.relu.default
+    copy.clean()
+    assert original.text() == text
+    assert list(original.constants()) == names
+    assert original.info["name"] == "llama"
+    assert_close(original(ids), before, rel=0)
+    assert not torch.allclose(copy(ids), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
+def test_infer_shapes_gives_the_traced_shapes(name: str):
+    graph = trace_tiny(name)
+    before = {n.name: graph.shape(n) for n in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            del node.meta["val"]
+    graph.infer_shapes()
+    after = {n.name: graph.shape(n) for n in graph.nodes}
+    assert {k: _factors(v) for k, v in after.items()} == {k: _factors(v) for k, v in before.items()}
+
+
+def _factors(shape: tuple[int | str, ...] | None) -> list[list[str]] | None:
+    """Sizes as sorted factors: ``batch*sequence`` and ``sequence*batch`` are the same."""
+    return None if shape is None else [sorted(str(size).split("*")) for size in shape]
+
+
+def test_inserting_fills_in_shape_and_path():
+    graph = linear_graph()
+    (output,) = graph.output_nodes
+    with graph.inserting(after=output, path="made.here") as builder:
+        doubled = builder.call(aten.mul.Tensor, output, 2.0)
+    output.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    graph.clean()
+    assert graph.shape(doubled) == ("batch", 3)
+    assert doubled.meta["path"] == "made.here"
+    x = torch.randn(5, 4)
+    assert_close(graph(x), 2 * nn.functional.linear(x, graph.tensor("weight"), graph.tensor("bias")), rel=1e-6)
+
+
+def test_clean_drops_what_nothing_uses():
+    graph = linear_graph()
+    graph.add_tensor("extra.weight", torch.ones(3))
+    graph.read("extra.weight")
+    graph.clean()
+    assert sorted(graph.constants()) == ["bias", "weight"]
+    with pytest.raises(GraphError, match=r"extra\.weight"):
+        graph.tensor("extra.weight")
+
+
+def test_add_tensor_replaces():
+    graph = linear_graph()
+    graph.add_tensor("bias", torch.full((3,), 7.0))
+    x = torch.zeros(2, 4)
+    assert_close(graph(x), torch.full((2, 3), 7.0), rel=0)
+    assert isinstance(graph.tensor("bias"), nn.Parameter)
+    graph.add_tensor("table", torch.ones(3), trainable=False)
+    assert not isinstance(graph.tensor("table"), nn.Parameter)
+
+
+def test_parameter_count_is_of_distinct_weights():
+    assert linear_graph().parameter_count() == 15
+    llama = trace_tiny("llama")
+    assert llama.parameter_count() == sum(t.numel() for t in llama.constants().values() if isinstance(t, nn.Parameter))
+
+
+def test_networkx_view():
+    graph = linear_graph()
+    view = graph.to_networkx()
+    assert view.nodes["linear"]["op"] == "linear"
+    assert view.nodes["linear"]["shape"] == ("batch", 3)
+    assert view.in_degree("linear") == 3
+    assert sum(data["bytes"] for _, data in view.nodes(data=True)) == 15 * 4

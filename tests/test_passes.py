@@ -1,0 +1,164 @@
+"""Each pass against the graph before it: on tiny models for breadth, before and after as readable programs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
+from dyncomp.passes.layerwise import ExpertView
+from helpers import assert_close
+from tiny import ARCHITECTURES, built, sample, trace_tiny
+
+from dyncomp.calibrate import Calibration, calibrate
+from dyncomp.errors import PassError, RequestError
+from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pipeline, relative_error
+from dyncomp.regions import find_regions, find_routed
+from dyncomp.sweep import Sweep
+
+WITH_FFN = [name for name, tiny in ARCHITECTURES.items() if tiny.ffns and not tiny.shared]
+SOME = [name for name in ("llama", "bert", "gpt2", "phi3") if name in ARCHITECTURES]
+
+
+def context(name: str, graph: Graph, batches: int = 6) -> Context:
+    _, inputs, dims = built(name)
+    sizes = {"batch": 2, "sequence": 16}
+    data = [sample(inputs, dims, sizes, seed=s) for s in range(batches)]
+    calibration = Calibration(data, "test")
+    calibrate(graph, find_regions(graph).ffns, calibration)
+    return Context(calibration, data[0], dense=graph.copy())
+
+
+@pytest.mark.parametrize("name", WITH_FFN)
+def test_with_all_experts_active_the_model_equals_the_dense_one(name: str) -> None:
+    graph = trace_tiny(name)
+    _, inputs, dims = built(name)
+    fresh = sample(inputs, dims, {"batch": 3, "sequence": 11}, seed=5)
+    expected = graph(**fresh)
+    result = Pipeline([CarveExperts(experts=4, cluster="random", keep_dense=())]).run(graph, Context())[0].result
+    assert len(result.changed) == ARCHITECTURES[name].ffns
+    assert len(find_routed(graph)) == ARCHITECTURES[name].ffns
+    assert_close(graph(**fresh), expected, rel=1e-5)
+
+
+def test_layers_that_share_weights_are_refused_by_name() -> None:
+    graph = trace_tiny("albert")
+    before = graph.text()
+    result = Pipeline([CarveExperts(experts=4, cluster="random", keep_dense=())]).run(graph, Context())[0].result
+    assert not result.changed
+    assert all("read by another layer" in r.reason for r in result.refused)
+    assert len(result.refused) == ARCHITECTURES["albert"].ffns
+    assert graph.text() == before
+
+
+@pytest.mark.parametrize("cluster", ["coactivation", "weights", "random"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_every_neuron_is_in_exactly_one_expert(cluster: str, shared: int) -> None:
+    graph = trace_tiny("llama")
+    weights = {f.name: f.weights(graph).w_up for f in find_regions(graph).ffns}
+    Pipeline([CarveExperts(experts=8, shared=shared, cluster=cluster, keep_dense=(0,))]).run(graph, context("llama", graph))
+    (region,) = find_routed(graph)
+    carved = graph.tensor(region.w_up).reshape(8, 2, -1, region.d_model).transpose(0, 1).reshape(-1, region.d_model)
+    assert torch.equal(carved.sort(0).values, weights[region.name].sort(0).values)
+
+
+def test_the_program_before_and_after_carving(golden) -> None:
+    graph = trace_tiny("llama")
+    Pipeline([CarveExperts(experts=4, cluster="random")]).run(graph, Context())
+    golden("llama_carved.txt", graph.text())
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_thresholds_give_the_active_fraction_asked_for(name: str, shared: int) -> None:
+    graph = trace_tiny(name)
+    ctx = context(name, graph)
+    Pipeline([CarveExperts(experts=16, shared=shared, keep_dense=()), FitRouter(active=0.6), RefitDown()]).run(graph, ctx)
+    for region in find_routed(graph):
+        gates = []
+        for batch in ctx.calibration.batches:
+            Sweep(graph, [batch]).advance(graph.output_nodes[0], watch={region.gates: lambda _, g, seen=gates: seen.append(g)})
+        use = torch.cat([g.flatten(0, -2) for g in gates])
+        assert abs(float(use.mean()) - 0.6) < 0.02
+        assert use[:, :shared].eq(1).all()
+
+
+def test_topk_gates_open_the_same_number_for_every_token() -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph)
+    Pipeline([CarveExperts(experts=8, shared=2, keep_dense=()), FitRouter(active=0.5, gates="topk"), RefitDown()]).run(graph, ctx)
+    for region in find_routed(graph):
+        inputs = Sweep(graph, ctx.calibration.batches).advance(region.input)
+        gates = ExpertView(graph, region).gate_values(inputs[0])
+        assert gates.sum(-1).eq(4).all()
+        assert gates[..., :2].eq(1).all()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_refitting_brings_the_output_closer(name: str) -> None:
+    graph = trace_tiny(name)
+    ctx = context(name, graph, batches=24)
+    passes = [CarveExperts(experts=8, keep_dense=()), FitRouter(active=0.7)]
+    Pipeline(passes).run(graph, ctx)
+    wanted = [ctx.dense(**b) for b in ctx.calibration.batches]
+    error = lambda: sum(float((graph(**b) - w).square().mean()) for b, w in zip(ctx.calibration.batches, wanted, strict=True))  # noqa: E731
+    before = error()
+    Pipeline([RefitDown(ridge=0.02)]).run(graph, ctx)
+    assert error() < 0.9 * before
+
+
+def test_a_router_beats_a_random_choice_of_experts() -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph, batches=24)
+    Pipeline([CarveExperts(experts=8, keep_dense=()), FitRouter(active=0.5)]).run(graph, ctx)
+    fitted = relative_error(graph(**ctx.probe), ctx.dense(**ctx.probe))
+    errors = []
+    for seed in range(5):
+        shuffled = graph.copy()
+        for region in find_routed(shuffled):
+            view = ExpertView(shuffled, region)
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+            shuffled.add_tensor(view.router_weight, view.weight[order])
+            shuffled.add_tensor(view.router_bias, view.bias[order])
+        errors.append(relative_error(shuffled(**ctx.probe), ctx.dense(**ctx.probe)))
+    assert fitted < min(errors)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_static_pruning_of_nothing_changes_nothing(name: str) -> None:
+    graph = trace_tiny(name)
+    ctx = context(name, graph)
+    expected = graph(**ctx.probe)
+    Pipeline([PruneStatic(active=1.0, refit=False, keep_dense=())]).run(graph, ctx)
+    assert_close(graph(**ctx.probe), expected, rel=1e-5)
+
+
+def test_static_pruning_keeps_the_neurons_that_vary_and_the_width_asked_for() -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph)
+    name = find_regions(graph).ffns[1].name
+    weights = find_regions(graph).ffns[1].weights(graph)
+    quiet = weights.w_down.clone()
+    quiet[:, ::2] = 0  # half the neurons do not matter
+    graph.add_tensor(find_regions(graph).ffns[1].down.weight, quiet)
+    expected = graph(**ctx.probe)
+    Pipeline([PruneStatic(active=0.5, refit=False, keep_dense=(0,))]).run(graph.copy(), ctx)
+    Pipeline([PruneStatic(active=0.75, refit=False, keep_dense=(0,))]).run(graph, ctx)
+    assert {f.name: f.d_ff for f in find_regions(graph).ffns}[name] == weights.w_down.shape[1] // 2
+    assert_close(graph(**ctx.probe), expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("experts", [5, 7])
+def test_experts_that_do_not_divide_the_width_are_refused_with_those_that_do(experts: int) -> None:
+    with pytest.raises(RequestError, match=f"{experts} experts do not divide the FFN width 64.*\n.*4, 8"):
+        Pipeline([CarveExperts(experts=experts, cluster="random")]).run(trace_tiny("llama"), Context())
+
+
+def test_passes_that_need_something_say_so() -> None:
+    with pytest.raises(RequestError, match="calibration"):
+        Pipeline([CarveExperts(experts=4)]).run(trace_tiny("llama"), Context())
+    with pytest.raises(PassError, match="no routed FFN"):
+        Pipeline([FitRouter()]).run(trace_tiny("llama"), context("llama", trace_tiny("llama")))
+    graph = trace_tiny("llama")
+    with pytest.raises(RequestError, match="kept dense"):
+        Pipeline([CarveExperts(experts=4, keep_dense=(0,)), FitRouter(active=0.3)]).run(graph, context("llama", graph))

@@ -1,0 +1,76 @@
+"""A tiny Llama with a tokenizer, as a Hugging Face directory: what the command line is tried on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tiny import enliven
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_WORDS = [
+    "the",
+    "of",
+    "a",
+    "river",
+    "stone",
+    "light",
+    "under",
+    "over",
+    "quick",
+    "slow",
+    "small",
+    "great",
+    "runs",
+    "sings",
+    "falls",
+    "grows",
+    "and",
+    "while",
+    "because",
+    "old",
+    "new",
+    "door",
+    "water",
+]
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Sentences of a small made-up language, in paragraphs."""
+    pick = random.Random(seed)
+    sentences, left = [], words
+    while left > 0:
+        length = pick.randint(4, 12)
+        sentences.append(" ".join(pick.choice(_WORDS) for _ in range(length)).capitalize() + ".")
+        left -= length
+    return "\n\n\n".join(" ".join(sentences[i : i + 12]) for i in range(0, len(sentences), 12))
+
+
+def write_text(file: Path, words: int = 6000, seed: int = 0) -> Path:
+    file.write_text(prose(words, seed))
+    return file
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Two layers, 32 features, 64 hidden neurons, context 128; bytes as an alphabet, merged over :func:`prose`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([prose(2000, 7)], trainer)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    enliven(model, seed)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>").save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    return folder
