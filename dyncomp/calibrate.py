@@ -136,8 +136,7 @@ def calibrate(
     with fast_matmul():
         for position, ffn in enumerate(missing):
             accumulate = _Accumulator(ffn.d_ff)
-            axis = ffn.down.axis
-            sweep.advance(ffn.output, watch={ffn.down.input: lambda i, h, a=accumulate, x=axis: a.add(i, h.movedim(x, -1))}, tick=tick)
+            sweep.advance(ffn.output, watch={ffn.down.input: accumulate.watcher(ffn.down.axis)}, tick=tick)
             calibration.statistics[ffn.name] = accumulate.result()
             if cache is not None and (position % 8 == 7 or ffn is missing[-1]):
                 calibration.save(cache)
@@ -152,6 +151,10 @@ class _Accumulator:
         self.square = torch.zeros(neurons, dtype=torch.float64)
         self.rate = torch.zeros(neurons, dtype=torch.float64)
         self.features = torch.zeros(neurons, PROJECTION)
+
+    def watcher(self, axis: int) -> Callable[[int, Tensor], None]:
+        """For :meth:`Sweep.advance`: adds a batch's activations, whose features are on ``axis``."""
+        return lambda index, hidden: self.add(index, hidden.movedim(axis, -1))
 
     @torch.no_grad()
     def add(self, index: int, hidden: Tensor) -> None:

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import resource
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dyncomp import __version__, bundle
+from dyncomp.backends.ort.providers import require_providers
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
-from dyncomp.cost import count
 from dyncomp.errors import RequestError
-from dyncomp.evaluate import Quality, batches, evaluate, load_summary
+from dyncomp.evaluate import batches
+from dyncomp.evidence import cost_figures, measure_quality, prepare_texts, static_baseline
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
-from dyncomp.passes import PruneStatic
-from dyncomp.pipeline import Context, Pass, PassRecord, PassResult, Pipeline, Progress, no_progress
+from dyncomp.pipeline import Context, PassRecord, Pipeline, Progress, no_progress
 from dyncomp.recipe import load_recipe
 from dyncomp.regions import find_regions, find_routed, require_ffns
 from dyncomp.regions.refusal import Refusal
-from dyncomp.serialize import load_graph, save_graph
-from dyncomp.text import load_text, split, windows
-from dyncomp.trace import trace
+from dyncomp.trace import trace_model
+from dyncomp.workspace import Workspace
 
 BACKENDS = ("ort", "torch")
 
@@ -84,43 +80,8 @@ class ConvertRequest:
         if self.tokens < 512 or self.windows < 1:
             raise RequestError("too little text: --tokens must be at least 512 and --windows at least 1")
         bundle.check_destination(self.out)
-
-
-@dataclass
-class Texts:
-    """Token windows: to calibrate on, and to evaluate on by name of the text."""
-
-    calibration: Tensor
-    evaluation: dict[str, Tensor] = field(default_factory=dict)
-
-
-def window_length(loaded: LoadedModel) -> int:
-    """512 tokens for decoders, 128 for encoders (sentences), less when the model's context is shorter."""
-    return min(512 if loaded.task == "causal-lm" else 128, loaded.context_length or 1 << 30)
-
-
-def prepare_texts(request: ConvertRequest, loaded: LoadedModel) -> Texts:
-    """Load, split and tokenize the texts."""
-    if loaded.tokenizer is None:
-        raise RequestError(
-            f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
-        )
-    length = window_length(loaded)
-    calibration, held_out = split(load_text(request.calibrate), seed=request.seed)
-    texts = Texts(windows(calibration, loaded.tokenizer, length=length, tokens=request.tokens, seed=request.seed))
-    texts.evaluation["held out"] = windows(held_out, loaded.tokenizer, length=length, tokens=request.windows * length, seed=request.seed)
-    if request.other and request.other != request.calibrate:
-        other = load_text(request.other)
-        texts.evaluation["other source"] = windows(
-            other, loaded.tokenizer, length=length, tokens=request.windows * length, seed=request.seed
-        )
-    return texts
-
-
-def trace_model(loaded: LoadedModel) -> Graph:
-    """The graph of a loaded model."""
-    info = {"name": loaded.name, "task": loaded.task, "context_length": loaded.context_length}
-    return trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
+        if self.backend == "ort":  # say so now, not after minutes of work
+            require_providers(None)
 
 
 def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: Any = None) -> dict[str, Any]:
@@ -140,96 +101,48 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: A
     dense = trace_model(loaded)
     regions = find_regions(dense)
     require_ffns(regions)
+    for item in passes:
+        item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
-    texts = prepare_texts(request, loaded)
+    texts = prepare_texts(loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed)
     with bundle.disk_errors(request.out):
-        work = Workspace(request, loaded, texts, passes)
-        calibration = Calibration(batches(dense, texts.calibration), fingerprint(loaded.fingerprint, batches(dense, texts.calibration)))
+        work = Workspace(
+            request.out, [loaded.fingerprint, request.seed, [p.spec for p in passes]], [texts.calibration, *texts.evaluation.values()]
+        )
+        data = batches(dense, texts.calibration)
+        calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
         calibrate(dense, regions.ffns, calibration, cache=work.folder / "calibration.safetensors", progress=progress)
         ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
         converted, records = work.resume(dense)
         if records:
             say(f"continuing after {records[-1].spec}")
         Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
-        records = work.records
-        report = _report(request, recipe.name, loaded, dense, converted, records)
-        _evaluate(report, work, ctx, {"dense": dense, "converted": converted}, loaded.task, texts)
+        models = {"dense": dense, "converted": converted}
+
+        def quality() -> dict[str, Any]:
+            static = {"static_pruned": static_baseline(dense, converted, ctx)} if find_routed(converted) else {}
+            return measure_quality(models | static, texts.evaluation, loaded.task, progress)
+
+        report = _report(request, recipe.name, loaded, work.records)
+        report["quality"] = work.stage("quality", quality)
+        first = next(iter(report["quality"].values()))
+        report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
+        report |= cost_figures(dense, converted, report["quality"])
         folder = work.bundle_folder()
         bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
+        os.link(work.folder / "calibration.safetensors", folder / "calibration.safetensors")
         if request.backend == "ort":
-            _lower(report, request, folder, {"dense": dense, "converted": converted}, loaded, progress)
+            report |= _lower(request, folder, models, loaded, progress)
         report["seconds"] = time.perf_counter() - started
         report["cpu_seconds"] = time.process_time() - cpu_started
         report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        bundle.seal(folder, request.out, _manifest(recipe.name, loaded, records, regions.refusals))
+        bundle.seal(folder, request.out, _manifest(recipe.name, loaded, work.records, regions.refusals))
         work.remove()
     return report
 
 
-class Workspace:
-    """``OUT.part``: what an interrupted conversion has finished."""
-
-    def __init__(self, request: ConvertRequest, loaded: LoadedModel, texts: Texts, passes: list[Pass]) -> None:
-        self.folder = request.out.absolute().with_name(request.out.absolute().name + ".part")
-        self.records: list[PassRecord] = []
-        digest = hashlib.sha256(loaded.fingerprint.encode())
-        for ids in (texts.calibration, *texts.evaluation.values()):
-            digest.update(ids.numpy().tobytes())
-        digest.update(json.dumps([__version__, request.seed, [p.spec for p in passes]]).encode())
-        key, file = digest.hexdigest(), self.folder / "request"
-        if self.folder.exists() and (not file.is_file() or file.read_text() != key):
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        file.write_text(key)
-
-    def keep(self, graph: Graph, done: list[PassRecord]) -> None:
-        """Note finished passes and the graph after them."""
-        part = self.folder / "graph.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        save_graph(graph, part / "graph.json", part / "weights.safetensors")
-        (part / "records.json").write_text(json.dumps([dataclasses.asdict(r) for r in [*self.records, *done]]))
-        kept = self.folder / "graph"
-        shutil.rmtree(kept, ignore_errors=True)
-        os.replace(part, kept)
-        self.records += done
-
-    def resume(self, dense: Graph) -> tuple[Graph, list[PassRecord]]:
-        """The graph after the last finished pass and the records so far; a copy of the dense graph when there is none."""
-        done = self.folder / "graph"
-        if not (done / "records.json").is_file():
-            return dense.copy(), []
-        for item in json.loads((done / "records.json").read_text()):
-            result = item.pop("result")
-            refused = [Refusal(**r) for r in result["refused"]]
-            self.records.append(PassRecord(**item, result=PassResult(result["changed"], refused, result["facts"])))
-        return load_graph(done / "graph.json", done / "weights.safetensors"), list(self.records)
-
-    def stage(self, name: str, compute: Any) -> Any:
-        """A JSON value, computed once."""
-        file = self.folder / f"{name}.json"
-        if file.is_file():
-            return json.loads(file.read_text())
-        value = compute()
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(value))
-        os.replace(part, file)
-        return value
-
-    def bundle_folder(self) -> Path:
-        folder = self.folder / "bundle"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _report(
-    request: ConvertRequest, recipe: str, loaded: LoadedModel, dense: Graph, converted: Graph, records: list[PassRecord]
-) -> dict[str, Any]:
+def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, records: list[PassRecord]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": loaded.name,
@@ -239,72 +152,6 @@ def _report(
         "machine": {"cpus": os.cpu_count(), "threads": request.threads or torch.get_num_threads()},
         "versions": {"dyncomp": __version__} | bundle.versions(),
     }
-
-
-def _evaluate(report: dict[str, Any], work: Workspace, ctx: Context, models: dict[str, Graph], task: str, texts: Texts) -> None:
-    """Quality of the converted model and of static pruning at the same cost, beside the dense one, on every text."""
-    converted, dense = models["converted"], models["dense"]
-    routed = find_routed(converted)
-    if routed:
-        keep = float(_calibrated_share(converted))
-        dense_positions = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in {r.name for r in routed})
-        static = dense.copy()
-        Pipeline([PruneStatic(active=keep, keep_dense=dense_positions)]).run(static, ctx)
-        models = models | {"static_pruned": static}
-
-    def measure() -> dict[str, Any]:
-        return {
-            name: quality_figures(
-                evaluate(models, ids, task=task, progress=lambda _, d, t, n=name: ctx.progress(f"evaluate {n}", d, t)), converted
-            )
-            for name, ids in texts.evaluation.items()
-        }
-
-    report["quality"] = work.stage("quality", measure)
-    first = next(iter(report["quality"].values()))
-    report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
-    active = first.get("active_by_region", {})
-    cost = count(converted, active=active or None)
-    before = count(dense)
-    report |= {
-        "parameters": cost.parameters,
-        "active_parameters": cost.active_parameters,
-        "flops_per_token": cost.flops_per_token,
-        "dense": {
-            "parameters": before.parameters,
-            "active_parameters": before.active_parameters,
-            "flops_per_token": before.flops_per_token,
-        },
-    }
-
-
-def _calibrated_share(graph: Graph) -> float:
-    """Active fraction over all FFN neurons that the routers were calibrated to."""
-    routed, dense = find_routed(graph), sum(f.d_ff for f in find_regions(graph).ffns)
-    facts = graph.info.get("routing", {})
-    active = sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in routed)
-    return (active + dense) / (sum(r.d_ff for r in routed) + dense)
-
-
-def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
-    """The figures of one evaluation under the report's keys."""
-    figures: dict[str, Any] = {"windows": quality.windows, "window_tokens": quality.window_tokens}
-    if quality.nll:
-        figures["perplexity"] = {name: quality.perplexity(name) for name in quality.nll} | {
-            "windows": quality.windows, "window_tokens": quality.window_tokens}  # fmt: skip
-        figures["increase"] = {name: quality.increase(name) for name in quality.nll if name != "dense"}
-        figures["kl"], figures["agreement"] = quality.kl, quality.agreement
-    if quality.cosine:
-        figures["cosine"] = quality.cosine
-    loads = quality.load.get("converted", {})
-    if loads:
-        widths = {r.name: r.d_ff for r in find_routed(converted)}
-        dense_width = sum(f.d_ff for f in find_regions(converted).ffns)
-        figures["active_ffn"] = quality.active_ffn("converted", widths, dense_width)
-        figures["active_by_region"] = {name: use.active for name, use in loads.items()}
-        figures["load"] = load_summary(list(loads.values()))
-        figures["load_by_region"] = {name: [round(v, 4) for v in use.load.tolist()] for name, use in loads.items()}
-    return figures
 
 
 def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refusals: list[Refusal]) -> bundle.Manifest:
@@ -324,15 +171,13 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
     )
 
 
-def _lower(
-    report: dict[str, Any], request: ConvertRequest, folder: Path, models: dict[str, Graph], loaded: LoadedModel, progress: Progress
-) -> None:
+def _lower(request: ConvertRequest, folder: Path, models: dict[str, Graph], loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     """Lower the converted model, hold it against its graph, and time it beside the dense one."""
     from dyncomp.deploy import check_parity, dense_ort, lower_ort, measure
 
     artifact = folder / "artifacts" / "ort"
     lowered, refused = lower_ort(models["converted"], artifact, progress)
-    report["lowering_refused"] = [dataclasses.asdict(r) for r in refused]
-    report["parity"] = [check_parity(lowered, artifact, threads=request.threads)]
+    parity = check_parity(lowered, artifact, threads=request.threads)
     dense = dense_ort(models["dense"], loaded.fingerprint, progress)
-    report["bench"] = measure(dense, artifact, task=loaded.task, threads=request.threads)
+    bench = measure(dense, artifact, task=loaded.task, threads=request.threads)
+    return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

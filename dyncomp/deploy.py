@@ -94,7 +94,9 @@ def measure(
     tokens = max(1, min(prefill_tokens, context - 1))
     decode = max(8, min(96, (context - 64) // 2))
     variants = [Variant(session, name) for name, session in sessions.items()]
-    return bench(variants, prompt_tokens=tokens, context=min(64, tokens, context // 4), decode_tokens=decode, batch=batch)
+    vocabulary = int(models["dense"].session.get_outputs()[0].shape[-1])
+    start = min(64, tokens, context // 4)
+    return bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
 
 
 def _measure_encoders(models: dict[str, OrtModel], *, tokens: int, batch: int, rounds: int = 15) -> list[dict[str, Any]]:

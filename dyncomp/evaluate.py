@@ -132,7 +132,11 @@ def _run(graph: Graph, ids: Tensor, gates: dict[str, list[Tensor]]) -> Tensor:
     inputs: dict[str, Any] = model_inputs(graph, ids)
     if not gates:
         return graph(**inputs)
-    watch = {r.gates: lambda _, value, seen=gates[r.name]: seen.append((value != 0).flatten(0, -2)) for r in find_routed(graph)}
+
+    def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
+        return lambda _, value: seen.append((value != 0).flatten(0, -2))
+
+    watch = {r.gates: note(gates[r.name]) for r in find_routed(graph)}
     return Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch=watch)[0]
 
 

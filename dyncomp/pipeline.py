@@ -88,6 +88,9 @@ class Pass:
         if cls.name:
             Pass.registry[cls.name] = cls
 
+    def precheck(self, graph: Graph) -> None:
+        """Raise RequestError for what can be known to be wrong before any work is done on the dense ``graph``."""
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import fx
+from torch import Tensor, fx
 
 import dyncomp.ops  # noqa: F401  registers the ops a graph may name
 from dyncomp.errors import BundleError, GraphError
@@ -40,7 +40,9 @@ def save_graph(graph: Graph, graph_file: Path, tensor_file: Path) -> None:
     Raises:
         GraphError: the graph calls something that the format does not have.
     """
-    tensors, alias, by_storage = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    by_storage: dict[tuple, str] = {}
     for name, value in graph.constants().items():
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and key in by_storage:

@@ -8,7 +8,7 @@ the layers above see. Only values that a later node still needs are kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Sweep:
 
     @torch.no_grad()
     def advance(
-        self, to: fx.Node, *, watch: dict[fx.Node, Callable[[int, Tensor], None]] | None = None, tick: Callable[[], None] | None = None
+        self, to: fx.Node, *, watch: Mapping[fx.Node, Callable[[int, Tensor], None]] | None = None, tick: Callable[[], None] | None = None
     ) -> list[Tensor]:
         """Run every batch up to and including ``to``; returns its value for each batch.
 
@@ -92,7 +92,7 @@ class Sweep:
             return True
         return all(i.op == "get_attr" or i in self._static_nodes for i in node.all_input_nodes)
 
-    def _run(self, segment: list[fx.Node], index: int, watch: dict[fx.Node, Callable[[int, Tensor], None]]) -> None:
+    def _run(self, segment: list[fx.Node], index: int, watch: Mapping[fx.Node, Callable[[int, Tensor], None]]) -> None:
         values, batch = self._values[index], self._batches[index]
         static = self._static.setdefault(tuple(tuple(t.shape) for t in batch.values()), {})
         left = {node: sum(1 for u in node.users if u not in self._done) for node in [*values, *segment]}
@@ -100,7 +100,7 @@ class Sweep:
             store = static if node in self._static_nodes else values
             if node not in store:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
-                store[node] = _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator,arg-type]
+                store[node] = _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
             if node in watch:
                 watch[node](index, store[node])
             for source in node.all_input_nodes:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from dyncomp.errors import TraceError
 from dyncomp.graph import Graph, TensorSpec
+from dyncomp.models.loaded import LoadedModel
 
 aten = torch.ops.aten
 _END = 9223372036854775807
@@ -48,6 +49,12 @@ def trace(
             hint="check that the forward pass has no data-dependent Python control flow",
         ) from error
     return from_exported(program, dynamic_dims, output_name=output_name, info=info)
+
+
+def trace_model(loaded: LoadedModel) -> Graph:
+    """The graph of a loaded model."""
+    info = {"name": loaded.name, "task": loaded.task, "context_length": loaded.context_length}
+    return trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
 
 
 def from_exported(
@@ -90,7 +97,8 @@ def from_exported(
 def canonicalize(graph: Graph) -> None:
     """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``.
 
-    ``view`` becomes ``reshape``, which does not depend on strides: a rewrite need not know how its inputs lie in memory.
+    ``view`` becomes ``reshape``, which does not depend on strides, and ``add_`` becomes ``add`` where nothing else can see the
+    difference: a rewrite need not know how its inputs lie in memory.
     """
     for node in list(graph.module.graph.nodes):
         if node.op != "call_function":
@@ -102,6 +110,8 @@ def canonicalize(graph: Graph) -> None:
             graph.module.graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = aten.reshape.default
+        elif (functional := _out_of_place(node)) is not None:
+            node.target = functional
     graph.clean()
 
 
@@ -111,6 +121,7 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
+_FRESH = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.add.Tensor, aten.mul.Tensor}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _ALWAYS_IDENTITY = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.to.other}
@@ -139,6 +150,19 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         if neutral is not None and isinstance(args[1], (int, float)) and args[1] == neutral:
             return source
     return None
+
+
+def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
+    """``add`` for ``add_`` and its like, if the tensor it overwrites was made for it alone and is no view of another."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or torch.Tag.pointwise not in target.tags:
+        return None
+    name, source = target._schema.name.removeprefix("aten::"), node.args[0] if node.args else None
+    if not name.endswith("_") or not isinstance(source, fx.Node) or list(source.users) != [node] or source.op != "call_function":
+        return None
+    made_by = source.target
+    fresh = isinstance(made_by, torch._ops.OpOverload) and made_by in _FRESH
+    return getattr(getattr(aten, name[:-1], None), target._overloadname, None) if fresh else None
 
 
 def _fixed_size(size: int | torch.SymInt) -> int | None:

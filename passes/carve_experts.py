@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.clustering import balanced_kmeans, random_partition
+from dyncomp.passes.clustering import balanced_kmeans, expert_size, random_partition
 from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
@@ -53,9 +53,15 @@ class CarveExperts(Pass):
                 f"carve-experts: {self.experts} experts of which {self.shared} shared", hint="0 <= shared < experts, experts >= 2"
             )
 
+    def precheck(self, graph: Graph) -> None:
+        ffns = find_regions(graph).ffns
+        for position, ffn in enumerate(ffns):
+            if position not in kept_dense(self.keep_dense, len(ffns)):
+                expert_size(ffn.d_ff, self.experts)
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns
-        dense = {position % len(ffns) for position in self.keep_dense if -len(ffns) <= position < len(ffns)} if len(ffns) > 1 else set()
+        dense = kept_dense(self.keep_dense, len(ffns))
         result = PassResult(facts={"experts": self.experts, "kept_dense": [ffns[i].name for i in sorted(dense)]})
         for position, ffn in enumerate(ffns):
             ctx.progress("carve-experts", position + 1, len(ffns))
@@ -79,7 +85,7 @@ class CarveExperts(Pass):
         features = features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
         if not self.shared or statistics is None:
             return balanced_kmeans(features, self.experts, seed=ctx.seed)
-        size = random_partition(ffn.d_ff, self.experts).shape[1]
+        size = expert_size(ffn.d_ff, self.experts)
         order = statistics.rate.argsort(descending=True, stable=True)
         common, rest = order[: self.shared * size], order[self.shared * size :].sort().values
         routed = rest[balanced_kmeans(features[rest], self.experts - self.shared, seed=ctx.seed)]
@@ -91,6 +97,11 @@ class CarveExperts(Pass):
         if ffn.name not in statistics:
             raise RequestError(f"the calibration has no statistics for {ffn.name}", hint="calibrate this model again")
         return statistics[ffn.name]
+
+
+def kept_dense(positions: tuple[int, ...], count: int) -> set[int]:
+    """The FFNs to leave dense, as positions from the start; a model with a single FFN has none to spare."""
+    return {p % count for p in positions if -count <= p < count} if count > 1 else set()
 
 
 def carve(graph: Graph, ffn: FFN, weights: FFNWeights, partition: Tensor) -> fx.Node:

@@ -9,9 +9,24 @@ from torch import Tensor
 from dyncomp.errors import RequestError
 
 
+def expert_size(neurons: int, experts: int) -> int:
+    """Neurons of each expert.
+
+    Raises:
+        RequestError: the experts do not divide the FFN width; names numbers near it that do.
+    """
+    if experts < 1 or neurons % experts:
+        near = [e for e in range(1, neurons + 1) if neurons % e == 0]
+        best = sorted(near, key=lambda e: abs(e - experts))[:4]
+        raise RequestError(
+            f"{experts} experts do not divide the FFN width {neurons}", hint=f"use one of {', '.join(map(str, sorted(best)))} experts"
+        )
+    return neurons // experts
+
+
 def random_partition(neurons: int, experts: int, *, seed: int = 0) -> Tensor:
     """A random balanced partition: [experts, neurons / experts] neuron indices."""
-    _check(neurons, experts)
+    expert_size(neurons, experts)
     return torch.randperm(neurons, generator=torch.Generator().manual_seed(seed)).view(experts, -1).sort(1).values
 
 
@@ -28,7 +43,7 @@ def balanced_kmeans(features: Tensor, experts: int, *, seed: int = 0, iterations
         [experts, neurons / experts] neuron indices, ascending within an expert.
     """
     neurons = features.shape[0]
-    size = _check(neurons, experts)
+    size = expert_size(neurons, experts)
     generator = torch.Generator().manual_seed(seed)
     centers = _spread_centers(features, experts, generator)
     squares = features.square().sum(1, keepdim=True)
@@ -38,16 +53,6 @@ def balanced_kmeans(features: Tensor, experts: int, *, seed: int = 0, iterations
         assignment = _assign_exactly(distance, size) if step == iterations - 1 else _assign_greedily(distance, size)
         centers = torch.zeros_like(centers).index_add_(0, assignment, features) / size
     return torch.stack([(assignment == e).nonzero().squeeze(1) for e in range(experts)])
-
-
-def _check(neurons: int, experts: int) -> int:
-    if experts < 1 or neurons % experts:
-        near = [e for e in range(1, neurons + 1) if neurons % e == 0]
-        best = sorted(near, key=lambda e: abs(e - experts))[:4]
-        raise RequestError(
-            f"{experts} experts do not divide the FFN width {neurons}", hint=f"use one of {', '.join(map(str, sorted(best)))} experts"
-        )
-    return neurons // experts
 
 
 def _spread_centers(features: Tensor, experts: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.carve_experts import kept_dense
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
 
@@ -45,7 +46,7 @@ class PruneStatic(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns
-        dense = {i % len(ffns) for i in self.keep_dense if -len(ffns) <= i < len(ffns)} if len(ffns) > 1 else set()
+        dense = kept_dense(self.keep_dense, len(ffns))
         width, kept = sum(f.d_ff for f in ffns), sum(ffns[i].d_ff for i in dense)
         share = (self.active * width - kept) / max(width - kept, 1)
         if share <= 0:

@@ -51,6 +51,16 @@ def test_tied_head_is_one_weight_and_one_product():
     assert cost.by_region["head"].flops_per_token == 2 * v * d
 
 
+def test_weights_under_two_names_count_once():
+    graph = trace_tiny("gpt2")
+    before = count(graph)
+    head = find_regions(graph).head
+    assert head is not None
+    graph.add_tensor("alias.weight", graph.tensor(head.weight))
+    head.node.update_arg(1, graph.read("alias.weight"))
+    assert count(graph).parameters == before.parameters == graph.parameter_count()
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_regions_sum_up(name: str):
     graph = trace_tiny(name)

@@ -100,15 +100,17 @@ def test_weights_are_normalised():
         assert count == ffn.parameters
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "olmo2", "gpt2", "whisper_encoder"])
+@pytest.mark.parametrize("name", ["llama", "bert", "olmo2", "gpt2", "whisper_encoder", "gptj", "falcon", "gpt_neox"])
 def test_blocks_chain_the_residual_stream(name: str):
     blocks = find_regions(trace_tiny(name)).blocks
-    assert [b.kind for b in blocks] == ["attention", "ffn"] * 2
+    parallel = "parallel" in ARCHITECTURES[name].blocks
+    assert [b.kind for b in blocks] == (["parallel"] * 2 if parallel else ["attention", "ffn"] * 2)
     for block, following in pairwise(blocks):
         if name == "bert":  # post-norm: the stream is normalised after each add
             assert following.input.args[0] is block.output
         else:
             assert following.input is block.output
+    assert all(len(b.regions) == (2 if parallel else 1) for b in blocks)
     assert len({b.name for b in blocks}) == len(blocks)
 
 
@@ -130,10 +132,8 @@ def test_a_model_without_ffn_is_told_so():
     with pytest.raises(RequestError) as error:
         find_regions(trace_tiny("mamba")).require_ffns()
     assert "2 look like one and were refused" in str(error.value)
-    assert (
-        "model.backbone.layers.0.mixer and 1 more: its hidden activations are combined with the result of unsqueeze, which has another shape"
-        in str(error.value)
-    )
+    where, why = "model.backbone.layers.0.mixer and 1 more", "combined with the result of unsqueeze, which has another shape"
+    assert f"{where}: its hidden activations are {why}" in str(error.value)
     assert error.value.exit_code == 2
 
 

@@ -31,9 +31,23 @@ def test_one_token(name: str):
 
 
 def test_graphs_are_canonical():
-    forbidden = {"view", "_unsafe_view", "contiguous", "dropout", "detach", "alias", "_assert_tensor_metadata"}
-    for name in ("llama", "gptj", "bert", "torch_encoder"):
+    forbidden = {"view", "_unsafe_view", "contiguous", "dropout", "detach", "alias", "_assert_tensor_metadata", "add_.Tensor"}
+    for name in ("llama", "gptj", "bert", "torch_encoder", "falcon"):
         assert not forbidden & {op_name(n) for n in trace_tiny(name).nodes if n.op == "call_function"}
+
+
+def test_in_place_stays_where_it_shows():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            z = y[:, :2]
+            y.add_(1)  # z sees it
+            return z + (x * 3).add_(1)[:, :2]  # nobody sees it
+
+    graph = trace(InPlace(), {"x": torch.randn(3, 4)}, {"x": {0: "batch"}})
+    x = torch.randn(5, 4)
+    assert_close(graph(x), InPlace()(x), rel=1e-6)
+    assert [op_name(n) for n in graph.nodes if op_name(n).startswith("add_")] == ["add_.Tensor"]
 
 
 def test_dropout_is_off_even_when_traced_in_training_mode():

@@ -1,4 +1,4 @@
-"""The last steps on the ONNX model: names of dimensions, unused outputs, expert branches."""
+"""The last steps on the ONNX model: names, unused outputs, expert branches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from dyncomp.backends.ort.experts import expand_experts
 from dyncomp.graph import Graph
+
+_PREFIX = "graph_module."  # what the export puts before the name of every tensor
 
 
 def finish(model: Any, graph: Graph) -> None:
@@ -17,6 +19,9 @@ def finish(model: Any, graph: Graph) -> None:
         value.shape = ir.Shape(list(spec.shape))
     for value, name in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = name
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(_PREFIX):
+            value.name = name.removeprefix(_PREFIX)
     expand_experts(model)
     for node in model.graph.all_nodes():
         if node.domain == "com.microsoft":
@@ -24,3 +29,19 @@ def finish(model: Any, graph: Graph) -> None:
             for output in node.outputs:  # an unused optional output costs a buffer: an empty name leaves it out
                 if not output.uses() and not output.is_graph_output():
                     output.name = ""
+    name_nodes(model)
+
+
+def name_nodes(model: Any) -> None:
+    """Name every node after the weights it reads, or those of what it computes on, as ``model.layers.0.mlp.up_proj/MatMul_12``.
+
+    For people, and for profiles by region.
+    """
+    paths: dict[Any, str] = {}
+    for index, node in enumerate(model.graph.all_nodes()):
+        weights = [v.name for v in node.inputs if v is not None and v.is_initializer() and "." in (v.name or "")]
+        inherited = [paths[v] for v in node.inputs if v in paths]
+        path = weights[-1].rpartition(".")[0] if weights else next(iter(inherited), "")
+        for output in node.outputs:
+            paths[output] = path
+        node.name = f"{path}/{node.op_type}_{index}" if path else f"{node.op_type}_{index}"

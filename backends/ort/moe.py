@@ -62,35 +62,69 @@ def non_negative(node: fx.Node) -> bool:
 def _select_operator(graph: Graph, node: fx.Node, attributes: dict[str, Any], gated: bool) -> None:
     x, gates, w_up, b_up, w_down, _ = node.args
     assert isinstance(gates, fx.Node)
+    assert isinstance(w_down, fx.Node)
     experts = int(gates.meta["val"].shape[-1])
-    k = gates.args[1] if gates.target is _TOPK else experts
     if gated:
         w_up, b_up = (_interleaved(graph, w) if w is not None else None for w in (w_up, b_up))  # type: ignore[arg-type]
-    floor = f"moe_floor_{experts}"
-    graph.add_tensor(floor, torch.tensor([_NEVER] + [float("-inf")] * (experts - 1)), trainable=False)
     graph.add_tensor("never", torch.tensor([False]), trainable=False)
-    constants = (graph.read(floor), graph.read("never"))
+    settings = (x, w_up, b_up, graph.read("never"), tuple(attributes.items()))
     with graph.inserting(before=node) as b:
-        y = b.call(routed_operator, x, gates, w_up, b_up, w_down, *constants, k, tuple(attributes.items()))
+        if gates.target is _TOPK:
+            k = int(gates.args[1])  # type: ignore[arg-type]
+            y = b.call(routed_by_topk, gates.args[0], k, _scaled(graph, w_down, k), *settings)
+        else:
+            floor = f"moe_floor_{experts}"
+            graph.add_tensor(floor, torch.tensor([_NEVER] + [float("-inf")] * (experts - 1)), trainable=False)
+            if gates.target is _THRESHOLD:
+                y = b.call(routed_by_threshold, gates.args[0], graph.read(floor), w_down, *settings)
+            else:
+                y = b.call(routed_by_gates, gates, graph.read(floor), w_down, *settings)
     node.replace_all_uses_with(y)
     graph.module.graph.erase_node(node)
 
 
-def routed_operator(
-    x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, floor: Tensor, never: Tensor,
-    k: int, attributes: tuple[tuple[str, Any], ...],
-) -> Tensor:  # fmt: skip
-    """``MoE(x, log gates) * sum(gates)``: softmax(log g) = g / sum(g), so any gates come out exactly, and g = 0 is skipped.
+# In the functions below softmax(log g) = g / sum(g): the operator's result times the sum of the gates is exact for any
+# gates, and experts with g = 0 are skipped. The floor lets a token without experts run only the first, whose result is
+# then multiplied by 0: with every logit at minus infinity the operator would run them all.
+Attributes = tuple[tuple[str, Any], ...]
 
-    The floor lets a token without experts run only the first, whose result is then multiplied by 0: with every logit at
-    minus infinity the operator would run them all.
-    """
-    tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
-    logits = torch.maximum(torch.log(weights), floor)
-    y = ops.mixture_of_experts(tokens, logits, w_up, b_up, w_down, k, dict(attributes))
+
+def routed_by_gates(
+    gates: Tensor, floor: Tensor, w_down: Tensor, x: Tensor, w_up: Tensor, b_up: Tensor | None, never: Tensor, attributes: Attributes
+) -> Tensor:
+    """For any gates that are not negative."""
+    logits = torch.maximum(torch.log(gates), floor)
+    return _operator(x, logits, w_up, b_up, w_down, never, gates.shape[-1], attributes) * gates.sum(-1, keepdim=True)
+
+
+def routed_by_threshold(
+    scores: Tensor, floor: Tensor, w_down: Tensor, x: Tensor, w_up: Tensor, b_up: Tensor | None, never: Tensor, attributes: Attributes
+) -> Tensor:
+    """For gates that are 1 where the score is positive, 0 elsewhere; spelled with few nodes, each costs as much as some arithmetic."""
+    active = scores > 0
+    logits = torch.where(active, 0.0, floor)
+    return _operator(x, logits, w_up, b_up, w_down, never, scores.shape[-1], attributes) * active.to(x.dtype).sum(-1, keepdim=True)
+
+
+def routed_by_topk(
+    scores: Tensor, k: int, w_down: Tensor, x: Tensor, w_up: Tensor, b_up: Tensor | None, never: Tensor, attributes: Attributes
+) -> Tensor:
+    """For gates that are 1 for the k best scores; their sum k is in the down-projection already."""
+    return _operator(x, torch.log(topk_plainly(scores, k)), w_up, b_up, w_down, never, k, attributes)
+
+
+def _operator(
+    x: Tensor, logits: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, never: Tensor, k: int, attributes: Attributes
+) -> Tensor:
+    y = ops.mixture_of_experts(x, logits.reshape(-1, logits.shape[-1]), w_up, b_up, w_down, k, dict(attributes))
     # Up to ONNX Runtime 1.31 the operator is wrong when its result is given the memory of its input: keep x alive beyond it.
-    y = torch.where(never, tokens, y)
-    return (y * weights.sum(-1, keepdim=True)).reshape(x.shape)
+    return torch.where(never, x, y)
+
+
+def _scaled(graph: Graph, weight: fx.Node, factor: int) -> fx.Node:
+    name = f"{weight.target}_times_{factor}"
+    graph.add_tensor(name, graph.tensor(weight).detach() * factor)
+    return graph.read(name)
 
 
 def _interleaved(graph: Graph, weight: fx.Node) -> fx.Node:
@@ -129,4 +163,4 @@ def threshold_plainly(scores: Tensor) -> Tensor:
 
 
 def topk_plainly(scores: Tensor, k: int) -> Tensor:
-    return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+    return torch.nn.functional.one_hot(scores.topk(k, dim=-1).indices, scores.shape[-1]).sum(-2).to(scores.dtype)

@@ -86,7 +86,7 @@ def mixture_of_experts(
     """The ``MoE`` operator: ``sum over the k likeliest experts of softmax(logits)[e] * FFN_e(x)``; experts of probability 0 cost nothing.
 
     Args:
-        x: [T, d]. logits: [T, E]. w_up: [E, F or 2F, d]. b_up: [E, F or 2F] or None. w_down: [E, d, F].
+        x: [T, d] or [B, S, d]. logits: [B * S, E]. w_up: [E, F or 2F, d]. b_up: [E, F or 2F] or None. w_down: [E, d, F].
         attributes: the activation.
     """
     return _one(f"{MICROSOFT}::MoE", [x, logits, w_up, b_up, w_down], {"k": k, "normalize_routing_weights": 0, **attributes}, x, x.shape)

@@ -18,10 +18,10 @@ from dyncomp.cli import options
 def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: bool) -> None:
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
-    from dyncomp.convert import trace_model
     from dyncomp.deploy import dense_ort, measure
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import bench_table, show
+    from dyncomp.trace import trace_model
 
     opened = open_bundle(bundle)
     artifact = opened.artifact("ort")

@@ -21,13 +21,13 @@ def command(bundle: Path, texts: tuple[str, ...], windows: int, seed: int, json_
     The dense model is loaded again from where the bundle says it came from, and must be the same one.
     """
     from dyncomp.bundle import open_bundle
-    from dyncomp.evaluate import evaluate_bundle
+    from dyncomp.evidence import evaluate_bundle
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import quality_table
 
     opened = open_bundle(bundle)
     with ProgressReporter() as progress:
-        quality = evaluate_bundle(opened, texts or ("news",), windows=windows, seed=seed, progress=progress)
+        quality = evaluate_bundle(opened, texts or ("news",), count=windows, seed=seed, progress=progress)
     if json_:
         options.print_json({"schema": 1, "model": opened.manifest.source.name, "recipe": opened.manifest.recipe, "quality": quality})
         return

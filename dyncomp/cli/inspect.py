@@ -29,11 +29,11 @@ def command(target: str, graph: bool, diff: bool, experts: bool, json_: bool) ->
 
 
 def _model(source: str, *, graph: bool, json_: bool) -> None:
-    from dyncomp.convert import trace_model
     from dyncomp.models import load_for_inspection
     from dyncomp.regions import find_regions
     from dyncomp.report.inspection import regions_as_dict, regions_tables
     from dyncomp.report.tables import show
+    from dyncomp.trace import trace_model
 
     traced = trace_model(load_for_inspection(source))
     if graph:
@@ -53,7 +53,7 @@ def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, json_: bool)
     if graph:
         click.echo(opened.graph().text(), nl=False)
     elif diff:
-        from dyncomp.convert import trace_model
+        from dyncomp.trace import trace_model
 
         for line in graph_diff(trace_model(opened.dense()), opened.graph()):
             click.echo(line)

@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,22 +84,37 @@ def _timed(call: Any) -> float:
 
 
 def operator_times(profile: str | Path, *, groups: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Milliseconds in each operator type, from a profile that ONNX Runtime wrote: the sum over nodes of each node's median.
+    """Milliseconds a run spends in each operator type, from a profile that ONNX Runtime wrote.
+
+    Each node counts with its median time, times the share of runs it took part in (a branch does not run always).
 
     Args:
-        profile: the file; every node must have run equally often with like inputs (profile decode steps only).
+        profile: the file; its runs must have like inputs (profile decode steps only).
         groups: pattern over node names -> group name; nodes that match are counted there, first match first.
     """
     times: dict[tuple[str, str], list[float]] = {}
-    for event in json.loads(Path(profile).read_text()):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            node = event["name"].removesuffix("_kernel_time")
-            times.setdefault((node, event["args"]["op_name"]), []).append(event["dur"] / 1000)
+    for node, op, milliseconds in _own_times(json.loads(Path(profile).read_text())):
+        times.setdefault((node, op), []).append(milliseconds)
+    runs = max(map(len, times.values()), default=1)
     result: dict[str, float] = {}
     for (node, op), durations in times.items():
         group = next((name for pattern, name in (groups or {}).items() if re.search(pattern, node)), op)
-        result[group] = result.get(group, 0.0) + statistics.median(durations)
+        result[group] = result.get(group, 0.0) + statistics.median(durations) * len(durations) / runs
     return dict(sorted(result.items(), key=lambda item: -item[1]))
+
+
+def _own_times(events: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
+    """(node, operator, ms) of each kernel call, without the calls inside it: an ``If`` contains those of its branch."""
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    open_calls: list[list[Any]] = []  # [end, event, time of the calls inside]
+    for event in [*sorted(kernels, key=lambda e: (e["ts"], -e["dur"])), None]:
+        while open_calls and (event is None or event["ts"] >= open_calls[-1][0]):
+            _, done, inside = open_calls.pop()
+            yield done["name"].removesuffix("_kernel_time"), done["args"]["op_name"], max(done["dur"] - inside, 0) / 1000
+        if event is not None:
+            if open_calls:
+                open_calls[-1][2] += event["dur"]
+            open_calls.append([event["ts"] + event["dur"], event, 0])
 
 
 def random_steps(session: DecoderSession, *, context: int, steps: int, batch: int = 1, vocabulary: int = 1000) -> Array:

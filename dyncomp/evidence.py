@@ -1,0 +1,129 @@
+"""What a conversion must show: quality beside the dense model and beside static pruning, on text it was not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dyncomp.bundle import Bundle
+from dyncomp.cost import count
+from dyncomp.errors import RequestError
+from dyncomp.evaluate import Quality, evaluate, load_summary
+from dyncomp.graph import Graph
+from dyncomp.models import LoadedModel
+from dyncomp.passes import PruneStatic
+from dyncomp.pipeline import Context, Pipeline, Progress, no_progress
+from dyncomp.regions import find_regions, find_routed
+from dyncomp.text import load_text, split, windows
+from dyncomp.trace import trace_model
+
+
+@dataclass
+class Texts:
+    """Token windows [n, length]: to calibrate on, and to evaluate on by name of the text."""
+
+    calibration: Tensor
+    evaluation: dict[str, Tensor] = field(default_factory=dict)
+
+
+def window_length(task: str, context_length: int | None) -> int:
+    """512 tokens for decoders, 128 for encoders (sentences), less when the model's context is shorter."""
+    return min(512 if task == "causal-lm" else 128, context_length or 1 << 30)
+
+
+def prepare_texts(loaded: LoadedModel, calibrate: str | None, other: str | None, *, tokens: int, count: int, seed: int) -> Texts:
+    """Load, split and tokenize the texts.
+
+    Args:
+        calibrate: text to calibrate on; a part of its documents is held out for evaluation.
+        other: text of another source to evaluate on as well, or None.
+        tokens: calibration tokens.
+        count: evaluation windows of each text.
+
+    Raises:
+        RequestError: the model has no tokenizer, or a text is unsuitable.
+    """
+    if loaded.tokenizer is None:
+        raise RequestError(
+            f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
+        )
+    length = window_length(loaded.task, loaded.context_length)
+    calibration, held_out = split(load_text(calibrate), seed=seed)
+    texts = Texts(windows(calibration, loaded.tokenizer, length=length, tokens=tokens, seed=seed))
+    texts.evaluation["held out"] = windows(held_out, loaded.tokenizer, length=length, tokens=count * length, seed=seed)
+    if other and other != calibrate:
+        texts.evaluation["other source"] = windows(load_text(other), loaded.tokenizer, length=length, tokens=count * length, seed=seed)
+    return texts
+
+
+def static_baseline(dense: Graph, converted: Graph, ctx: Context) -> Graph:
+    """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out on average."""
+    routed = {r.name for r in find_routed(converted)}
+    kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in routed)
+    static = dense.copy()
+    Pipeline([PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)]).run(static, ctx)
+    return static
+
+
+def calibrated_share(graph: Graph) -> float:
+    """Active fraction over all FFN neurons that the routers were calibrated to."""
+    routed, dense = find_routed(graph), sum(f.d_ff for f in find_regions(graph).ffns)
+    facts = graph.info.get("routing", {})
+    active = sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in routed)
+    return (active + dense) / (sum(r.d_ff for r in routed) + dense)
+
+
+def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:
+    """Every model on every text: text -> figures, under the report's keys."""
+    figures = {}
+    for name, ids in texts.items():
+
+        def tick(_: str, done: int, total: int, name: str = name) -> None:
+            progress(f"evaluate {name}", done, total)
+
+        figures[name] = quality_figures(evaluate(models, ids, task=task, progress=tick), models["converted"])
+    return figures
+
+
+def evaluate_bundle(
+    opened: Bundle, texts: Sequence[str], *, count: int = 16, seed: int = 0, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Quality of a bundle and of its dense model on the same windows of each text."""
+    loaded = opened.dense()
+    length = window_length(loaded.task, loaded.context_length)
+    if loaded.tokenizer is None:
+        raise RequestError(f"{loaded.name} came without a tokenizer: it cannot be evaluated on text")
+    ids = {text: windows(load_text(text), loaded.tokenizer, length=length, tokens=count * length, seed=seed) for text in texts}
+    return measure_quality({"dense": trace_model(loaded), "converted": opened.graph()}, ids, loaded.task, progress)
+
+
+def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
+    """The figures of one evaluation under the report's keys."""
+    figures: dict[str, Any] = {"windows": quality.windows, "window_tokens": quality.window_tokens}
+    if quality.nll:
+        figures["perplexity"] = {name: quality.perplexity(name) for name in quality.nll} | {
+            "windows": quality.windows, "window_tokens": quality.window_tokens}  # fmt: skip
+        figures["increase"] = {name: quality.increase(name) for name in quality.nll if name != "dense"}
+        figures["kl"], figures["agreement"] = quality.kl, quality.agreement
+    if quality.cosine:
+        figures["cosine"] = quality.cosine
+    loads = quality.load.get("converted", {})
+    if loads:
+        widths = {r.name: r.d_ff for r in find_routed(converted)}
+        dense_width = sum(f.d_ff for f in find_regions(converted).ffns)
+        figures["active_ffn"] = quality.active_ffn("converted", widths, dense_width)
+        figures["active_by_region"] = {name: use.active for name, use in loads.items()}
+        figures["load"] = load_summary(list(loads.values()))
+        figures["load_by_region"] = {name: [round(v, 4) for v in use.load.tolist()] for name, use in loads.items()}
+    return figures
+
+
+def cost_figures(dense: Graph, converted: Graph, quality: dict[str, Any]) -> dict[str, Any]:
+    """Parameters and FLOPs per token of both, the experts counted as they were active on the first text."""
+    active = next(iter(quality.values())).get("active_by_region")
+    cost, before = count(converted, active=active), count(dense)
+    keys = ("parameters", "active_parameters", "flops_per_token")
+    return {k: getattr(cost, k) for k in keys} | {"dense": {k: getattr(before, k) for k in keys}}

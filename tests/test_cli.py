@@ -1,0 +1,254 @@
+"""The command line as a user meets it: a tiny checkpoint through every command, and every way to ask wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from dyncomp.passes import FitRouter
+from tiny_checkpoint import write_checkpoint, write_text
+
+from dyncomp import bundle, convert, workspace
+from dyncomp.cli import cli, main
+from dyncomp.errors import DyncompError
+
+OPTIONS = ["--tokens", "4096", "--windows", "2", "--experts", "8", "--active", "75%"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Artifacts of dense models go to a folder of the test's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DYNCOMP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint ``model``, texts, and a bundle ``out`` made from them."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_checkpoint(folder / "model")
+    write_text(folder / "text.txt")
+    write_text(folder / "other.txt", words=2000, seed=3)
+    report = json.loads(run(folder, "convert", "model", "-o", "out", *OPTIONS, "--calibrate", "text.txt", "--json"))
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def run(folder, *arguments: str, code: int = 0) -> str:
+    """Standard output of a command that ends with ``code``."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner().invoke(cli, list(arguments))
+    finally:
+        os.chdir(before)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def refused(folder, *arguments: str, code: int = 2) -> str:
+    """The message of a request that is refused, as :func:`dyncomp.cli.main` prints it."""
+    command = [sys.executable, "-c", "from dyncomp.cli import main; main()", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+def test_convert_reports_everything_beside_the_dense_model(place) -> None:
+    report = json.loads((place / "report.json").read_text())
+    assert report["schema"] == 1
+    assert set(report["perplexity"]) >= {"dense", "converted", "static_pruned"}
+    assert set(report["quality"]) == {"held out", "other source"}
+    assert 0.6 < report["active_ffn"] < 0.9
+    assert report["active_parameters"] < report["dense"]["active_parameters"]
+    assert report["parity"][0]["relative_error"] <= 1e-4
+    assert [(e["engine"], e["variant"]) for e in report["bench"]] == [("dyncomp-ort", "dense"), ("dyncomp-ort", "converted")]
+    assert json.loads((place / "out" / "report.json").read_text())["perplexity"] == report["perplexity"]
+    assert not (place / "out.part").exists()
+
+
+def test_inspect_shows_what_was_rewritten(place) -> None:
+    text = run(place, "inspect", "out")
+    assert "carve-experts{experts=8 shared=2}" in text
+    assert "layers.1.mlp" in text
+    assert "kept dense" in text
+    assert "routed_ffn" in run(place, "inspect", "out", "--graph")
+    diff = run(place, "inspect", "out", "--diff")
+    assert any(line.startswith("-") and "silu" in line for line in diff.splitlines())
+    assert any(line.startswith("+") and "dyncomp.routed_ffn" in line for line in diff.splitlines())
+    assert "share of tokens" in run(place, "inspect", "out", "--experts")
+    assert json.loads(run(place, "inspect", "out", "--json"))["source"]["name"] == "model"
+
+
+def test_inspect_shows_what_a_model_has(place) -> None:
+    text = run(place, "inspect", "model")
+    assert "FFNs: 2" in text
+    assert "gated silu" in text
+    assert "scaled_dot_product_attention" in run(place, "inspect", "model", "--graph")
+    facts = json.loads(run(place, "inspect", "model", "--json"))
+    assert len(facts["ffns"]) == 2
+    assert facts["head"]["tied"] is True
+
+
+def test_run_streams_what_the_graph_generates(place) -> None:
+    prompt = "The river runs"
+    ort = run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12")
+    assert ort.startswith(prompt)
+    assert ort == run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--backend", "torch")
+    answers = json.loads(run(place, "run", "out", "--prompt", prompt, "--prompt", "A stone", "--max-tokens", "12", "--json"))
+    assert prompt + answers[0]["text"] == ort.rstrip("\n")
+    assert answers[0]["kv_cache"] is True
+    sampled = [run(place, "run", "out", "--prompt", prompt, "--temperature", "1", "--seed", s, "--max-tokens", "12") for s in "112"]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_run_takes_prompts_from_a_file(place) -> None:
+    (place / "prompts.txt").write_text("The river\n\nA slow stone\n")
+    text = run(place, "run", "out", "--input", "prompts.txt", "--max-tokens", "4")
+    assert text.count("--- ") == 2
+
+
+def test_evaluate_on_any_text(place) -> None:
+    result = json.loads(run(place, "evaluate", "out", "--text", "other.txt", "--windows", "3", "--json"))
+    figures = result["quality"]["other.txt"]
+    assert figures["windows"] == 3
+    assert figures["perplexity"]["dense"] > 1
+    assert "perplexity" in run(place, "evaluate", "out", "--text", "other.txt", "--windows", "3")
+
+
+def test_bench_beside_dense(place) -> None:
+    entries = json.loads(run(place, "bench", "out", "--json", "--threads", "1", "--prefill", "32"))["bench"]
+    assert {e["variant"] for e in entries} == {"dense", "converted"}
+    assert all(e["threads"] == 1 and e["decode_tokens_per_s"] > 0 and e["prefill_tokens"] == 32 for e in entries)
+    assert "decode tokens/s" in run(place, "bench", "out", "--prefill", "32")
+
+
+def test_with_all_experts_the_converted_model_is_the_dense_one(place) -> None:
+    (place / "all.toml").write_text('passes = "carve-experts{experts=4 keep-dense=}"\n')
+    report = json.loads(run(place, "convert", "model", "-o", "all", *OPTIONS, "--calibrate", "text.txt", "--recipe", "all.toml", "--json"))
+    assert abs(report["quality"]["held out"]["increase"]["converted"]) < 1e-5
+    assert report["quality"]["held out"]["kl"]["converted"] < 1e-6
+
+
+def test_a_flipped_byte_stops_every_command(place, tmp_path) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    file = tmp_path / "out" / "artifacts" / "ort" / "model.onnx.data"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    for command in (["inspect", "out"], ["run", "out", "--prompt", "x"], ["bench", "out"], ["evaluate", "out"]):
+        with pytest.raises(DyncompError, match=r"model.onnx.data was changed"):
+            run(tmp_path, *command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--active", "0"], "not a fraction of the FFN neurons"),
+        (["--active", "150%"], "150%"),
+        (["--active", "75"], "did you mean 75%"),
+        (["--active", "most"], "'most' is not a fraction"),
+        (["--experts", "7"], "7 experts do not divide the FFN width 64"),
+        (["--recipe", "magic"], "no recipe 'magic'"),
+        (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--calibrate", "empty.txt"], "empty"),
+        (["--calibrate", "missing.txt"], "missing.txt"),
+        (["--calibrate", "short.txt"], "less than one window"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_message(place, monkeypatch, arguments: list[str], words: str) -> None:
+    (place / "empty.txt").write_text("")
+    (place / "short.txt").write_text("The river.\n\n\nThe stone.\n\n\nThe door.")
+    command = ["convert", "model", "-o", "bad", "--tokens", "2048", "--windows", "1", "--calibrate", "text.txt", *arguments]
+    monkeypatch.chdir(place)
+    result = CliRunner().invoke(cli, command)
+    code = getattr(result.exception, "exit_code", result.exit_code)
+    assert code == 2, result.output
+    assert words in result.output + str(result.exception)
+    assert not list(place.glob("bad*"))
+
+
+def test_errors_at_the_shell_are_one_message_and_an_exit_code(place) -> None:
+    message = refused(place, "convert", "nowhere.gguf", "-o", "bad")
+    assert message.startswith("error: no such file: nowhere.gguf")
+    assert "->" in message
+    assert "No such command 'convrt'" in refused(place, "convrt")
+    assert "-o" in refused(place, "convert", "model")
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_continues(place, monkeypatch) -> None:
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    arguments = ["convert", "model", "-o", "full", *OPTIONS, "--calibrate", "text.txt", "--backend", "torch", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "save_graph", full)
+        with pytest.raises(DyncompError, match="the disk is full"):
+            run(place, *arguments)
+    assert not (place / "full").exists()
+    assert (place / "full.part").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(FitRouter, "visit", full)  # what was finished is not done again
+        run(place, *arguments)
+    assert bundle.open_bundle(place / "full").manifest.passes
+    assert not (place / "full.part").exists()
+
+
+def test_a_conversion_interrupted_and_continued_gives_the_same_bundle(place, monkeypatch) -> None:
+    arguments = ["convert", "model", "-o", "again", *OPTIONS, "--calibrate", "text.txt", "--backend", "torch", "--json"]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for owner, name in ((workspace.Workspace, "stage"), (convert, "cost_figures")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            run(place, *arguments, code=1)  # click's test runner turns the interrupt into exit code 1
+        assert not (place / "again").exists()
+    run(place, *arguments)
+    first, second = (bundle.open_bundle(place / name).graph().constants() for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_ctrl_c_at_the_shell(place) -> None:
+    command = [sys.executable, "-c", "from dyncomp.cli import main; main()", "convert", "model", "-o", "stopped", "--calibrate", "text.txt"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (place / "stopped.part").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert not (place / "stopped").exists()
+
+
+def test_only_bundles_are_overwritten(place) -> None:
+    (place / "thesis").mkdir()
+    (place / "thesis" / "chapter1.tex").write_text("years")
+    with pytest.raises(DyncompError, match="not a dyncomp bundle"):
+        run(place, "convert", "model", "-o", "thesis", "--calibrate", "text.txt")
+    assert (place / "thesis" / "chapter1.tex").read_text() == "years"
+
+
+def test_help_names_every_command() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    for name in ("convert", "inspect", "evaluate", "run", "bench"):
+        assert name in text
+        assert "Usage" in CliRunner().invoke(cli, [name, "--help"]).output
+    assert main is not None
