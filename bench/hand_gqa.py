@@ -12,16 +12,17 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 from dyncomp.backends.ort.decoder import OrtDecoder
 from dyncomp.backends.ort.lower import CONFIG, MODEL, lower
 from dyncomp.backends.ort.run import OrtModel
-from dyncomp.models import load_model
 from dyncomp.passes.add_kv_cache import AddKVCache
+from onnx import TensorProto, helper, numpy_helper
+
+from dyncomp.models import load_model
 from dyncomp.pipeline import Context
 from dyncomp.runtime.bench import Variant, bench
 from dyncomp.trace import trace
@@ -32,9 +33,10 @@ CACHES = [f"{kind}_cache_{i}" for i in range(LAYERS) for kind in ("key", "value"
 
 def build(weights: dict[str, np.ndarray], tables: tuple[np.ndarray, np.ndarray], directory: Path, config: str) -> None:
     """Write the hand-built model; inputs and outputs as the exported one has them."""
-    nodes, constants = [], {"cos": tables[0], "sin": tables[1], "one": np.array([1], np.int64)}
+    nodes: list[onnx.NodeProto] = []
+    constants = {"cos": tables[0], "sin": tables[1], "one": np.array([1], np.int64)}
 
-    def node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: object) -> str:
+    def node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, outputs, name=f"n{len(nodes)}", domain=domain, **attributes))
         return outputs[0]
 
@@ -80,7 +82,7 @@ def build(weights: dict[str, np.ndarray], tables: tuple[np.ndarray, np.ndarray],
     def value(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, shape)
 
-    cache = ["batch", KV_HEADS, "capacity", HEAD_DIM]
+    cache: list[int | str] = ["batch", KV_HEADS, "capacity", HEAD_DIM]
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "sequence"]), value("past_length", TensorProto.INT64, ["batch"]),
               value("last", TensorProto.INT64, ["batch"]), *(value(n, TensorProto.FLOAT, cache) for n in CACHES)]  # fmt: skip
     outputs = [value("logits", TensorProto.FLOAT, ["batch", 1, VOCABULARY]), *(value(f"new_{n}", TensorProto.FLOAT, cache) for n in CACHES)]

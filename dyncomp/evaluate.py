@@ -80,7 +80,7 @@ def evaluate(
     windows: Tensor,
     *,
     task: str,
-    batch: int = 2,
+    batch: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Quality:
     """Run every model on the same windows.

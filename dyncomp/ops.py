@@ -14,6 +14,8 @@ Importing this module registers them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,7 +113,8 @@ def _routed_ffn_backward(ctx, grad: Tensor):
     """The exact gradient: recomputed with every expert, because d y / d gate = FFN_e(x) also where the gate is zero,
     and that is what teaches a router about the experts it did not choose."""
     with torch.enable_grad():
-        x, gates, w_up, b_up, w_down = inputs = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        x, gates, w_up, b_up, w_down = inputs
         y = routed_ffn_reference(x, gates, w_up, b_up, w_down, ctx.activation)
         wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and t is not None]
         grads = iter(torch.autograd.grad(y, wanted, grad))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dyncomp.passes.position_tables import NotTabulated, PositionTables
+from dyncomp.passes.verify_cache import verify_cache
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph, TensorSpec
 from dyncomp.ops import cached_attention
-from dyncomp.passes.position_tables import NotTabulated, PositionTables
-from dyncomp.passes.verify_cache import verify_cache
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.partial import ShapeOnly, dominator
@@ -63,9 +63,8 @@ class AddKVCache(Pass):
             return _refused(graph, str(reason), "its positions cannot be moved: run it without a cache")
         error, where = verify_cache(graph, work)
         if where is not None:
-            return _refused(
-                graph, f"with a cache the result differs by {error:.1e} (relative), first at {where}", "something other than attention mixes tokens"
-            )
+            reason = f"with a cache the result differs by {error:.1e} (relative), first at {where}"
+            return _refused(graph, reason, "something other than attention mixes tokens: run it without a cache")
         graph.module, graph.inputs, graph.outputs, graph.info = work.module, work.inputs, work.outputs, work.info
         return PassResult(changed=[a.path for a in attentions], facts={**facts, "relative_error": error})
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from dyncomp.passes.carve_experts import kept_dense
+from dyncomp.passes.layerwise import without_first
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
 
@@ -64,34 +65,53 @@ class PruneStatic(Pass):
                     result.refused.append(Refusal(ffn.name, self.name, "its weights are read by another layer", "keep it dense"))
                     continue
                 inputs = sweep.advance(ffn.input)
-                self._prune(graph, ffn, max(1, round(share * ffn.d_ff)), inputs)
+                self._prune(graph, ffn, max(1, round(share * ffn.d_ff)), inputs, ctx)
                 result.changed.append(ffn.name)
         return result
 
-    def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor]) -> None:
+    def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor], ctx: Context) -> None:
         weights = ffn.weights(graph)
         axis = ffn.ups[0].axis
-        blocks = [x.movedim(axis, -1).reshape(-1, ffn.d_model) for x in inputs]
-        moments = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
-        for x in blocks:
-            h = _hidden(x, weights, ffn)
-            moments += torch.stack([h.sum(0), h.square().sum(0)])
-        mean, square = moments / sum(map(len, blocks))
-        score = (square - mean.square()) * weights.w_down.double().square().sum(0)
+        blocks = [without_first(x.movedim(axis, -1)).reshape(-1, ffn.d_model) for x in inputs]
+        mean, square = _moments(ffn, weights, blocks, ctx)
+        score = (square - mean.square()) * weights.w_down.square().sum(0)
         keep = score.topk(count).indices.sort().values
-        drop = torch.ones(ffn.d_ff, dtype=torch.bool).index_fill(0, keep, False)
-        down, bias = weights.w_down[:, keep], mean[drop].float() @ weights.w_down[:, drop].T
+        dropped = torch.ones(ffn.d_ff, dtype=torch.bool).index_fill(0, keep, False).nonzero().flatten()
+        order = torch.cat([keep, dropped])  # kept neurons first: both parts are then plain slices
+        weights, mean = _reorder(weights, ffn, order), mean[order]
+        down, rest = weights.w_down[:, :count], weights.w_down[:, count:]
+        bias = rest @ mean[count:]
         if self.refit:
             problem = LeastSquares(count, ffn.d_out)
             for x in blocks:
                 h = _hidden(x, weights, ffn)
-                problem.add(h[:, keep], h[:, drop] @ weights.w_down[:, drop].T)
+                problem.add(h[:, :count], h[:, count:] @ rest.T)
             delta, bias = problem.solve(self.ridge)
             down = down + delta.T
-        halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, keep]
-        biases = None if weights.b_up is None else weights.b_up.view(-1, ffn.d_ff)[:, keep]
+        halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, :count]
+        biases = None if weights.b_up is None else weights.b_up.view(-1, ffn.d_ff)[:, :count]
         total = bias if weights.b_down is None else weights.b_down + bias
         _replace(graph, ffn, halves, biases, down.contiguous(), total)
+
+
+def _reorder(weights: FFNWeights, ffn: FFN, order: Tensor) -> FFNWeights:
+    """The same FFN with its neurons in another order."""
+    w_up = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, order].flatten(0, 1)
+    b_up = None if weights.b_up is None else weights.b_up.view(-1, ffn.d_ff)[:, order].flatten()
+    return FFNWeights(w_up, b_up, weights.w_down[:, order].contiguous(), weights.b_down)
+
+
+def _moments(ffn: FFN, weights: FFNWeights, blocks: list[Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
+    """Mean and mean square of the hidden activations: from the calibration statistics, or computed where there are none."""
+    if ctx.calibration is not None and ffn.name in ctx.calibration.statistics:
+        statistics = ctx.calibration.statistics[ffn.name]
+        return statistics.mean, statistics.square
+    total = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
+    for x in blocks:
+        h = _hidden(x, weights, ffn)
+        total += torch.stack([h.sum(0), h.square().sum(0)])
+    mean, square = (total / sum(map(len, blocks))).float()
+    return mean, square
 
 
 def _hidden(x: Tensor, weights: FFNWeights, ffn: FFN) -> Tensor:

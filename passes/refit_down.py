@@ -51,15 +51,18 @@ def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
     view = layer.view
     down = view.w_down.permute(0, 2, 1).flatten(0, 1)  # [E * F, d_out]
     problem = LeastSquares(down.shape[0], view.d_out)
+    constant = view.b_down if view.b_down is not None else torch.zeros(view.d_out)
     for index, x in enumerate(layer.inputs):
         x = x.reshape(-1, view.d_model)
         h, gates = view.hidden(x), view.gate_values(x)
         active = (h * gates[..., None]).flatten(1)
-        missing = h.flatten(1) @ down - active @ down  # what the skipped experts would have added
-        if layer.wanted is not None and follow:
-            wanted = layer.wanted[index].reshape(-1, view.d_out) - active @ down - (view.b_down if view.b_down is not None else 0)
-            missing = missing.lerp(wanted, follow)
-        problem.add(active, missing)
+        blend = follow if layer.wanted is not None else 0.0
+        target = torch.zeros(len(x), view.d_out)
+        if blend < 1:
+            target += (1 - blend) * (h.flatten(1) @ down)
+        if blend > 0 and layer.wanted is not None:
+            target += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
+        problem.add(active, target - active @ down)
     delta, bias = problem.solve(ridge)
     experts = (down + delta).unflatten(0, (view.experts, -1)).transpose(1, 2).contiguous()
     graph.add_tensor(view.region.w_down, experts)

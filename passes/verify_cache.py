@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.regions.tokens import vocabulary_size
 
-aten = torch.ops.aten
 _LENGTH, _PREFILL, _SHORTER = 12, 7, 2  # tokens a row; tokens of the first chunk; how much shorter the second row is
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
@@ -40,10 +40,7 @@ def verify_cache(before: Graph, after: Graph, attempts: int = 3) -> tuple[float 
 
 
 def _tokens(graph: Graph, seed: int) -> Tensor:
-    ids = graph.placeholders[0]
-    tables = [n for n in ids.users if n.target is aten.embedding.default]
-    vocabulary = min((int(graph.tensor(n.args[0]).shape[0]) for n in tables if isinstance(n.args[0], fx.Node)), default=2)
-    return torch.randint(0, vocabulary, (2, _LENGTH), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocabulary_size(graph), (2, _LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
 def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> tuple[float, str]:
@@ -77,9 +74,7 @@ def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> t
         lengths = torch.full((2,), size)
 
 
-def _first_difference(
-    before: Graph, after: Graph, tokens: Tensor, inputs: list[Tensor], row: int, start: int, length: int
-) -> str | None:
+def _first_difference(before: Graph, after: Graph, tokens: Tensor, inputs: list[Tensor], row: int, start: int, length: int) -> str | None:
     """The first node that both graphs have and whose values differ on the given tokens of a row."""
     whole, part = _values(before, [tokens]), _values(after, inputs)
     batch, sequence = before.inputs[0].shape

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; read when torch loads
+import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; and the machine is shared
 

@@ -48,8 +48,8 @@ def test_statistics_are_those_of_the_hidden_activations(name: str) -> None:
     for ffn in ffns:
         hidden = torch.cat([h.flatten(0, -2) for h in Sweep(graph, data).advance(ffn.down.input)])
         statistics = calibration.statistics[ffn.name]
-        assert_close(statistics.mean, hidden.mean(0), rel=1e-3)
-        assert_close(statistics.square, hidden.square().mean(0), rel=1e-3)
+        assert_close(statistics.mean, hidden.mean(0), rel=1e-2)  # matrix products of statistics may run in bfloat16
+        assert_close(statistics.square, hidden.square().mean(0), rel=1e-2)
         assert_close(statistics.rate.sum(), torch.tensor(float(round(MARKED * ffn.d_ff))), rel=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_statistics_are_saved_reused_and_continued(tmp_path, monkeypatch) -> Non
         assert torch.equal(statistics.features, again.statistics[name].features)
     monkeypatch.undo()
     partial = Calibration(data, fingerprint("model", data))
-    partial.statistics = {n: s for n, s in list(first.statistics.items())[:1]}
+    partial.statistics = dict(list(first.statistics.items())[:1])
     partial.save(file)
     continued = Calibration(data, fingerprint("model", data))
     calibrate(graph, find_regions(graph).ffns, continued, cache=file)

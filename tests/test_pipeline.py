@@ -99,5 +99,5 @@ def test_records_and_dumps(tmp_path) -> None:
 
 
 def test_not_a_number_is_always_an_error() -> None:
-    with pytest.raises(PassError, match="nan|inf"):
+    with pytest.raises(PassError, match=r"nan|inf"):
         Pipeline([ScaleOutput(factor=float("nan"))]).run(trace_tiny("llama"), probe())

@@ -12,30 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _WORDS = [
-    "the",
-    "of",
-    "a",
-    "river",
-    "stone",
-    "light",
-    "under",
-    "over",
-    "quick",
-    "slow",
-    "small",
-    "great",
-    "runs",
-    "sings",
-    "falls",
-    "grows",
-    "and",
-    "while",
-    "because",
-    "old",
-    "new",
-    "door",
-    "water",
-]
+    "the", "of", "a", "river", "stone", "light", "under", "over", "quick", "slow", "small", "great",
+    "runs", "sings", "falls", "grows", "and", "while", "because", "old", "new", "door", "water",
+]  # fmt: skip
 
 
 def prose(words: int, seed: int = 0) -> str:
@@ -59,9 +38,8 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([prose(2000, 7)], trainer)
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
-from dyncomp.backends.ort import ops
 from dyncomp.graph import Builder, Graph
 from dyncomp.ops import cached_attention, rotary
 from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
@@ -61,14 +60,6 @@ def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return lengths, total
 
 
-@dataclass
-class _Operand:
-    """Query, key or value as the operator wants it: [B, S, heads * D], and the rotary node it went through."""
-
-    node: fx.Node
-    rotated: fx.Node | None
-
-
 def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[fx.Node, fx.Node]) -> None:
     query, key, value, key_cache, value_cache, past, scale, window, softcap = (*node.args, 0.0)[:9]
     heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))  # type: ignore[union-attr]
@@ -80,15 +71,16 @@ def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[f
         packed = _packed(graph, b, operands, shapes)
         tables = turned[0].args[1:3] if inside and turned[0] is not None else (None, None)
         interleaved = bool(inside and turned[0] is not None and turned[0].args[4])
+        if packed is not None:
+            operands = [packed, None, None]
         result = b.call(
-            ops.group_query_attention, *([packed, None, None] if packed is not None else operands), key_cache, value_cache, *lengths, *tables,
-            heads, scale, window, softcap, interleaved,
-        )  # fmt: skip
+            ops.group_query_attention, *operands, key_cache, value_cache, *lengths, *tables, heads, scale, window, softcap, interleaved
+        )
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
         index = user.args[1]
         if index == 0:
-            _replace_output(graph, user, flat, heads, head_dim, shapes)
+            _replace_output(graph, user, flat, heads, head_dim)
         else:
             user.replace_all_uses_with(caches[index - 1])  # type: ignore[operator]
 
@@ -169,14 +161,14 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
     return b.call(aten.linear.default, x, joined(weights), joined(biases) if biases[0] is not None else None)
 
 
-def _replace_output(graph: Graph, out: fx.Node, flat: fx.Node, heads: int, head_dim: int, shapes: ShapeOnly) -> None:
+def _replace_output(graph: Graph, out: fx.Node, flat: fx.Node, heads: int, head_dim: int) -> None:
     """Let the users of ``out`` [B, H, S, D] read ``flat`` [B, S, H * D], where a chain of views makes just that of it."""
     current = out
     for _ in range(4):
         if len(current.users) != 1:
             break
         current = next(iter(current.users))
-        if not isinstance(value := current.meta.get("val"), Tensor) or any(n is not out and n not in shapes and n.op == "placeholder" for n in current.all_input_nodes):
+        if not isinstance(value := current.meta.get("val"), Tensor):
             break
         if value.dim() == 3 and value.shape[2] == heads * head_dim:
             x = torch.randn(symbolic_shape(graph, out, _SIZES))
@@ -206,8 +198,9 @@ def rotate_plainly(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inter
 
 
 def attend_plainly(
-    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int, softcap: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``dyncomp.cached_attention`` in ATen, over the whole capacity: for head sizes GroupQueryAttention does not take."""
     batch, heads, length, _ = q.shape
     kv_heads, capacity = key_cache.shape[1], key_cache.shape[2]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from dyncomp.backends.ort.run import OrtModel
+from dyncomp.backends.recompute import Array, Recompute
+
 from dyncomp.errors import BackendError, RequestError
-from dyncomp.runtime.session import Array, Recompute
 
 _CHUNK = 512  # longest piece of a prompt computed at once: bounds the memory for attention scores
 
@@ -24,7 +24,9 @@ class OrtDecoder:
     def __init__(self, model: OrtModel) -> None:
         cache = model.kv_cache
         if cache is None:
-            raise BackendError(f"the model in {model.directory} has no KV cache", hint="use decoder_for(), which then computes the whole sequence again")
+            raise BackendError(
+                f"the model in {model.directory} has no KV cache", hint="decoder_for() then computes the whole sequence again"
+            )
         self.model, self.threads = model, model.threads
         self.context_length = int(cache["context_length"])
         self._last_only = "last" in model.inputs
@@ -123,7 +125,9 @@ def decoder_for(model: OrtModel) -> OrtDecoder | Recompute:
     if model.kv_cache is not None:
         return OrtDecoder(model)
     if model.inputs != ("input_ids",):
-        raise BackendError(f"the model takes {list(model.inputs)}: it is not a decoder over input_ids", hint="call OrtModel.run() with its inputs")
+        raise BackendError(
+            f"the model takes {list(model.inputs)}: it is no decoder over input_ids", hint="call OrtModel.run() with its inputs"
+        )
     return Recompute(
         lambda ids: model.run(input_ids=ids)[model.outputs[0]], engine="dyncomp-ort", threads=model.threads,
         context_length=int(model.config.get("context_length") or 0),

@@ -48,7 +48,8 @@ class _Expansion:
         y = self.tape.op("Expand", [self._floats(0.0), shape])
         for e, weights in enumerate(groups):
             condition = self.tape.op("Squeeze", [flags[e], self._ints([0])])
-            y = self.tape.op("If", [condition], {"then_branch": self._expert(e, y, columns[e], weights), "else_branch": self._pass_on(e, y)})
+            branches = {"then_branch": self._expert(e, y, columns[e], weights), "else_branch": self._pass_on(e, y)}
+            y = self.tape.op("If", [condition], branches)
         return y
 
     def _expert(self, e: int, y: Any, column: Any, weights: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyncomp.backends.ort.experts import expand_experts
+
 from dyncomp.graph import Graph
 
 _PREFIX = "graph_module."  # what the export puts before the name of every tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from dyncomp.backends.ort import ops
 from torch import fx
 
-from dyncomp.backends.ort import ops
 from dyncomp.graph import Graph
 
 aten = torch.ops.aten

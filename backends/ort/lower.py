@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
-
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
 from dyncomp.backends.ort.norm import select_norms
+from torch import fx
+
 from dyncomp.errors import BackendError, MissingExtraError
 from dyncomp.graph import Graph
-from dyncomp.passes.fuse_norm import FuseNorm
-from dyncomp.pipeline import Context
+from dyncomp.regions.norm import fuse_rms_norms
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 _OPSET = 20
@@ -89,7 +88,7 @@ def lower(graph: Graph, directory: str | Path, *, progress: Progress | None = No
 def select(graph: Graph) -> Graph:
     """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only."""
     graph = graph.copy()
-    FuseNorm().run(graph, Context())
+    fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
     select_attention(graph)
@@ -110,7 +109,7 @@ def _export(graph: Graph) -> Any:
     if "capacity" in sizes:
         sizes["capacity"] = 64  # must hold the example's tokens
     example = tuple(torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in graph.inputs)
-    dims = {name: torch.export.Dim.DYNAMIC for name in sizes}
+    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
     shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} or None for s in graph.inputs)
     with _quiet(), torch.no_grad():
         try:

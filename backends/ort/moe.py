@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
-from dyncomp.backends.ort import ops
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
 
@@ -23,6 +23,9 @@ _OPERATOR: dict[tuple[str, bool], dict[str, Any]] = {
     ("silu", True): {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
     ("quick_gelu", True): {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.702, "activation_beta": 0.0},
 }
+_AT_LEAST_ZERO = {
+    _THRESHOLD, _TOPK, aten.sigmoid.default, aten.softmax.int, aten._softmax.default, aten.relu.default, aten.abs.default,
+}  # fmt: skip
 _NEVER = -200.0  # a logit whose probability underflows to 0 beside any other
 
 
@@ -49,7 +52,7 @@ def select_moe(graph: Graph) -> None:
 
 def non_negative(node: fx.Node) -> bool:
     """Whether a node's values can be seen to be at least 0: logarithms of gates are taken."""
-    if node.target in (_THRESHOLD, _TOPK, aten.sigmoid.default, aten.softmax.int, aten.relu.default, aten._softmax.default, aten.abs.default):
+    if node.target in _AT_LEAST_ZERO:
         return True
     if node.target in (aten.mul.Tensor, aten.add.Tensor, aten.maximum.default):
         return all(a >= 0 if isinstance(a, (int, float)) else isinstance(a, fx.Node) and non_negative(a) for a in node.args)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 
 import torch
+from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
-from dyncomp.backends.ort import ops
 from dyncomp.graph import Graph
 
 aten = torch.ops.aten

@@ -33,7 +33,7 @@ def require_providers(names: Sequence[str] | None) -> list[str]:
     except ImportError as error:
         raise MissingExtraError("onnxruntime", needed_for="the ONNX Runtime backend", extra="ort") from error
     available = onnxruntime.get_available_providers()
-    full = {name: package for name, package in PROVIDERS.values()}
+    full = dict(PROVIDERS.values())
     chosen = []
     for name in names or ["cpu"]:
         provider = PROVIDERS[name.lower()][0] if name.lower() in PROVIDERS else name

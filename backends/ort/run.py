@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from dyncomp.backends.ort.lower import CONFIG, MODEL
 from dyncomp.backends.ort.providers import require_providers
+from torch import Tensor
+
 from dyncomp.errors import BackendError, ModelError, RequestError
 from dyncomp.hardware import default_threads
 
 Array = np.ndarray[Any, Any]
+_EXPORT = "export the bundle again: dyncomp export --backend ort"
 
 
 class OrtModel:
@@ -98,12 +99,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / CONFIG).read_text())
         if config["schema"] != 1:
-            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema 1", hint="update dyncomp, or export again")
+            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema 1", hint="update dyncomp")
         return dict(config)
     except FileNotFoundError as error:
-        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint="export the bundle again: dyncomp export --backend ort") from error
+        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint=_EXPORT) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint="export the bundle again: dyncomp export --backend ort") from error
+        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint=_EXPORT) from error
 
 
 def _as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:

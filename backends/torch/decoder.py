@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from dyncomp.backends.recompute import Array, Recompute
 
 from dyncomp.graph import Graph
-from dyncomp.runtime.session import Array, Recompute
 
 
 class TorchDecoder:
@@ -52,4 +52,5 @@ def decoder_for(graph: Graph) -> TorchDecoder | Recompute:
         with torch.no_grad():
             return np.asarray(graph(torch.as_tensor(ids)).float().numpy())
 
-    return Recompute(logits, engine="dyncomp-torch", threads=torch.get_num_threads(), context_length=int(graph.info.get("context_length") or 0))
+    context = int(graph.info.get("context_length") or 0)
+    return Recompute(logits, engine="dyncomp-torch", threads=torch.get_num_threads(), context_length=context)

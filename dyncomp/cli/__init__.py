@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -45,6 +46,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
+    # Large activations on huge pages: on virtual machines page faults cost more than the arithmetic. Read when torch loads.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

@@ -27,7 +27,6 @@ _NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.defaul
 _CROSSED = _NORMS | RESHAPES | {aten.conv1d.default, aten.conv2d.default, aten.convolution.default, aten.cat.default, aten.pad.default}
 _BUDGET = 96  # nodes; a GELU written out has 8, a gated one with casts and views 20
 _SEARCH = 16  # nodes more after a problem: a norm written out has 6
-_END = 9223372036854775807
 
 
 @dataclass

@@ -42,7 +42,8 @@ def classify_mask(additive: Callable[[int], Tensor], literals: Iterable[int], co
         context_length: the longest sequence of interest; a window not shorter than it hides nothing.
     """
     mask = _classify_one(additive(_SHORT))
-    if any(_classify_one(additive(size)) != _seen_at(mask, size) for size in (1, 3)):
+    shorter = [additive(size) for size in (1, 3)]
+    if any(_classify_one(m) != _seen_at(mask, m.shape[-1]) for m in shorter):
         return mask if mask.kind == "bias" else Mask("other")
     if mask != Mask("causal"):
         return mask
@@ -94,8 +95,11 @@ def integer_literals(graph: Graph, nodes: Iterable[fx.Node]) -> set[int]:
         if isinstance(value, (list, tuple)):
             for item in value:
                 visit(item)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer() and abs(value) < 2**31:
-            found.add(int(value))
+        elif isinstance(value, float):
+            if 0 < value < 2**31 and value.is_integer():  # a negative float is what hides a position
+                found.add(int(value))
+        elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
+            found.add(value)
 
     for node in nodes:
         if node.op == "get_attr":

@@ -19,9 +19,12 @@ aten = torch.ops.aten
 
 SHAPE_QUERIES = {
     aten.sym_size.int, aten.sym_numel.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
-    aten.new_empty.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
 }  # fmt: skip
 """Calls whose result depends on the shape and dtype of their first argument, never on its values."""
+
+
+_UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 
 
 class ShapeOnly:
@@ -36,7 +39,7 @@ class ShapeOnly:
         for node in graph.module.graph.nodes:
             if node.op == "get_attr":
                 self.nodes.add(node)
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node.target not in _UNDEFINED:
                 inputs = node.all_input_nodes
                 if node.target in SHAPE_QUERIES:
                     inputs = [n for n in inputs if n is not node.args[0]]
@@ -49,9 +52,7 @@ class ShapeOnly:
         return node in self.nodes
 
 
-def evaluate(
-    graph: Graph, targets: Sequence[fx.Node], sizes: Mapping[str, int], given: Mapping[fx.Node, Any] | None = None
-) -> list[Any]:
+def evaluate(graph: Graph, targets: Sequence[fx.Node], sizes: Mapping[str, int], given: Mapping[fx.Node, Any] | None = None) -> list[Any]:
     """The values of ``targets`` with the dynamic dimensions at ``sizes``, on the CPU.
 
     Args:

@@ -94,7 +94,7 @@ def _sequence_axis(graph: Graph, node: fx.Node) -> int | None:
 def _recognise(graph: Graph, source: fx.Node, result: fx.Node, inputs: Sequence[fx.Node]) -> Rotary | None:
     head_dim = int(source.meta["val"].shape[3])
     widths = {int(t.meta["val"].shape[-1]) for t in inputs if t.meta["val"].dim() and isinstance(t.meta["val"].shape[-1], int)}
-    candidates = sorted({w for n in widths for w in (n, 2 * n) if w % 2 == 0 and 0 < w <= head_dim}, reverse=True)
+    candidates = sorted({w for n in widths for w in (n, 2 * n) if w % 2 == 0 and 0 < w <= head_dim})
     x = torch.randn(symbolic_shape(graph, source, _SIZES), generator=torch.Generator().manual_seed(0))
     try:
         (expected,) = evaluate(graph, [result], _SIZES, {source: x})

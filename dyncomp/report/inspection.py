@@ -49,25 +49,31 @@ def regions_tables(graph: Graph, regions: Regions) -> list[Table | str]:
     """The same for people; equal neighbours share a row."""
     facts = regions_as_dict(graph, regions)
     inputs = ", ".join(map(str, graph.inputs))
+    size = f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['flops_per_token'] / 1e6:.1f} MFLOPs per token"
     items: list[Table | str] = [
-        f"{facts['model']}: {facts['task']}, {facts['parameters'] / 1e6:.1f} M parameters, {facts['flops_per_token'] / 1e6:.1f} MFLOPs per token",
+        f"{facts['model']}: {facts['task']}, {size}",
         f"graph: {len(graph.nodes)} nodes, ({inputs}) -> ({', '.join(graph.outputs)})",
     ]
-    rows = [
-        ((f"{'gated ' if f['gated'] else ''}{f['activation']}", f["layout"], f"{f['d_model']} -> {f['d_ff']}", "yes" if f["bias"] else "no",
-          f"{f['parameters'] / 1e6:.2f} M", f"{f['flops_per_token'] / 1e6:.2f} M", "shared weights" if f["shared_weights"] else ""), f["name"])
+    ffns: list[tuple[tuple[str, ...], str]] = [
+        (
+            (
+                f"{'gated ' if f['gated'] else ''}{f['activation']}", f["layout"], f"{f['d_model']} -> {f['d_ff']}",
+                "yes" if f["bias"] else "no", f"{f['parameters'] / 1e6:.2f} M", f"{f['flops_per_token'] / 1e6:.2f} M",
+                "shared weights" if f["shared_weights"] else "",
+            ),
+            f["name"],
+        )
         for f in facts["ffns"]
     ]  # fmt: skip
-    items.append(_grouped("FFNs", ("activation", "layout", "width", "bias", "parameters", "FLOPs/token", "note"), rows))
-    rows = [
+    items.append(_grouped("FFNs", ("activation", "layout", "width", "bias", "parameters", "FLOPs/token", "note"), ffns))
+    attentions: list[tuple[tuple[str, ...], str]] = [
         ((f"{a['heads']}", f"{a['kv_heads']}", f"{a['head_dim']}", a["mask"], "yes" if a["rotary"] else "no"), a["name"])
         for a in facts["attentions"]
     ]
-    items.append(_grouped("attentions", ("heads", "KV heads", "head dim", "mask", "rotary"), rows))
+    items.append(_grouped("attentions", ("heads", "KV heads", "head dim", "mask", "rotary"), attentions))
     if facts["head"]:
-        items.append(
-            f"head: {facts['head']['weight']}, {facts['head']['vocab']} tokens{', tied to the embedding' if facts['head']['tied'] else ''}"
-        )
+        tied = ", tied to the embedding" if facts["head"]["tied"] else ""
+        items.append(f"head: {facts['head']['weight']}, {facts['head']['vocab']} tokens{tied}")
     return items + _refusals(facts["refusals"])
 
 
@@ -80,7 +86,8 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
     """What was rewritten, where, with what quality, and what was refused and why."""
     manifest, report = opened.manifest, opened.report()
     items: list[Table | str] = [
-        f"{opened.path}: {manifest.source.name} ({manifest.source.kind}, {manifest.source.task}), recipe {manifest.recipe}, dyncomp {manifest.dyncomp}",
+        f"{opened.path}: {manifest.source.name} ({manifest.source.kind}, {manifest.source.task}), "
+        f"recipe {manifest.recipe}, dyncomp {manifest.dyncomp}",
     ]
     passes = table("passes", "pass", ">regions", ">error", ">s", "refused")
     for entry in manifest.passes:

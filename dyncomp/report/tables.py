@@ -108,7 +108,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         )
     if "seconds" in report:
         lines.append(
-            f"{report['seconds']:.0f} s ({report['cpu_seconds'] / 60:.1f} CPU minutes), peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
+            f"{report['seconds']:.0f} s ({report['cpu_seconds'] / 60:.1f} CPU minutes), "
+            f"peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
         )
     return lines
 

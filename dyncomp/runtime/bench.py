@@ -70,8 +70,8 @@ def bench(
     return [
         {
             "engine": v.session.engine, "variant": v.variant, "precision": v.precision, "threads": v.session.threads, "batch": batch,
-            "decode_tokens_per_s": batch / statistics.median(steps[i]), "prefill_tokens_per_s": batch * prompt_tokens / statistics.median(prefills[i]),
-            "prefill_tokens": prompt_tokens,
+            "decode_tokens_per_s": batch / statistics.median(steps[i]),
+            "prefill_tokens_per_s": batch * prompt_tokens / statistics.median(prefills[i]), "prefill_tokens": prompt_tokens,
         }
         for i, v in enumerate(variants)
     ]  # fmt: skip

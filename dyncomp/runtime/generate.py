@@ -62,7 +62,7 @@ class Generator:
         if isinstance(prompt, str):
             ids = list(self.tokenizer(prompt)["input_ids"])
         elif not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the prompt is a conversation, but the model's tokenizer has no chat template", hint="give plain text instead")
+            raise RequestError("the prompt is a conversation, but the tokenizer has no chat template", hint="give plain text instead")
         else:
             text = self.tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -70,7 +70,7 @@ class Generator:
             begin = getattr(self.tokenizer, "bos_token_id", None)
             begin = getattr(self.tokenizer, "eos_token_id", None) if begin is None else begin
             if begin is None:
-                raise RequestError("the prompt is empty, and the tokenizer has no token to begin a text with", hint="give at least one character")
+                raise RequestError("the prompt is empty, and the tokenizer has no token to begin a text with", hint="give some text")
             ids = [int(begin)]
         return ids
 

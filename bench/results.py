@@ -1,0 +1,54 @@
+"""``make bench``: measure what docs/results.md shows, and write it. Never edit that file by hand.
+
+    python -m bench.results [--out docs/results.json]
+
+Each conversion runs through the command line in a process of its own; the routed FFN is profiled beside the dense one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.ffn_profile import profile_ffn
+from dyncomp.bundle import versions
+from dyncomp.hardware import detect
+from dyncomp.report.markdown import results_markdown
+
+CONVERSIONS = [
+    ["smollm2-135m", "--active", "75%"],
+    ["smollm2-135m", "--active", "75%", "--experts", "64"],
+    ["smollm2-135m", "--active", "50%"],
+    ["minilm", "--active", "75%"],
+]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.json")
+    parser.add_argument("--only", type=int, nargs="*", help="positions of the conversions to run")
+    arguments = parser.parse_args()
+    chosen = [c for i, c in enumerate(CONVERSIONS) if arguments.only is None or i in arguments.only]
+    results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, conversion in enumerate(chosen):
+            print("dyncomp convert", *conversion, file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "dyncomp", "convert", *conversion, "-o", f"{folder}/{number}", "--json"]
+            report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for figures in report["quality"].values():
+                figures.pop("load_by_region", None)
+                figures.pop("active_by_region", None)
+            results["conversions"].append({"command": " ".join(["dyncomp convert", *conversion])} | report)
+    results["ffn"] = profile_ffn()
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(results_markdown(results))
+
+
+if __name__ == "__main__":
+    main()

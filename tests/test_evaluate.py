@@ -1,0 +1,73 @@
+"""Quality figures against their definitions, and the real models for truth."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from tiny import VOCAB, tokens, trace_tiny
+
+from dyncomp.evaluate import evaluate, load_summary, model_inputs
+from dyncomp.passes import CarveExperts
+from dyncomp.passes.layerwise import ExpertView
+from dyncomp.pipeline import Context, Pipeline
+from dyncomp.regions import find_routed
+
+
+def with_closed_experts(name: str, closed: int):
+    """A tiny model whose routers leave the first ``closed`` of 4 experts off for every token."""
+    graph = trace_tiny(name)
+    Pipeline([CarveExperts(experts=4, cluster="random", keep_dense=())]).run(graph, Context())
+    for region in find_routed(graph):
+        view = ExpertView(graph, region)
+        bias = view.bias.clone()
+        bias[:closed] = -1
+        graph.add_tensor(view.router_bias, bias)
+    return graph
+
+
+def test_perplexity_kl_and_agreement_are_what_they_are_called() -> None:
+    dense, other = trace_tiny("llama"), with_closed_experts("llama", 2)
+    windows = tokens(5, 12)
+    quality = evaluate({"converted": other, "dense": dense}, windows, task="causal-lm")
+    logits = {"dense": dense(windows), "converted": other(windows)}
+    for name, value in logits.items():
+        loss = F.cross_entropy(value[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        assert quality.perplexity(name) == pytest.approx(math.exp(loss), rel=1e-5)
+    p, q = (F.log_softmax(logits[n][:, :-1], -1) for n in ("dense", "converted"))
+    assert quality.kl["converted"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert quality.agreement["converted"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert quality.increase("dense") == 0
+
+
+def test_expert_load_counts_closed_experts() -> None:
+    graph = with_closed_experts("llama", 1)
+    quality = evaluate({"dense": trace_tiny("llama"), "converted": graph}, tokens(4, 12), task="causal-lm")
+    for use in quality.load["converted"].values():
+        assert use.load.tolist() == [0, 1, 1, 1]
+        assert use.unused == [0]
+        assert use.active == 0.75
+        assert use.none == 0
+    widths = {r.name: r.d_ff for r in find_routed(graph)}
+    assert quality.active_ffn("converted", widths, dense_width=0) == pytest.approx(0.75)
+    assert quality.active_ffn("converted", widths, dense_width=sum(widths.values())) == pytest.approx(0.875)
+    summary = load_summary(list(quality.load["converted"].values()))
+    assert summary["unused_experts"] == 2
+    assert summary["least_used"] == 0
+
+
+def test_tokens_that_no_expert_serves_are_counted() -> None:
+    graph = with_closed_experts("llama", 4)
+    quality = evaluate({"dense": trace_tiny("llama"), "converted": graph}, tokens(2, 12), task="causal-lm")
+    assert all(use.none == 1 for use in quality.load["converted"].values())
+
+
+def test_encoders_are_compared_by_the_cosine_of_their_mean() -> None:
+    dense, other = trace_tiny("bert"), with_closed_experts("bert", 2)
+    windows = tokens(6, 10, VOCAB)
+    quality = evaluate({"dense": dense, "converted": other}, windows, task="encoder", batch=4)
+    pooled = [F.normalize(g(**model_inputs(g, windows)).mean(1), dim=-1) for g in (dense, other)]
+    assert_close(torch.tensor(quality.cosine["converted"]), (pooled[0] * pooled[1]).sum(-1).mean(), rel=1e-5)
