@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/dyncomp run demo --prompt "The capital of France is" --max-tokens 32
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

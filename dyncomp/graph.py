@@ -18,6 +18,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -223,7 +224,7 @@ class Graph:
             source = ConstantSource(dim)
             symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
             symbols[dim] = env.create_symintnode(symbol, hint=hint, source=source)
-        with mode, torch.no_grad():
+        with enable_python_dispatcher(), mode, torch.no_grad():  # symbolic sizes need the Python kernels of composite ops
             values = [torch.empty([symbols.get(d, d) for d in spec.shape], dtype=spec.dtype) for spec in self.inputs]
             _ShapeInterpreter(self.module, mode).run(*values)
 

@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 from dyncomp.passes import CarveExperts
+from helpers import assert_close
 from tiny import ARCHITECTURES, built, sample, trace_tiny
 
 from dyncomp import bundle
 from dyncomp.bundle import Manifest, Source, open_bundle
-from dyncomp.errors import BundleError, DyncompError, RequestError
+from dyncomp.errors import BundleError, DyncompError, GraphError, RequestError
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.serialize import load_graph, save_graph
 
@@ -23,7 +24,7 @@ def save(graph, folder):
     return folder / "graph.json", folder / "weights.safetensors"
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"mixtral"}))
 def test_a_graph_comes_back_the_same(name: str, tmp_path) -> None:
     graph = trace_tiny(name)
     if ARCHITECTURES[name].ffns and not ARCHITECTURES[name].shared:
@@ -31,11 +32,17 @@ def test_a_graph_comes_back_the_same(name: str, tmp_path) -> None:
     again = load_graph(*save(graph, tmp_path / "g"))
     _, inputs, dims = built(name)
     fresh = sample(inputs, dims, {"batch": 3, "sequence": 11}, seed=5)
-    assert torch.equal(again(**fresh), graph(**fresh))
+    with torch.no_grad():
+        assert_close(again(**fresh), graph(**fresh), rel=1e-6)
     assert again.inputs == graph.inputs
     assert again.outputs == graph.outputs
     assert [n.name for n in again.nodes if n.op == "call_function"] == [n.name for n in graph.nodes if n.op == "call_function"]
     assert again.parameter_count() == graph.parameter_count()
+
+
+def test_a_graph_with_operators_of_others_is_not_saved(tmp_path) -> None:
+    with pytest.raises(GraphError, match="grouped_mm"):
+        save(trace_tiny("mixtral"), tmp_path / "g")
 
 
 def test_an_operator_outside_the_known_namespaces_is_not_called(tmp_path) -> None:

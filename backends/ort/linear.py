@@ -25,8 +25,8 @@ def select_linears(graph: Graph) -> None:
         if weight.op != "get_attr":
             continue
         with graph.inserting(before=node) as b:
-            if all(user.target in (aten.linear.default, aten.matmul.default) for user in weight.users):
-                y = b.call(aten.matmul.default, x, transposed(graph, weight))
+            if all(user.target is aten.linear.default for user in weight.users):
+                y = b.call(ops.matmul, x, transposed(graph, weight))
             else:
                 y = b.call(ops.fused_matmul, x, weight)
             if bias is not None:

@@ -39,6 +39,11 @@ def skip_simplified_layer_norm(x: Tensor, skip: Tensor, weight: Tensor, epsilon:
     return result[0], result[3]
 
 
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight``: [..., d], [d, N] -> [..., N]. Spares the export the many cases of ``aten.matmul``."""
+    return _one("MatMul", [x, weight], {}, x, [*x.shape[:-1], weight.shape[1]])
+
+
 def fused_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` with the weight as the model stores it: [..., d], [N, d] -> [..., N]."""
     return _one(f"{MICROSOFT}::FusedMatMul", [x, weight], {"transB": 1, "alpha": 1.0}, x, [*x.shape[:-1], weight.shape[0]])
