@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.run import OrtModel
+from dyncomp.passes.carve_experts import CarveExperts
+from dyncomp.passes.layerwise import ExpertView, set_gates
+
 from dyncomp.deploy import lower_ort
 from dyncomp.graph import Graph
 from dyncomp.models import load_model
-from dyncomp.passes.carve_experts import CarveExperts
-from dyncomp.passes.layerwise import ExpertView, set_gates
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_routed
 from dyncomp.runtime.bench import random_steps

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dyncomp.pipeline import Context, PassRecord, Pipeline, Progress, no_progres
 from dyncomp.recipe import load_recipe
 from dyncomp.regions import find_regions, find_routed, require_ffns
 from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
 
@@ -84,7 +86,7 @@ class ConvertRequest:
             require_providers(None)
 
 
-def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: Any = None) -> dict[str, Any]:
+def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Convert a model and write the bundle; returns the report.
 
     An interrupted run leaves ``OUT.part`` with what was finished; the same request run again continues from there.
@@ -93,8 +95,33 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: A
         DyncompError: of the kind that fits; nothing is written at ``request.out`` unless everything succeeded.
     """
     request.validate()
-    say = say or (lambda text: None)
     started, cpu_started = time.perf_counter(), time.process_time()
+    with bundle.disk_errors(request.out):
+        done = _rewrite(request, progress, say or (lambda text: None))
+        if request.backend == "ort":
+            done.report |= _lower(request, done, progress)
+        done.report["seconds"] = time.perf_counter() - started
+        done.report["cpu_seconds"] = time.process_time() - cpu_started
+        done.report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        (done.folder / "report.json").write_text(json.dumps(done.report, indent=1) + "\n")
+        bundle.seal(done.folder, request.out, done.manifest)
+        done.work.remove()
+    return done.report
+
+
+@dataclass
+class _Rewritten:
+    """A conversion before it is lowered. Only ``models`` holds weights, so that they can be let go one by one."""
+
+    work: Workspace
+    folder: Path
+    report: dict[str, Any]
+    manifest: bundle.Manifest
+    models: dict[str, Graph]
+
+
+def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], None]) -> _Rewritten:
+    """Everything up to the bundle without artifacts."""
     recipe = load_recipe(request.recipe)
     passes = recipe.resolve(active=request.active, experts=request.experts)
     loaded = load_model(request.model)
@@ -105,41 +132,33 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: A
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
     texts = prepare_texts(loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed)
-    with bundle.disk_errors(request.out):
-        work = Workspace(
-            request.out, [loaded.fingerprint, request.seed, [p.spec for p in passes]], [texts.calibration, *texts.evaluation.values()]
-        )
-        data = batches(dense, texts.calibration)
-        calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
-        calibrate(dense, regions.ffns, calibration, cache=work.folder / "calibration.safetensors", progress=progress)
-        ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
-        converted, records = work.resume(dense)
-        if records:
-            say(f"continuing after {records[-1].spec}")
-        Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
-        models = {"dense": dense, "converted": converted}
+    work = Workspace(
+        request.out, [loaded.fingerprint, request.seed, [p.spec for p in passes]], [texts.calibration, *texts.evaluation.values()]
+    )
+    data = batches(dense, texts.calibration)
+    calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
+    calibrate(dense, regions.ffns, calibration, cache=work.folder / "calibration.safetensors", progress=progress)
+    ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
+    converted, records = work.resume(dense)
+    if records:
+        say(f"continuing after {records[-1].spec}")
+    Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
+    models = {"dense": dense, "converted": converted}
 
-        def quality() -> dict[str, Any]:
-            static = {"static_pruned": static_baseline(dense, converted, ctx)} if find_routed(converted) else {}
-            return measure_quality(models | static, texts.evaluation, loaded.task, progress)
+    def quality() -> dict[str, Any]:
+        static = {"static_pruned": static_baseline(dense, converted, ctx)} if find_routed(converted) else {}
+        release_memory()
+        return measure_quality(models | static, texts.evaluation, loaded.task, progress)
 
-        report = _report(request, recipe.name, loaded, work.records)
-        report["quality"] = work.stage("quality", quality)
-        first = next(iter(report["quality"].values()))
-        report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
-        report |= cost_figures(dense, converted, report["quality"])
-        folder = work.bundle_folder()
-        bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
-        os.link(work.folder / "calibration.safetensors", folder / "calibration.safetensors")
-        if request.backend == "ort":
-            report |= _lower(request, folder, models, loaded, progress)
-        report["seconds"] = time.perf_counter() - started
-        report["cpu_seconds"] = time.process_time() - cpu_started
-        report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        bundle.seal(folder, request.out, _manifest(recipe.name, loaded, work.records, regions.refusals))
-        work.remove()
-    return report
+    report = _report(request, recipe.name, loaded, work.records)
+    report["quality"] = work.stage("quality", quality)
+    first = next(iter(report["quality"].values()))
+    report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
+    report |= cost_figures(dense, converted, report["quality"])
+    folder = work.bundle_folder()
+    bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
+    os.link(work.folder / "calibration.safetensors", folder / "calibration.safetensors")
+    return _Rewritten(work, folder, report, _manifest(recipe.name, loaded, work.records, regions.refusals), models)
 
 
 def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, records: list[PassRecord]) -> dict[str, Any]:
@@ -171,13 +190,17 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
     )
 
 
-def _lower(request: ConvertRequest, folder: Path, models: dict[str, Graph], loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """Lower the converted model, hold it against its graph, and time it beside the dense one."""
+def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dict[str, Any]:
+    """Lower the converted model, hold it against its graph, and time it beside the dense one; the graphs are let go on the way."""
     from dyncomp.deploy import check_parity, dense_ort, lower_ort, measure
 
-    artifact = folder / "artifacts" / "ort"
-    lowered, refused = lower_ort(models["converted"], artifact, progress)
+    release_memory()
+    artifact, source = done.folder / "artifacts" / "ort", done.manifest.source
+    lowered, refused = lower_ort(done.models.pop("converted"), artifact, progress)
     parity = check_parity(lowered, artifact, threads=request.threads)
-    dense = dense_ort(models["dense"], loaded.fingerprint, progress)
-    bench = measure(dense, artifact, task=loaded.task, threads=request.threads)
+    del lowered
+    release_memory()
+    dense = dense_ort(done.models.pop("dense"), source.fingerprint, progress)
+    release_memory()
+    bench = measure(dense, artifact, task=source.task, threads=request.threads)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

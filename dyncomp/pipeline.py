@@ -7,6 +7,7 @@ command line, in a recipe and in a bundle's manifest at once.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 import sys
 import time
@@ -175,6 +176,8 @@ class Pipeline:
                 (self.dump / f"{index:02d}-{'+'.join(p.name for p in group)}.txt").write_text(graph.text())
             if on_done is not None:
                 on_done(done)
+            del before
+            gc.collect()  # graphs refer to themselves; the copy's replaced weights would wait for it
         return records
 
     def _groups(self) -> list[list[Pass]]:

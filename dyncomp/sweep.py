@@ -8,6 +8,8 @@ the layers above see. Only values that a later node still needs are kept.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -129,3 +131,11 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def release_memory() -> None:
+    """Give back what is no longer used: graphs refer to themselves and wait for the garbage collector, and the C library keeps
+    freed blocks. Called between the stages of long work."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; read when torch loads
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)  # tiny models; and the machine is shared
 

@@ -84,7 +84,9 @@ def test_works_without_weights() -> None:
 class Eager(nn.Module):
     """Attention in primitives, [B, S] ids -> [B, S, d]."""
 
-    def __init__(self, *, window: int = 0, cap: float = 0.0, scale: float = 0.35, fill: float = -1e9, bias: float = 0.0, where: bool = False) -> None:
+    def __init__(
+        self, *, window: int = 0, cap: float = 0.0, scale: float = 0.35, fill: float = -1e9, bias: float = 0.0, where: bool = False
+    ) -> None:
         super().__init__()
         self.embed, self.qkv, self.out = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(16, 16)
         self.window, self.cap, self.scale, self.fill, self.bias, self.where = window, cap, scale, fill, bias, where

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from dyncomp.passes import CarveExperts
+from dyncomp.passes.layerwise import ExpertView
 from helpers import assert_close
 from tiny import VOCAB, tokens, trace_tiny
 
 from dyncomp.evaluate import evaluate, load_summary, model_inputs
-from dyncomp.passes import CarveExperts
-from dyncomp.passes.layerwise import ExpertView
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions import find_routed
 

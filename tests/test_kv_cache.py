@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dyncomp.passes import AddKVCache
+from dyncomp.passes.verify_cache import verify_cache
 from helpers import assert_close
 from test_attention import Eager
 from tiny import ARCHITECTURES, tokens, trace_tiny
@@ -11,8 +13,6 @@ from torch import Tensor, nn
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
-from dyncomp.passes import AddKVCache
-from dyncomp.passes.verify_cache import verify_cache
 from dyncomp.pipeline import Context, parse_passes
 from dyncomp.trace import trace
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, relative_error
-from tiny import ARCHITECTURES, FFN, enliven, trace_tiny
-from torch import Tensor, nn
-
 from dyncomp.backends.ort.decoder import OrtDecoder, decoder_for
 from dyncomp.backends.ort.lower import Lowered, lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
+from dyncomp.passes import AddKVCache
+from helpers import assert_close, relative_error
+from tiny import FFN, enliven, trace_tiny
+from torch import Tensor, nn
+
 from dyncomp.errors import BackendError, ModelError, ProviderError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
-from dyncomp.passes import AddKVCache
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_regions, replace_ffn
 from dyncomp.regions.tokens import random_inputs
@@ -240,7 +240,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, OrtModel, Lo
 
 @pytest.mark.parametrize("lengths", [(1200,), (700, 30, 520)])
 def test_long_prompts_are_prefilled_in_pieces(llama: tuple[Graph, OrtModel, Lowered], lengths: tuple[int, ...]) -> None:
-    graph, model, _ = llama
+    _, model, _ = llama
     ids = np.random.default_rng(0).integers(0, 96, (len(lengths), max(lengths) + 3))
     with torch.no_grad():
         expected = _llama16(True)(torch.as_tensor(ids))

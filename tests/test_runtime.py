@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ort import OrtModel, carve, lower, with_cache
-from tiny import trace_tiny
-
 from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.recompute import Array, Recompute
 from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
+from test_ort import OrtModel, carve, lower, with_cache
+from tiny import trace_tiny
+
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.hardware import default_threads, detect
@@ -201,7 +201,16 @@ def test_bench_entries(sessions: dict[str, DecoderSession]) -> None:
     entries = bench([Variant(sessions["ort"], "converted"), Variant(sessions["torch"], "dense")], prompt_tokens=20, context=4,
                     decode_tokens=13, rounds=1, vocabulary=90)  # fmt: skip
     assert [e["engine"] for e in entries] == ["dyncomp-ort", "dyncomp-torch"]
-    assert set(entries[0]) == {"engine", "variant", "precision", "threads", "batch", "decode_tokens_per_s", "prefill_tokens_per_s", "prefill_tokens"}
+    assert set(entries[0]) == {
+        "engine",
+        "variant",
+        "precision",
+        "threads",
+        "batch",
+        "decode_tokens_per_s",
+        "prefill_tokens_per_s",
+        "prefill_tokens",
+    }
     assert all(e["decode_tokens_per_s"] > 0 and e["prefill_tokens_per_s"] > 0 and e["prefill_tokens"] == 20 for e in entries)
 
 

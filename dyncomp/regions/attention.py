@@ -92,7 +92,14 @@ def find_attentions(graph: Graph) -> tuple[list[Attention], list[Refusal]]:
             elif node.target in _SOFTMAX and finder.attends(node):
                 found.append(finder.eager(node))
         except _NotUnderstood as reason:
-            refused.append(Refusal(node.meta.get("path") or node.name, "attention", str(reason), "it stays as it is; a decoder with it runs without a cache"))
+            refused.append(
+                Refusal(
+                    node.meta.get("path") or node.name,
+                    "attention",
+                    str(reason),
+                    "it stays as it is; a decoder with it runs without a cache",
+                )
+            )
     return found, refused
 
 
