@@ -17,8 +17,8 @@ from dyncomp.pipeline import Context, parse_passes
 from dyncomp.trace import trace
 
 DECODERS = [n for n in ARCHITECTURES if n in {
-    "llama", "qwen2", "qwen3", "mistral", "olmo2", "stablelm", "gemma2", "gemma3", "phi3", "phi", "falcon", "gptj", "gpt_neox", "gpt2", "opt",
-    "nemotron", "nanogpt",
+    "llama", "qwen2", "qwen3", "mistral", "olmo2", "stablelm", "gemma2", "gemma3", "phi3", "phi", "falcon", "gptj", "gpt_neox", "gpt2",
+    "opt", "nemotron", "nanogpt",
 }]  # fmt: skip
 CONTEXT = 48
 
