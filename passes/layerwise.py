@@ -69,7 +69,7 @@ class Layer:
     """One routed FFN with its inputs on the calibration text, computed through the layers as they are by then.
 
     Args:
-        inputs: [B, S, d] a batch, without the first token of each window.
+        inputs: [B, S, d] a batch.
         wanted: [B, S, d_out] a batch, or None: the output at which the residual stream after the FFN equals the dense
             model's, whatever error the layers before it have left in the stream.
     """
@@ -121,12 +121,12 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
     dense_sweep = Sweep(follow, batches) if follow is not None else None
     with fast_matmul(), torch.no_grad():
         for position, region in enumerate(regions):
-            layer = Layer(ExpertView(graph, region), [without_first(x) for x in sweep.advance(region.input)])
+            layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
             _, stream = _residual_add(region.output)
             dense_added, _ = _residual_add(dense[region.name].output) if region.name in dense else (None, None)
             if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
                 target = dense_sweep.advance(dense_added)
-                layer.wanted = [without_first(t) - without_first(r) for t, r in zip(target, sweep.values(stream), strict=True)]
+                layer.wanted = [t - r for t, r in zip(target, sweep.values(stream), strict=True)]
             for item, result in zip(passes, results, strict=True):
                 ctx.running = item
                 layer.view = ExpertView(graph, _same(graph, region))
@@ -134,12 +134,6 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
                 result.changed.append(region.name)
             ctx.progress(stage, position + 1, len(regions))
     return results
-
-
-def without_first(x: Tensor) -> Tensor:
-    """[B, S, d] -> [B, S - 1, d]. The first token of a window is an attention sink: activations hundreds of times larger than
-    all others, which would decide every least-squares fit."""
-    return x[:, 1:] if x.dim() == 3 and x.shape[1] > 1 else x
 
 
 def _same(graph: Graph, region: RoutedFFN) -> RoutedFFN:

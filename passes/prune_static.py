@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from dyncomp.passes.carve_experts import kept_dense
-from dyncomp.passes.layerwise import without_first
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
 
@@ -72,7 +71,7 @@ class PruneStatic(Pass):
     def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor], ctx: Context) -> None:
         weights = ffn.weights(graph)
         axis = ffn.ups[0].axis
-        blocks = [without_first(x.movedim(axis, -1)).reshape(-1, ffn.d_model) for x in inputs]
+        blocks = [x.movedim(axis, -1).reshape(-1, ffn.d_model) for x in inputs]
         mean, square = _moments(ffn, weights, blocks, ctx)
         score = (square - mean.square()) * weights.w_down.square().sum(0)
         keep = score.topk(count).indices.sort().values
