@@ -10,10 +10,6 @@ import torch
 from dyncomp.passes.position_tables import NotTabulated, PositionTables
 from dyncomp.passes.verify_cache import verify_cache
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph, TensorSpec
@@ -81,7 +77,6 @@ class _Rewrite:
     def __init__(self, graph: Graph, context: int, last: bool) -> None:
         self.graph, self.context, self.last = graph, context, last
         self.made: set[fx.Node] = set()
-        self.shapes = _Shapes(graph)
 
     def apply(self, attentions: list[Attention]) -> dict[str, Any]:
         graph = self.graph
@@ -114,6 +109,7 @@ class _Rewrite:
         graph.outputs = (*graph.outputs, *(f"new_{s.name}" for s in graph.inputs if "_cache_" in s.name))
         tables.replace_rest(self.made)
         graph.clean()
+        graph.infer_shapes()
         graph.info["kv_cache"] = {
             "context_length": self.context,
             "logits": "last" if self.last else "all",
@@ -138,64 +134,29 @@ class _Rewrite:
     def _only_last(self, last: fx.Node) -> None:
         """Gather the hidden state of one token per row before the vocabulary head."""
         logits = self.graph.output_nodes[0]
-        head, hidden = vocabulary_head(self.graph, logits)
+        head = vocabulary_head(self.graph, logits)
+        hidden = next(n for n in head.all_input_nodes if n.op != "get_attr")
         with self.graph.module.graph.inserting_before(head):
             index = self._call(aten.view.default, last, [-1, 1, 1])
             index = self._call(aten.expand.default, index, [-1, 1, int(hidden.meta["val"].shape[2])])
             only = self._call(aten.gather.default, hidden, 1, index)  # [B, 1, d]
         head.replace_input_with(hidden, only)
-        self.shapes.refresh(only)
 
     def _input(self, spec: TensorSpec) -> fx.Node:
         with self.graph.module.graph.inserting_after(self._anchor):
             self._anchor = self.graph.module.graph.placeholder(spec.name)
-        self._anchor.meta["val"] = self.shapes.tensor(spec)
         self.graph.inputs = (*self.graph.inputs, spec)
         self.made.add(self._anchor)
         return self._anchor
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.module.graph.call_function(target, args)
-        self.shapes.infer(node)
         self.made.add(node)
         return node
 
 
-class _Shapes:
-    """Fills in ``meta["val"]`` of new nodes, with the symbols that the graph has already."""
-
-    def __init__(self, graph: Graph) -> None:
-        ids = graph.placeholders[0].meta["val"]
-        self.mode: FakeTensorMode = ids.fake_mode
-        self.sizes: dict[str, Any] = dict(zip(map(str, graph.inputs[0].shape), ids.shape, strict=True))
-        environment, source = self.mode.shape_env, ConstantSource("capacity")
-        assert environment is not None
-        symbol = environment.create_symbol(64, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        self.sizes["capacity"] = environment.create_symintnode(symbol, hint=64, source=source)
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        with self.mode:
-            return torch.empty([self.sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
-
-    def infer(self, node: fx.Node) -> None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with enable_python_dispatcher(), self.mode, torch.no_grad():
-            self.mode.allow_non_fake_inputs = True
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def refresh(self, start: fx.Node) -> None:
-        """Infer again what comes after a node."""
-        changed = {start}
-        node = start.next
-        while node.op != "output":
-            if changed.intersection(node.all_input_nodes):
-                self.infer(node)
-                changed.add(node)
-            node = node.next
-
-
-def vocabulary_head(graph: Graph, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The projection whose result is the logits, but for scaling or soft-capping, and the hidden states it projects.
+def vocabulary_head(graph: Graph, logits: fx.Node) -> fx.Node:
+    """The projection whose result is the logits, but for scaling or soft-capping.
 
     Raises:
         NotTabulated: there is none with a constant weight and [batch, sequence, d] input.
@@ -208,7 +169,7 @@ def vocabulary_head(graph: Graph, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         if node.target in _HEAD:
             inputs = [n for n in node.all_input_nodes if n not in shapes]
             if len(inputs) == 1 and isinstance(inputs[0].meta.get("val"), Tensor) and inputs[0].meta["val"].dim() == 3:
-                return node, inputs[0]
+                return node
         node = dominator(node, order, shapes)
     raise NotTabulated("the projection that makes the logits was not found; use add-kv-cache{logits=all}: the output")
 
