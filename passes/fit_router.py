@@ -70,7 +70,6 @@ class FitRouter(LayerwisePass):
 def _fit(view: ExpertView, inputs: list[Tensor], target: str, ridge: float) -> tuple[Tensor, Tensor]:
     """Ridge regression of what each expert gives on x: (weight [E, d], bias [E])."""
     gram = view.w_down.transpose(1, 2) @ view.w_down  # [E, F, F]: ||W h||² = hᵀ (WᵀW) h, cheaper than W h when F < d
-    inputs = inputs[:: 2 if len(inputs) > 8 else 1]  # half of the tokens are plenty for a few hundred coefficients
     energies = []
     for x in inputs:
         h = view.hidden(x.reshape(-1, view.d_model)).transpose(0, 1)  # [E, n, F]
