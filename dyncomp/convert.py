@@ -19,12 +19,14 @@ from dyncomp.backends.ort.providers import require_providers
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import batches
-from dyncomp.evidence import cost_figures, measure_quality, prepare_texts, static_baseline
+from dyncomp.evidence import baselines, cost_figures, measure_quality, prepare_texts
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
+from dyncomp.passes import Quantize
+from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, PassRecord, Pipeline, Progress, no_progress
 from dyncomp.recipe import load_recipe
-from dyncomp.regions import find_regions, find_routed, require_ffns
+from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
@@ -43,6 +45,7 @@ class ConvertRequest:
         recipe: name or file; None is the default recipe.
         active: mean fraction of active FFN neurons, in (0, 1]; None leaves it to the recipe.
         experts: experts per FFN; None leaves it to the recipe.
+        quantize: ``int8`` or ``int4``: the weights' precision; None is what the recipe says.
         calibrate: text to calibrate on, a packaged name or a file; a part of it is held out for evaluation.
         other: text of another source to evaluate on as well; None for none.
         tokens: calibration tokens.
@@ -58,6 +61,7 @@ class ConvertRequest:
     recipe: str | None = None
     active: float | None = None
     experts: int | None = None
+    quantize: str | None = None
     calibrate: str | None = None
     other: str | None = "news"
     tokens: int = 40_960
@@ -115,6 +119,7 @@ class _Rewritten:
 
     work: Workspace
     folder: Path
+    quantize: Quantize | None
     report: dict[str, Any]
     manifest: bundle.Manifest
     models: dict[str, Graph]
@@ -123,7 +128,7 @@ class _Rewritten:
 def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], None]) -> _Rewritten:
     """Everything up to the bundle without artifacts."""
     recipe = load_recipe(request.recipe)
-    passes = recipe.resolve(active=request.active, experts=request.experts)
+    passes = recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
     loaded = load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
@@ -146,9 +151,9 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     models = {"dense": dense, "converted": converted}
 
     def quality() -> dict[str, Any]:
-        static = {"static_pruned": static_baseline(dense, converted, ctx)} if find_routed(converted) else {}
+        plain = baselines(dense, converted, quantize_of(passes), ctx)
         release_memory()
-        return measure_quality(models | static, texts.evaluation, loaded.task, progress)
+        return measure_quality(models | plain, texts.evaluation, loaded.task, progress)
 
     report = _report(request, recipe.name, loaded, work.records)
     report["quality"] = work.stage("quality", quality)
@@ -158,7 +163,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     folder = work.bundle_folder()
     bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
     os.link(work.folder / "calibration.safetensors", folder / "calibration.safetensors")
-    return _Rewritten(work, folder, report, _manifest(recipe.name, loaded, work.records, regions.refusals), models)
+    return _Rewritten(work, folder, quantize_of(passes), report, _manifest(recipe.name, loaded, work.records, regions.refusals), models)
 
 
 def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, records: list[PassRecord]) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
 
 def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dict[str, Any]:
     """Lower the converted model, hold it against its graph, and time it beside the dense one; the graphs are let go on the way."""
-    from dyncomp.deploy import check_parity, dense_ort, lower_ort, measure
+    from dyncomp.deploy import check_parity, dense_artifacts, lower_ort, measure
 
     release_memory()
     artifact, source = done.folder / "artifacts" / "ort", done.manifest.source
@@ -200,7 +205,7 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
     parity = check_parity(lowered, artifact, threads=request.threads)
     del lowered
     release_memory()
-    dense = dense_ort(done.models.pop("dense"), source.fingerprint, progress)
+    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, quantize=done.quantize)
     release_memory()
-    bench = measure(dense, artifact, task=source.task, threads=request.threads)
+    bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,14 @@ from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.bundle import Bundle
+from dyncomp.cache import cache_folder
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
-from dyncomp.passes import AddKVCache
+from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.pipeline import Context, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Variant, bench
 from dyncomp.runtime.session import DecoderSession
-
-
-def cache_folder() -> Path:
-    """Where artifacts that can be made again are kept: ``DYNCOMP_CACHE``, else the user's cache folder."""
-    if folder := os.environ.get("DYNCOMP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyncomp"
 
 
 def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
@@ -52,69 +48,97 @@ def lower_ort(graph: Graph, folder: Path, progress: Progress = no_progress) -> t
     return lowered, refused
 
 
-def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress) -> Path:
-    """The dense model's artifact for comparisons, made once per model and kept in the cache folder."""
+def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None = None) -> Path:
+    """The dense model's artifact for comparisons, made once per model and precision and kept in the cache folder.
+
+    Args:
+        quantize: the precision; rounded to nearest whatever its method is, for speed does not depend on that.
+    """
     from dyncomp import __version__
 
-    folder = cache_folder() / "dense-ort" / f"{fingerprint[:24]}-{__version__}"
+    precision = "" if quantize is None else f"-int{quantize.bits}-{quantize.block}-{quantize.symmetric}-{quantize.head_bits}"
+    folder = cache_folder() / "dense-ort" / f"{fingerprint[:24]}-{__version__}{precision}"
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
+        if quantize is not None:
+            graph = graph.copy()
+            dataclasses.replace(quantize, method="rtn").run(graph, Context())
         lower_ort(graph, part, progress)
         (part / "done").touch()
         os.replace(part, folder)
     return folder
 
 
+TOLERANCE = {"fp32": 1e-4, "int8": 0.1, "int4": 0.1}
+"""Largest relative error of an artifact against its graph. Where activations are rounded to int8, a difference in the last bit of a
+float becomes a step of 1/127 here and there, and thirty layers magnify it: two right programs differ by a few percent of the largest
+logit. A wrong one differs by about 1; each kernel alone is held to 1e-5 in the tests."""
+
+
 def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None) -> dict[str, Any]:
     """Hold the artifact against its graph; the result belongs into the report.
 
     Raises:
-        PassError: they differ by more than 1e-4 (relative): the artifact must not be used.
+        PassError: they differ by more than :data:`TOLERANCE`: the artifact must not be used.
     """
-    entry = parity(lowered, OrtModel(folder, threads=threads))
-    if not entry["relative_error"] <= 1e-4:
+    allowed = TOLERANCE[lowered.precision]
+    entry = parity(lowered, OrtModel(folder, threads=threads), good=allowed)
+    if not entry["relative_error"] <= allowed:
         raise PassError(
-            f"the ONNX Runtime artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed 1e-4",
+            f"the ONNX Runtime artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed {allowed:g}",
             hint="this is a defect: please report the model and the recipe",
         )
     return entry
 
 
 def measure(
-    dense: Path, converted: Path, *, task: str, threads: int | None = None, prefill_tokens: int = 512, batch: int = 1
+    artifacts: Sequence[tuple[str, Path]], *, task: str, threads: int | None = None, prefill_tokens: int = 512, batch: int = 1
 ) -> list[dict[str, Any]]:
-    """Speed of both artifacts, interleaved in this process; entries as in a report's ``bench``."""
-    models = {"dense": OrtModel(dense, threads=threads), "converted": OrtModel(converted, threads=threads)}
+    """Speed of artifacts, interleaved in this process; entries as in a report's ``bench``.
+
+    Args:
+        artifacts: (``dense`` or ``converted``, folder) of each.
+    """
+    models = [(variant, OrtModel(folder, threads=threads)) for variant, folder in artifacts]
     if task != "causal-lm":
         return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch)
-    sessions = {name: decoder_for(model) for name, model in models.items()}
-    context = min(s.context_length or 1 << 30 for s in sessions.values())
+    variants = [Variant(decoder_for(model), variant, model.precision) for variant, model in models]
+    context = min(v.session.context_length or 1 << 30 for v in variants)
     tokens = max(1, min(prefill_tokens, context - 1))
     decode = max(8, min(96, (context - 64) // 2))
-    variants = [Variant(session, name) for name, session in sessions.items()]
-    vocabulary = int(models["dense"].session.get_outputs()[0].shape[-1])
+    vocabulary = int(models[0][1].session.get_outputs()[0].shape[-1])
     start = min(64, tokens, context // 4)
     return bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
 
 
-def _measure_encoders(models: dict[str, OrtModel], *, tokens: int, batch: int, rounds: int = 15) -> list[dict[str, Any]]:
+def dense_artifacts(
+    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None
+) -> list[tuple[str, Path]]:
+    """What a converted model is timed beside: the dense model in fp32, and in the same precision when that is another."""
+    found = [("dense", dense_ort(graph, fingerprint, progress))]
+    if quantize is not None:
+        found.append(("dense", dense_ort(graph, fingerprint, progress, quantize=quantize)))
+    return found
+
+
+def _measure_encoders(models: Sequence[tuple[str, OrtModel]], *, tokens: int, batch: int, rounds: int = 15) -> list[dict[str, Any]]:
     ids = np.random.default_rng(0).integers(100, 1000, (batch, tokens))
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 2):
-        for name, model in models.items():
+        for index, (_, model) in enumerate(models):
             start = time.perf_counter()
             model.run(**{i: known[i] for i in model.inputs})
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[index].append(time.perf_counter() - start)
     return [
         {
-            "engine": "dyncomp-ort", "variant": name, "precision": "fp32", "threads": models[name].threads, "batch": batch,
+            "engine": "dyncomp-ort", "variant": variant, "precision": model.precision, "threads": model.threads, "batch": batch,
             "decode_tokens_per_s": None, "prefill_tokens_per_s": batch * tokens / statistics.median(times), "prefill_tokens": tokens,
         }
-        for name, times in seconds.items()
+        for (variant, model), times in zip(models, seconds, strict=True)
     ]  # fmt: skip
 
 

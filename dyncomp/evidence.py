@@ -14,7 +14,7 @@ from dyncomp.errors import RequestError
 from dyncomp.evaluate import Quality, evaluate, load_summary
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
-from dyncomp.passes import PruneStatic
+from dyncomp.passes import PruneStatic, Quantize
 from dyncomp.pipeline import Context, Pipeline, Progress, no_progress
 from dyncomp.regions import find_regions, find_routed
 from dyncomp.text import load_text, split, windows
@@ -59,12 +59,24 @@ def prepare_texts(loaded: LoadedModel, calibrate: str | None, other: str | None,
     return texts
 
 
-def static_baseline(dense: Graph, converted: Graph, ctx: Context) -> Graph:
+def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context) -> dict[str, Graph]:
+    """What needs no routing, in the converted model's precision: the dense model quantized, and pruned statically at equal cost."""
+    found = {}
+    if quantize is not None and find_routed(converted):
+        found["quantized"] = dense.copy()
+        Pipeline([quantize]).run(found["quantized"], ctx)
+    if find_routed(converted):
+        found["static_pruned"] = static_baseline(dense, converted, quantize, ctx)
+    return found
+
+
+def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out on average."""
     routed = {r.name for r in find_routed(converted)}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in routed)
     static = dense.copy()
-    Pipeline([PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)]).run(static, ctx)
+    prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
+    Pipeline([prune] if quantize is None else [prune, quantize]).run(static, ctx)
     return static
 
 

@@ -8,6 +8,7 @@ A :class:`Graph` wraps the ``torch.fx.GraphModule`` that ``torch.export`` produc
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import operator
 import re
@@ -24,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from dyncomp.errors import GraphError, RequestError
+from dyncomp.interpret import Interpreter, rounds_activations
+from dyncomp.quantized import Quantized
 
 _DTYPE_SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -52,17 +55,23 @@ class Graph:
         inputs: what the graph takes.
         outputs: the names of what it returns.
         info: plain facts that travel with the graph (``name``, ``task``, ``context_length``, passes that ran …).
+        quantized: codes and scales of the weights that are kept in few bits, by name. The module holds their decoded values, so
+            every graph runs in PyTorch and is analysed like any other; backends and files use the codes.
     """
 
     module: fx.GraphModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     info: dict[str, Any] = field(default_factory=dict)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
 
     # -- running -------------------------------------------------------------------------------------------------
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Run the graph; one output is returned bare, several as a tuple."""
-        result = self.module(*self._bind(args, kwargs))
+        if rounds_activations(self):
+            result = Interpreter(self).run(*self._bind(args, kwargs))
+        else:
+            result = self.module(*self._bind(args, kwargs))
         return result[0] if len(self.outputs) == 1 else result
 
     def _bind(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
@@ -110,7 +119,11 @@ class Graph:
 
     # -- writing -------------------------------------------------------------------------------------------------
     def add_tensor(self, name: str, value: Tensor, *, trainable: bool = True) -> None:
-        """Register ``value`` under the dotted ``name`` (a parameter when it is floating point and trainable)."""
+        """Register ``value`` under the dotted ``name`` (a parameter when it is floating point and trainable).
+
+        A weight of that name that was quantized no longer is.
+        """
+        self.quantized.pop(name, None)
         *path, leaf = name.split(".")
         owner: torch.nn.Module = self.module
         for part in path:
@@ -125,6 +138,25 @@ class Graph:
             owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
         else:
             owner.register_buffer(leaf, value)
+
+    def add_quantized(self, name: str, value: Quantized) -> None:
+        """Register a weight by its codes; the module gets the decoded values."""
+        self.add_tensor(name, value.decode())
+        self.quantized[name] = value
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as a file holds them: codes and scales where a weight is quantized."""
+        seen = {t.data_ptr(): (name, t) for name, t in self.constants().items() if isinstance(t, torch.nn.Parameter)}
+        return sum(self.quantized[n].bytes if n in self.quantized else t.numel() * t.element_size() for n, t in seen.values())
+
+    @property
+    def precision(self) -> str:
+        """``int8``, ``int4`` or ``fp32``: what most of the quantized weights are kept in."""
+        sizes = collections.Counter({8: 0, 4: 0})
+        for value in self.quantized.values():
+            sizes[value.bits] += value.codes.numel()
+        bits, largest = sizes.most_common(1)[0]
+        return f"int{bits}" if largest else "fp32"
 
     def read(self, name: str) -> fx.Node:
         """A ``get_attr`` node for the tensor ``name``, made at the top of the graph unless there is one."""
@@ -153,7 +185,7 @@ class Graph:
         mapping: dict[fx.Node, fx.Node] = {}
         result = module.graph.graph_copy(self.module.graph, mapping)
         module.graph.output(result).meta = dict(self._output.meta)
-        clone = Graph(module, self.inputs, self.outputs, dict(self.info))
+        clone = Graph(module, self.inputs, self.outputs, dict(self.info), dict(self.quantized))
         clone._adopt_tensors(self)
         module.recompile()
         return clone
@@ -189,6 +221,7 @@ class Graph:
                 graph.erase_node(node)
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         _drop_unread(self.module, read)
+        self.quantized = {name: value for name, value in self.quantized.items() if name in read}
         graph.lint()
         self.module.recompile()
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import dyncomp.passes  # noqa: F401  registers the passes by name
 from dyncomp.errors import RequestError
+from dyncomp.passes.quantize import PRECISIONS, quantize_of
 from dyncomp.pipeline import Pass, parse_passes
 
 
@@ -29,15 +30,25 @@ class Recipe(BaseModel):
     active: float = 0.75
     experts: int = 16
 
-    def resolve(self, *, active: float | None = None, experts: int | None = None) -> list[Pass]:
+    def resolve(self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None) -> list[Pass]:
         """The passes with every placeholder filled in.
+
+        Args:
+            quantize: a name in :data:`~dyncomp.passes.quantize.PRECISIONS`; its pass is added at the end.
 
         Raises:
             RequestError: an unknown pass or option.
         """
         spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(experts or self.experts))
         spec = spec.replace("{shared}", str((experts or self.experts) // 4))
-        return parse_passes(spec)
+        passes = parse_passes(spec)
+        if quantize is None:
+            return passes
+        if quantize not in PRECISIONS:
+            raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")
+        if quantize_of(passes) is not None:
+            raise RequestError(f"the recipe {self.name!r} quantizes already", hint="leave out --quantize")
+        return [*passes, PRECISIONS[quantize]]
 
 
 RECIPES = {

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 import dyncomp.ops  # noqa: F401  registers the ops a graph may name
 from dyncomp.errors import BundleError, GraphError
 from dyncomp.graph import Graph, TensorSpec
+from dyncomp.quantized import Quantized, pack_nibbles, unpack_nibbles
 
 FORMAT = 1
 _NAMESPACES = ("aten", "dyncomp")
@@ -49,7 +50,7 @@ def save_graph(graph: Graph, graph_file: Path, tensor_file: Path) -> None:
             alias[name] = by_storage[key]
         else:
             by_storage[key] = name
-            tensors[name] = value.detach().contiguous()
+            tensors |= _quantized_parts(name, graph.quantized[name]) if name in graph.quantized else {name: value.detach().contiguous()}
     if len({t.data_ptr() for t in tensors.values() if t.numel()}) < sum(1 for t in tensors.values() if t.numel()):
         tensors = {name: t.clone() for name, t in tensors.items()}  # overlapping views
     document = {
@@ -59,6 +60,7 @@ def save_graph(graph: Graph, graph_file: Path, tensor_file: Path) -> None:
         "outputs": list(graph.outputs),
         "trainable": [n for n, t in graph.constants().items() if isinstance(t, torch.nn.Parameter)],
         "alias": alias,
+        "quantized": {name: q.bits for name, q in graph.quantized.items() if name not in alias},
         "nodes": [_write_node(n) for n in graph.module.graph.nodes if n.op != "get_attr" or n.users],
     }
     graph_file.write_text(json.dumps(document, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
@@ -81,11 +83,17 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
         raise BundleError(f"{graph_file.parent} holds a damaged graph: {error}", hint="convert the model again") from error
     if document.get("format") != FORMAT:
         raise BundleError(f"{graph_file} has format {document.get('format')!r}; this dyncomp reads {FORMAT}", hint="update dyncomp")
-    tensors |= {name: tensors[source] for name, source in document["alias"].items()}
     trainable = set(document["trainable"])
     graph = Graph(fx.GraphModule(torch.nn.Module(), fx.Graph()), (), (), dict(document["info"]))
+    for name, bits in document.get("quantized", {}).items():
+        codes, scales, offsets = tensors.pop(f"{name}::codes"), tensors.pop(f"{name}::scales"), tensors.pop(f"{name}::offsets", None)
+        graph.add_quantized(name, Quantized(unpack_nibbles(codes) if bits == 4 else codes, scales, offsets, bits))
     for name, value in tensors.items():
         graph.add_tensor(name, value, trainable=name in trainable)
+    for name, source in document["alias"].items():
+        graph.add_tensor(name, graph.tensor(source).detach(), trainable=name in trainable)
+        if source in graph.quantized:
+            graph.quantized[name] = graph.quantized[source]
     nodes: dict[str, fx.Node] = {}
     target_graph = graph.module.graph
     for item in document["nodes"]:
@@ -98,6 +106,13 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
     graph.module.recompile()
     graph.infer_shapes()
     return graph
+
+
+def _quantized_parts(name: str, value: Quantized) -> dict[str, Tensor]:
+    parts = {"codes": pack_nibbles(value.codes) if value.bits == 4 else value.codes, "scales": value.scales}
+    if value.offsets is not None:
+        parts["offsets"] = value.offsets
+    return {f"{name}::{part}": tensor.contiguous() for part, tensor in parts.items()}
 
 
 def _write_node(node: fx.Node) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.interpret import compute
 from dyncomp.ops import routed_ffn_reference
 
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ class Sweep:
             store = static if node in self._static_nodes else values
             if node not in store:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
-                store[node] = _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+                store[node] = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
             if node in watch:
                 watch[node](index, store[node])
             for source in node.all_input_nodes:

@@ -10,6 +10,7 @@ from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.fit_router import FitRouter
 from dyncomp.passes.fuse_norm import FuseNorm
 from dyncomp.passes.prune_static import PruneStatic
+from dyncomp.passes.quantize import Quantize
 from dyncomp.passes.refit_down import RefitDown
 
-__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "PruneStatic", "RefitDown"]
+__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "PruneStatic", "Quantize", "RefitDown"]

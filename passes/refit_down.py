@@ -57,12 +57,10 @@ def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
         h, gates = view.hidden(x), view.gate_values(x)
         active = (h * gates[..., None]).flatten(1)
         blend = follow if layer.wanted is not None else 0.0
-        target = torch.zeros(len(x), view.d_out)
-        if blend < 1:
-            target += (1 - blend) * (h.flatten(1) @ down)
+        missing = ((1 - blend) * h.flatten(1) - active) @ down
         if blend > 0 and layer.wanted is not None:
-            target += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
-        problem.add(active, target - active @ down)
+            missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
+        problem.add(active, missing)
     delta, bias = problem.solve(ridge)
     experts = (down + delta).unflatten(0, (view.experts, -1)).transpose(1, 2).contiguous()
     graph.add_tensor(view.region.w_down, experts)

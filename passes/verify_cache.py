@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.interpret import float_activations
 from dyncomp.regions.tokens import vocabulary_size
 
 _LENGTH, _PREFILL, _SHORTER = 12, 7, 2  # tokens a row; tokens of the first chunk; how much shorter the second row is
@@ -31,7 +32,7 @@ def verify_cache(before: Graph, after: Graph, attempts: int = 3) -> tuple[float 
     error, where = float("inf"), "the output"
     for seed in range(attempts):
         tokens = _tokens(before, seed)
-        with torch.no_grad():
+        with torch.no_grad(), float_activations(before, after):
             expected = before(tokens)
             error, where = _compare(before, after, tokens, expected)
         if error <= _TOLERANCE.get(expected.dtype, 5e-2):

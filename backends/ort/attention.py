@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
 from dyncomp.ops import cached_attention, rotary
+from dyncomp.quantized import join
 from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 
 aten = torch.ops.aten
@@ -152,10 +153,16 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
     constant = all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
     if any(a[0] is not x for a in arguments) or not constant or len({bias is None for bias in biases}) != 1:
         return None
+    formats = {q.format if (q := graph.quantized.get(str(w.target))) is not None else None for w in weights}
+    if len(formats) != 1:
+        return None
 
     def joined(nodes: list[Any]) -> fx.Node:
         name = f"{nodes[0].target}_qkv"
+        codes = [graph.quantized[str(n.target)] for n in nodes if str(n.target) in graph.quantized]
         graph.add_tensor(name, torch.cat([graph.tensor(n).detach() for n in nodes]))
+        if len(codes) == len(nodes) and (together := join(codes)) is not None:
+            graph.quantized[name] = together
         return graph.read(name)
 
     return b.call(aten.linear.default, x, joined(weights), joined(biases) if biases[0] is not None else None)

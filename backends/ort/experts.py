@@ -20,7 +20,7 @@ def expand_experts(model: Any) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        if node.domain != "dyncomp":
+        if (node.domain, node.op_type) != ("dyncomp", "RoutedFFN"):
             continue
         tape = ir.tape.Tape()
         result = _Expansion(ir, tape, node).build()

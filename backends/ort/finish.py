@@ -25,8 +25,8 @@ def finish(model: Any, graph: Graph) -> None:
             value.name = name.removeprefix(_PREFIX)
     expand_experts(model)
     for node in model.graph.all_nodes():
-        if node.domain == "com.microsoft":
-            model.graph.opset_imports.setdefault("com.microsoft", 1)
+        if node.domain in ("com.microsoft", "dyncomp"):
+            model.graph.opset_imports.setdefault(node.domain, 1)
             for output in node.outputs:  # an unused optional output costs a buffer: an empty name leaves it out
                 if not output.uses() and not output.is_graph_output():
                     output.name = ""

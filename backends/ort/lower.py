@@ -17,7 +17,9 @@ import torch
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
+from dyncomp.backends.ort.native.build import available
 from dyncomp.backends.ort.norm import select_norms
+from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
 from torch import fx
 
 from dyncomp.errors import BackendError, MissingExtraError
@@ -47,12 +49,14 @@ class Lowered:
     outputs: tuple[str, ...] = ()
 
 
-def lower(graph: Graph, directory: str | Path, *, progress: Progress | None = None) -> Lowered:
+def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, progress: Progress | None = None) -> Lowered:
     """Write ``graph`` as an ONNX model with its weights beside it.
 
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
+        native: quantized weights run in dyncomp's own kernels (True), in ONNX Runtime's (False), or in ours where they can be built
+            (None). ``config.json`` says which.
         progress: ``progress(stage, done, total)``.
 
     Raises:
@@ -67,7 +71,8 @@ def lower(graph: Graph, directory: str | Path, *, progress: Progress | None = No
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
     report("select", 0, 3)
-    selected = select(graph)
+    native = bool(graph.quantized) and (available() if native is None else native)
+    selected = select(graph, native=native)
     report("export", 1, 3)
     model = _export(selected)
     from dyncomp.backends.ort.finish import finish
@@ -79,21 +84,24 @@ def lower(graph: Graph, directory: str | Path, *, progress: Progress | None = No
         (directory / name).unlink(missing_ok=True)
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
     operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
-    (directory / CONFIG).write_text(json.dumps(_config(graph, operators), indent=1) + "\n")
+    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, native), indent=1) + "\n")
     report("write", 3, 3)
     files = tuple(directory / name for name in (MODEL, DATA, CONFIG) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
 
 
-def select(graph: Graph) -> Graph:
+def select(graph: Graph, *, native: bool = False) -> Graph:
     """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only."""
     graph = graph.copy()
     fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
+    if native:
+        select_quantized_ffns(graph)
     select_attention(graph)
     select_moe(graph)
     select_norms(graph)
+    select_quantized_linears(graph, native=native)
     select_linears(graph)
     graph.clean()
     return graph
@@ -164,7 +172,7 @@ def _operator_name(node: Any) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
 
 
-def _config(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
+def _config(graph: Graph, operators: dict[str, int], native: bool) -> dict[str, Any]:
     return {
         "schema": 1,
         "name": graph.info.get("name", "model"),
@@ -173,5 +181,7 @@ def _config(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
         "kv_cache": graph.info.get("kv_cache"),
         "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
         "outputs": list(graph.outputs),
+        "precision": graph.precision,
+        "kernels": "dyncomp" if native else "onnxruntime",
         "operators": dict(sorted(operators.items())),
     }

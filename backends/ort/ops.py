@@ -105,3 +105,43 @@ def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str
     """
     attributes = {"activation": activation, "gated": int(gated), "biased": int(biased)}
     return _one("dyncomp::RoutedFFN", [x, gates, *weights], attributes, x, [x.shape[0], d_out])
+
+
+NATIVE = "dyncomp"
+
+
+def matmul_nbits(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
+) -> Tensor:
+    """``x @ W.T`` by ONNX Runtime's own kernel: [..., K] -> [..., N]. codes [N, K / block, block * bits / 8], scales [N * K / block].
+
+    ``accuracy_level`` 4: it may compute in int8.
+    """
+    attributes = {"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
+    return _one(f"{MICROSOFT}::MatMulNBits", [x, codes, scales, offsets], attributes, x, [*x.shape[:-1], rows])
+
+
+def quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int
+) -> Tensor:
+    """dyncomp's kernel (:mod:`dyncomp.backends.ort.native`): [..., K] -> [..., N]."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
+    return _one(f"{NATIVE}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
+
+
+def quantized_embedding(
+    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
+) -> Tensor:
+    """Rows of a quantized table: [...] -> [..., K]."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
+    like = torch.empty(0, dtype=torch.float32)
+    return _one(f"{NATIVE}::QuantizedEmbedding", [ids, codes, scales, offsets], attributes, like, [*ids.shape, columns])
+
+
+def quantized_ffn(
+    x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
+    attributes: tuple[tuple[str, int], ...],
+) -> Tensor:  # fmt: skip
+    """``dyncomp.routed_ffn`` (every gate 1 when ``gates`` is None) on packed weights; ``up`` and ``down`` are codes, scales, offsets."""
+    values = dict(attributes)
+    return _one(f"{NATIVE}::QuantizedFFN", [x, gates, *up, up_bias, *down], values, x, [*x.shape[:-1], values["rows"]])

@@ -14,16 +14,17 @@ from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 from dyncomp.graph import Graph
 from dyncomp.regions.tokens import random_inputs, vocabulary_size
 
-_GOOD = 1e-4
 
-
-def parity(graph: Graph, model: OrtModel, *, prompt_tokens: int = 48, steps: int = 64, attempts: int = 3, seed: int = 0) -> dict[str, Any]:
+def parity(
+    graph: Graph, model: OrtModel, *, prompt_tokens: int = 48, steps: int = 64, attempts: int = 3, seed: int = 0, good: float = 1e-4
+) -> dict[str, Any]:
     """Run both on the same random inputs.
 
     A decoder is prefilled with two rows of different lengths and decoded for ``steps`` steps, both backends fed the tokens
     that the graph finds likeliest; other models run once, with a padded row.
 
     Args:
+        good: a relative error that ends the attempts.
         attempts: how many inputs to try at most. A router whose score is within rounding of its threshold may choose either way
             in either program, and from there on they legitimately differ; a wrong program differs on every input.
 
@@ -41,9 +42,15 @@ def parity(graph: Graph, model: OrtModel, *, prompt_tokens: int = 48, steps: int
         else:
             found = _once(graph, model, seed + attempt), None
         best = min(best, found, key=lambda f: f[0])
-        if best[0] <= _GOOD:
+        if best[0] <= good:
             break
-    return {"backend": "ort", "precision": "fp32", "relative_error": best[0], "greedy_tokens_equal": best[1], "attempts": attempt + 1}
+    return {
+        "backend": "ort",
+        "precision": model.precision,
+        "relative_error": best[0],
+        "greedy_tokens_equal": best[1],
+        "attempts": attempt + 1,
+    }
 
 
 def _decode(graph: Graph, model: OrtModel, random: np.random.Generator, prompt_tokens: int, steps: int) -> tuple[float, float | None]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from dyncomp.backends.ort.lower import CONFIG, MODEL
+from dyncomp.backends.ort.native.build import library
 from dyncomp.backends.ort.providers import require_providers
 from torch import Tensor
 
@@ -54,6 +55,8 @@ class OrtModel:
             options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(i + 2) for i in range(self.threads - 1)))
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        if self.config.get("kernels") == "dyncomp":
+            options.register_custom_ops_library(str(library()))
         try:
             self.session = ort.InferenceSession(str(self.directory / MODEL), options, providers=wanted)
         except Exception as error:
@@ -65,6 +68,11 @@ class OrtModel:
     def kv_cache(self) -> dict[str, Any] | None:
         """Layout of the KV cache (``context_length``, ``layers`` …), or None when the model has none."""
         return self.config.get("kv_cache")
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``int8`` or ``int4``: of the weights."""
+        return str(self.config.get("precision", "fp32"))
 
     def run(self, **inputs: Array | Tensor) -> dict[str, Array]:
         """All outputs by name.

@@ -18,7 +18,9 @@ from dyncomp.cli import options
 def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: bool) -> None:
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
-    from dyncomp.deploy import dense_ort, measure
+    from dyncomp.deploy import dense_artifacts, measure
+    from dyncomp.passes.quantize import quantize_of
+    from dyncomp.pipeline import parse_passes
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import bench_table, show
     from dyncomp.trace import trace_model
@@ -27,8 +29,9 @@ def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: 
     artifact = opened.artifact("ort")
     loaded = opened.dense()
     with ProgressReporter() as progress:
-        dense = dense_ort(trace_model(loaded), loaded.fingerprint, progress)
-        entries = measure(dense, artifact, task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch)
+        quantize = quantize_of(parse_passes(", ".join(p.spec for p in opened.manifest.passes)))
+        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, quantize=quantize)
+        entries = measure([*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch)
     if json_:
         options.print_json({"schema": 1, "model": loaded.name, "recipe": opened.manifest.recipe, "bench": entries})
     else:

@@ -1,0 +1,77 @@
+// AVX-512 with VNNI: four products of an unsigned and a signed byte added to an int32, for 16 rows in one instruction.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace dyncomp {
+namespace {
+
+#include "range.h"
+
+typedef __m512 V;
+typedef __m512i I;
+typedef __m512i Weights8;
+struct Weights4 {
+  __m512i low, high;
+};
+constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6;
+constexpr bool kSplit = true;
+
+inline V set(float x) { return _mm512_set1_ps(x); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V maximum(V a, V b) { return _mm512_max_ps(a, b); }
+inline V minimum(V a, V b) { return _mm512_min_ps(a, b); }
+inline V absolute(V x) { return _mm512_abs_ps(x); }
+inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V power_of_two(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+inline V if_less(V a, V b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+inline V load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+inline I set_integer(int32_t x) { return _mm512_set1_epi32(x); }
+
+inline __m512i four(const int8_t* p) {
+  int32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+inline Weights8 load8(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Weights4 load4(const uint8_t* p) {
+  const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)};
+}
+inline Weights4 load4_unshifted(const uint8_t* p) {
+  const __m512i v = _mm512_loadu_si512(p);
+  return {_mm512_and_si512(v, _mm512_set1_epi8(15)), _mm512_and_si512(v, _mm512_set1_epi8(-16))};
+}
+inline I add_sixteenth(I c, I high) { return _mm512_add_epi32(c, _mm512_srai_epi32(high, 4)); }
+inline I dot8(I c, Weights8 w, const int8_t* a) { return _mm512_dpbusd_epi32(c, w, four(a)); }
+inline I dot4(I c, Weights4 w, const int8_t* a) {
+  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(c, w.low, four(a)), w.high, four(a + 4));
+}
+
+inline void quantize_block(const float* x, int32_t middle, Block* out) {
+  const V u = load(x), v = load(x + kTile);
+  // As integers, so that infinities and NaNs are the largest.
+  const int32_t peak = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_castps_si512(absolute(u)), _mm512_castps_si512(absolute(v))));
+  const Range range = range_of(peak);
+  const V factor = set(range.factor);
+  const __m512i i = _mm512_cvtps_epi32(u * factor), j = _mm512_cvtps_epi32(v * factor);
+  __m128i* to = reinterpret_cast<__m128i*>(out->codes);
+  _mm_storeu_si128(to, _mm512_cvtepi32_epi8(i));
+  _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(j));
+  out->scale = range.scale;
+  out->correction = range.factor == 0.0f ? 0 : middle * _mm512_reduce_add_epi32(_mm512_add_epi32(i, j));
+}
+
+#include "kernel_body.h"
+
+}  // namespace
+
+const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, decode};
+
+}  // namespace dyncomp
+#endif

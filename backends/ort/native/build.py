@@ -1,0 +1,119 @@
+"""Compile the library on first use, and keep it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dyncomp.cache import cache_folder
+from dyncomp.errors import BackendError
+
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_FLAGS_OF = {
+    "avx2.cc": _AVX2,
+    "avx512.cc": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"),
+}
+_HINT = "install g++ (or clang++), or name a C++ compiler in the environment variable CXX"
+
+
+def library(folder: Path | None = None) -> Path:
+    """The shared library for ``SessionOptions.register_custom_ops_library``, compiled when it is not in the cache.
+
+    Args:
+        folder: where compiled libraries are kept; by default ``native`` in dyncomp's cache folder.
+
+    Raises:
+        BackendError: there is no C++ compiler, or it cannot compile the library.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise BackendError(_missing(), hint=_HINT)
+    folder = cache_folder() / "native" if folder is None else folder
+    path = folder / f"dyncomp-{_key(compiler)}.so"
+    if not path.is_file():
+        _build(compiler, path)
+    return path
+
+
+def available() -> bool:
+    """Whether :func:`library` can be expected to work."""
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no library on this machine; None when there is one."""
+    if os.name != "posix":
+        return "the native operators are compiled on Linux and macOS only"
+    return None if _compiler() else _missing()
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """The command of the C++ compiler, from CXX or the usual names."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    commands = [tuple(shlex.split(w)) for w in wanted]
+    return next((c for c in commands if c and shutil.which(c[0])), None)
+
+
+def _missing() -> str:
+    named = os.environ.get("CXX")
+    return f"the C++ compiler that CXX names is not there: {named}" if named else "there is no C++ compiler on this machine"
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    return _run([*compiler, "--version"])
+
+
+def _key(compiler: tuple[str, ...]) -> str:
+    """Changes with the sources, the compiler and the flags."""
+    digest = hashlib.sha256()
+    for path in sorted([*_HERE.glob("*.cc"), *_HERE.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((compiler, _version(compiler), _FLAGS, _FLAGS_OF, platform.machine())).encode())
+    return digest.hexdigest()[:24]
+
+
+def _build(compiler: tuple[str, ...], path: Path) -> None:
+    """Compile each source and link; the library appears under its name when it is whole."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as temporary:
+
+        def compile_one(source: Path) -> str:
+            result = str(Path(temporary) / f"{source.stem}.o")
+            flags = _FLAGS_OF.get(source.name, ()) if x86 else ()
+            _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", result])
+            return result
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile_one, sorted(_HERE.glob("*.cc"))))
+        whole = Path(temporary) / path.name
+        _run([*compiler, "-shared", "-o", str(whole), *objects])
+        os.replace(whole, path)
+
+
+def _run(command: list[str]) -> str:
+    """Run the compiler; returns what it prints.
+
+    Raises:
+        BackendError: with the first line of its errors.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BackendError(f"the C++ compiler {command[0]} does not start: {error}", hint=_HINT) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {done.returncode}")
+        raise BackendError(f"{command[0]} cannot compile the native operators: {first[:300]}", hint=_HINT)
+    return done.stdout

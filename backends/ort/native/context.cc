@@ -1,0 +1,189 @@
+#include "context.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+
+namespace dyncomp {
+namespace {
+
+struct Memory {
+  void* begin = nullptr;
+  size_t size = 0;
+  ~Memory() { std::free(begin); }
+};
+
+}  // namespace
+
+int64_t Shape::leading() const {
+  int64_t n = 1;
+  for (size_t i = 0; i + 1 < rank; i++) n *= sizes[i];
+  return n;
+}
+int64_t Shape::count() const { return leading() * last(); }
+
+Call::Call(const OrtApi& api, OrtKernelContext* context, const char* op) : api_(api), context_(context), op_(op) {
+  keep(api.KernelContext_GetInputCount(context, &inputs_));
+}
+
+void Call::keep(OrtStatus* status) {
+  if (status_ == nullptr) status_ = status;
+}
+
+void Call::fail(const char* format, ...) {
+  char text[256];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  if (!failed()) keep(error(api_, op_, text));
+}
+
+const void* Call::data(size_t index, const char* name, bool optional, Shape* shape) {
+  const OrtValue* value = nullptr;
+  if (!failed() && index < inputs_) keep(api_.KernelContext_GetInput(context_, index, &value));
+  if (failed()) return nullptr;
+  if (value == nullptr) {
+    if (!optional) fail("the input %s is missing", name);
+    return nullptr;
+  }
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  keep(api_.GetTensorTypeAndShape(value, &info));
+  if (failed()) return nullptr;
+  keep(api_.GetDimensionsCount(info, &shape->rank));
+  if (!failed() && shape->rank > kMaxRank) fail("the input %s has %zu dimensions; %zu are allowed", name, shape->rank, kMaxRank);
+  if (!failed()) keep(api_.GetDimensions(info, shape->sizes, shape->rank));
+  api_.ReleaseTensorTypeAndShapeInfo(info);
+  void* pointer = nullptr;
+  if (!failed()) keep(api_.GetTensorMutableData(const_cast<OrtValue*>(value), &pointer));
+  return pointer;
+}
+
+const void* Call::data(size_t index, const char* name, bool optional, int64_t count) {
+  Shape shape;
+  const void* pointer = data(index, name, optional, &shape);
+  if (pointer && shape.count() != count) {
+    fail("the input %s has %lld elements; it should have %lld", name, static_cast<long long>(shape.count()), static_cast<long long>(count));
+    return nullptr;
+  }
+  return pointer;
+}
+
+float* Call::output(const Shape& shape) {
+  OrtValue* value = nullptr;
+  void* pointer = nullptr;
+  if (!failed()) keep(api_.KernelContext_GetOutput(context_, 0, shape.sizes, shape.rank, &value));
+  if (!failed()) keep(api_.GetTensorMutableData(value, &pointer));
+  return static_cast<float*>(pointer);
+}
+
+void Call::parallel(int64_t multiplications, int64_t units, void (*function)(const void*, int64_t, int64_t), const void* user) {
+  struct Pieces {
+    void (*function)(const void*, int64_t, int64_t);
+    const void* user;
+    int64_t units, together;
+  };
+  if (failed()) return;
+  const int64_t wanted = std::min(kPieces, multiplications / kPiece);
+  if (multiplications <= kSerial || wanted < 2 || units < 2) return function(user, 0, units);
+  Pieces pieces = {function, user, units, std::max<int64_t>(1, units / wanted)};
+  const int64_t count = (units + pieces.together - 1) / pieces.together;
+  const auto run = [](void* data, size_t index) {
+    const Pieces& p = *static_cast<const Pieces*>(data);
+    const int64_t first = static_cast<int64_t>(index) * p.together;
+    p.function(p.user, first, std::min(first + p.together, p.units));
+  };
+  keep(api_.KernelContext_ParallelFor(context_, run, static_cast<size_t>(count), 0, &pieces));
+}
+
+bool Call::scratch(std::initializer_list<size_t> sizes, void** parts) {
+  static thread_local Memory memory;
+  if (failed()) return false;
+  size_t need = 64;
+  for (size_t size : sizes) need += (size + 63) / 64 * 64;
+  if (need > memory.size) {
+    std::free(memory.begin);
+    memory.begin = std::aligned_alloc(64, (need + need / 4 + 63) / 64 * 64);
+    memory.size = memory.begin ? need + need / 4 : 0;
+    if (!memory.begin) fail("there is no memory for %zu bytes of intermediate values", need);
+  }
+  char* at = static_cast<char*>(memory.begin);
+  for (size_t size : sizes) {
+    *parts++ = at;
+    if (at) at += (size + 63) / 64 * 64;
+  }
+  return !failed();
+}
+
+Matrix matrix(Call& call, size_t index, const char* name, int64_t rows, int64_t columns, int64_t bits, int64_t block, int64_t copies) {
+  char part[64];
+  const int64_t elements = copies * tiles_of(rows) * kTile * columns, groups = elements / block;
+  Matrix m = {};
+  m.rows = rows, m.columns = columns;
+  m.bits = static_cast<int32_t>(bits), m.block = static_cast<int32_t>(block);
+  std::snprintf(part, sizeof part, "%scodes", name);
+  m.codes = call.input<uint8_t>(index, part, false, elements * bits / 8);
+  std::snprintf(part, sizeof part, "%sscales", name);
+  m.scales = call.input<uint16_t>(index + 1, part, false, groups);
+  std::snprintf(part, sizeof part, "%soffsets", name);
+  m.offsets = call.input<uint16_t>(index + 2, part, true, groups);
+  return m;
+}
+
+void check_last(Call& call, const Shape& x, int64_t columns) {
+  if (call.failed() || (x.rank > 0 && x.last() == columns)) return;
+  call.fail("the last dimension of x is %lld; it should be %lld", static_cast<long long>(x.last()), static_cast<long long>(columns));
+}
+
+void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t tokens, Block* output) {
+  struct Job {
+    const Matrix& w;
+    const float* input;
+    Block* output;
+  };
+  const Job job = {w, input, output};
+  const int64_t blocks = tokens * (w.columns / kBlock);
+  const auto run = [](const void* data, int64_t first, int64_t last) {
+    const Job& j = *static_cast<const Job*>(data);
+    active->quantize(j.w, j.input + first * kBlock, last - first, j.output + first);
+  };
+  call.parallel(blocks * kBlock * 4, blocks, run, &job);  // a number costs about as much as four multiplications
+}
+
+OrtStatus* error(const OrtApi& api, const char* op, const char* what) {
+  char text[320];
+  std::snprintf(text, sizeof text, "dyncomp.%s: %s", op, what);
+  return api.CreateStatus(ORT_INVALID_ARGUMENT, text);
+}
+
+OrtStatus* attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* out) {
+  return api.KernelInfoGetAttribute_int64(info, name, out);  // its error names the attribute
+}
+
+OrtStatus* check_format(const OrtApi& api, const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t block) {
+  char text[128];
+  const auto show = [](int64_t x) { return static_cast<long long>(x); };
+  if (bits != 4 && bits != 8) {
+    std::snprintf(text, sizeof text, "bits is %lld; it should be 4 or 8", show(bits));
+  } else if (block != 32 && block != 64 && block != 128) {
+    std::snprintf(text, sizeof text, "block is %lld; it should be 32, 64 or 128", show(block));
+  } else if (rows < 1 || rows > INT32_MAX || columns < 1 || columns > INT32_MAX) {
+    std::snprintf(text, sizeof text, "a matrix of %lld rows and %lld columns", show(rows), show(columns));
+  } else if (columns % block) {
+    std::snprintf(text, sizeof text, "%lld columns are no multiple of the block, %lld", show(columns), show(block));
+  } else {
+    return nullptr;
+  }
+  return error(api, op, text);
+}
+
+namespace {
+const Kernels* find() {
+  const char* reason;
+  return kernels(&reason);
+}
+}  // namespace
+const Kernels* const active = find();
+
+}  // namespace dyncomp

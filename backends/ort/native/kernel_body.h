@@ -1,0 +1,241 @@
+// The kernels, written once. Included inside an anonymous namespace by the file of each instruction set, after it has defined
+//   V            16 floats, with + - * / and the functions used here and in activations.h
+//   I            16 int32: dot products of 16 rows with one token
+//   Weights8     64 codes, [16 rows x 4 columns]; Weights4: 128 codes, the columns 0..3 and 4..7 of 16 rows
+//   kSplit       whether there is load4_unshifted, whose upper codes are 16 times too large
+//   kOffset8     what Weights8 has subtracted from the codes (0, or 128 where products are of signed numbers)
+//   kTiles, kTokens   tiles of rows and tokens that share a pass over the weights: as many as the registers hold sums for
+// No library function is called here: this is compiled with flags that other code must not see.
+
+#include "activations.h"
+
+#if defined(UNROLL)
+#elif defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- the inner loop -----------------------------------------------------------------------------------------------
+// out[t * stride + r * 16 ..] = rows of the tiles tile .. tile + R - 1 for the tokens rows[0 .. M - 1] of x.
+template <int BITS, bool OFFSETS, int R, int M>
+void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows, float* out, int64_t stride) {
+  const int64_t blocks = w.columns / kBlock, groups = w.columns / w.block, share = w.block / kBlock;
+  const int64_t bytes = BITS * kTile * kBlock / 8;  // of a tile's block
+  // With registers to spare, the upper codes of 4 bits are summed as they are, 16 times too large, which saves shifting them.
+  constexpr bool split = BITS == 4 && kSplit && R * M <= 8;
+  const uint8_t* codes[R];
+  const uint16_t* scales[R];
+  const uint16_t* offsets[R];
+  const Block* a[M];
+  V sum[R][M];
+  UNROLL for (int r = 0; r < R; r++) {
+    codes[r] = w.codes + (tile + r) * blocks * bytes;
+    scales[r] = w.scales + (tile + r) * groups * kTile;
+    offsets[r] = OFFSETS ? w.offsets + (tile + r) * groups * kTile : nullptr;
+    UNROLL for (int t = 0; t < M; t++) sum[r][t] = set(0.0f);
+  }
+  UNROLL for (int t = 0; t < M; t++) a[t] = x + rows[t] * blocks;
+  int64_t at = 0, b = 0;  // in bytes of a tile, and in blocks
+  for (int64_t g = 0; g < groups; g++) {
+    V scale[R], offset[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      scale[r] = load_half(scales[r] + g * kTile);
+      if (OFFSETS) offset[r] = load_half(offsets[r] + g * kTile);
+    }
+    for (int64_t end = b + share; b < end; b++, at += bytes) {
+      I c[R][M], high[split ? R : 1][split ? M : 1];
+      UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < M; t++) {
+          const int32_t from = a[t][b].correction;
+          c[r][t] = set_integer(!OFFSETS ? from : BITS == 8 ? kOffset8 * from : 0);
+        }
+      }
+      if constexpr (BITS == 8) {
+        UNROLL for (int q = 0; q < 8; q++) {
+          Weights8 v[R];
+          UNROLL for (int r = 0; r < R; r++) v[r] = load8(codes[r] + at + q * 64);
+          UNROLL for (int t = 0; t < M; t++) {
+            UNROLL for (int r = 0; r < R; r++) c[r][t] = dot8(c[r][t], v[r], a[t][b].codes + q * 4);
+          }
+        }
+      } else if constexpr (split) {
+        UNROLL for (int r = 0; r < R; r++) {
+          UNROLL for (int t = 0; t < M; t++) high[r][t] = set_integer(0);
+        }
+        UNROLL for (int q = 0; q < 4; q++) {
+          Weights4 v[R];
+          UNROLL for (int r = 0; r < R; r++) v[r] = load4_unshifted(codes[r] + at + q * 64);
+          UNROLL for (int t = 0; t < M; t++) {
+            UNROLL for (int r = 0; r < R; r++) {
+              c[r][t] = dot8(c[r][t], v[r].low, a[t][b].codes + q * 8);
+              high[r][t] = dot8(high[r][t], v[r].high, a[t][b].codes + q * 8 + 4);
+            }
+          }
+        }
+        UNROLL for (int t = 0; t < M; t++) {
+          UNROLL for (int r = 0; r < R; r++) c[r][t] = add_sixteenth(c[r][t], high[r][t]);
+        }
+      } else {
+        UNROLL for (int q = 0; q < 4; q++) {
+          Weights4 v[R];
+          UNROLL for (int r = 0; r < R; r++) v[r] = load4(codes[r] + at + q * 64);
+          UNROLL for (int t = 0; t < M; t++) {
+            UNROLL for (int r = 0; r < R; r++) c[r][t] = dot4(c[r][t], v[r], a[t][b].codes + q * 8);
+          }
+        }
+      }
+      UNROLL for (int t = 0; t < M; t++) {
+        UNROLL for (int r = 0; r < R; r++) {
+          sum[r][t] = fma(to_float(c[r][t]), scale[r] * set(a[t][b].scale), sum[r][t]);
+          if (OFFSETS) sum[r][t] = fma(offset[r], set(a[t][b].scale * static_cast<float>(a[t][b].correction)), sum[r][t]);
+        }
+      }
+    }
+  }
+  UNROLL for (int t = 0; t < M; t++) {
+    UNROLL for (int r = 0; r < R; r++) store(out + t * stride + r * kTile, sum[r][t]);
+  }
+}
+
+typedef void (*Product)(const Matrix&, int64_t, const Block*, const int32_t*, float*, int64_t);
+
+template <int BITS, bool OFFSETS, int R>
+Product product_for(int64_t tokens) {
+  switch (tokens) {
+    case 1: return product<BITS, OFFSETS, R, 1>;
+    case 2: return product<BITS, OFFSETS, R, 2>;
+    case 3: return product<BITS, OFFSETS, R, 3>;
+    case 4: return product<BITS, OFFSETS, R, 4>;
+    case 5: return product<BITS, OFFSETS, R, least(5, kTokens)>;
+    default: return product<BITS, OFFSETS, R, least(6, kTokens)>;
+  }
+}
+template <int R>
+Product product_for(const Matrix& w, int64_t tokens) {
+  if (w.bits == 4) return w.offsets ? product_for<4, true, R>(tokens) : product_for<4, false, R>(tokens);
+  return w.offsets ? product_for<8, true, R>(tokens) : product_for<8, false, R>(tokens);
+}
+
+// `count` <= kGroup tiles of rows for `tokens` <= kTokens tokens.
+inline void rows_of(const Matrix& w, int64_t tile, int64_t count, const Block* x, const int32_t* rows, int64_t tokens, float* out,
+                    int64_t stride) {
+  if (kTiles == kGroup && count == kGroup) return product_for<kTiles>(w, tokens)(w, tile, x, rows, out, stride);
+  for (int64_t r = 0; r < count; r++) product_for<1>(w, tokens)(w, tile + r, x, rows, out + r * kTile, stride);
+}
+
+// How many of the `left` tokens to take next: parts of nearly equal size.
+inline int64_t take(int64_t left) {
+  int64_t parts = (left + kTokens - 1) / kTokens;
+  return (left + parts - 1) / parts;
+}
+
+// ---- the functions of the table -----------------------------------------------------------------------------------
+void quantize(const Matrix& w, const float* input, int64_t count, Block* output) {
+  const int32_t middle = w.offsets ? 1 : w.bits == 4 ? -8 : kOffset8 - 128;
+  for (int64_t i = 0; i < count; i++) quantize_block(input + i * kBlock, middle, output + i);
+}
+
+void linear(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to) {
+  const Matrix& w = job.weight;
+  alignas(64) float out[kTokens][kGroup * kTile];
+  for (int64_t tile = first; tile < last; tile += kGroup) {
+    const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, w.rows - column);
+    for (int64_t t = from, n; t < to; t += n) {
+      n = take(to - t);
+      int32_t rows[kTokens];
+      for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(t + i);
+      rows_of(w, tile, count, job.blocks, rows, n, out[0], kGroup * kTile);
+      for (int64_t i = 0; i < n; i++) {
+        float* y = job.output + (t + i) * w.rows + column;
+        if (job.bias) {
+          for (int64_t j = 0; j < width; j++) y[j] = out[i][j] + job.bias[column + j];
+        } else {
+          for (int64_t j = 0; j < width; j++) y[j] = out[i][j];
+        }
+      }
+    }
+  }
+}
+
+// The matrix of expert e.
+inline Matrix of_expert(const Matrix& first, int64_t tiles, int64_t e) {
+  Matrix m = first;
+  m.codes += e * tiles * m.columns * kTile * m.bits / 8;
+  m.scales += e * tiles * (m.columns / m.block) * kTile;
+  if (m.offsets) m.offsets += e * tiles * (m.columns / m.block) * kTile;
+  return m;
+}
+
+inline void add_bias(float* x, const float* bias) {
+  for (int j = 0; j < kBlock; j++) x[j] += bias[j];
+}
+
+void expand(const FfnJob& job, int64_t expert, int64_t chunk) {
+  const Matrix up = of_expert(job.up, job.up_tiles, expert);
+  const int64_t tile = chunk * kGroup, second = job.neurons / kTile;
+  const float* bias = job.bias ? job.bias + expert * up.rows + chunk * kBlock : nullptr;
+  alignas(64) float h[kTokens][kBlock], u[kTokens][kBlock];
+  for (int64_t at = job.starts[expert], end = job.starts[expert + 1], n; at < end; at += n) {
+    n = take(end - at);
+    const int32_t* rows = job.tokens_of + at;
+    rows_of(up, tile, kGroup, job.blocks, rows, n, h[0], kBlock);
+    if (job.gated) rows_of(up, second + tile, kGroup, job.blocks, rows, n, u[0], kBlock);
+    for (int64_t i = 0; i < n && bias; i++) {
+      add_bias(h[i], bias);
+      if (job.gated) add_bias(u[i], bias + job.neurons);
+    }
+    activate(job.activation, h[0], static_cast<int>(n) * kBlock);
+    for (int64_t i = 0; i < n; i++) {
+      const V gate = set(job.gates[at + i]);
+      for (int j = 0; j < kBlock; j += kTile) {
+        V v = load(h[i] + j) * gate;
+        store(h[i] + j, job.gated ? v * load(u[i] + j) : v);
+      }
+      quantize(job.down, h[i], 1, job.hidden + (at + i) * (job.neurons / kBlock) + chunk);
+    }
+  }
+}
+
+void contract(const FfnJob& job, int64_t first, int64_t last) {
+  const int64_t rows = job.down.rows;
+  alignas(64) float out[kTokens][kGroup * kTile];
+  for (int64_t tile = first; tile < last; tile += kGroup) {
+    const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, rows - column);
+    for (int64_t t = 0; t < job.tokens; t++) {
+      for (int64_t j = 0; j < width; j++) job.output[t * rows + column + j] = 0.0f;
+    }
+    for (int64_t e = 0; e < job.experts; e++) {
+      const Matrix down = of_expert(job.down, job.down_tiles, e);
+      for (int64_t at = job.starts[e], end = job.starts[e + 1], n; at < end; at += n) {
+        n = take(end - at);
+        int32_t rows_at[kTokens];
+        for (int64_t i = 0; i < n; i++) rows_at[i] = static_cast<int32_t>(at + i);
+        rows_of(down, tile, count, job.hidden, rows_at, n, out[0], kGroup * kTile);
+        for (int64_t i = 0; i < n; i++) {
+          float* y = job.output + job.tokens_of[at + i] * rows + column;
+          for (int64_t j = 0; j < width; j++) y[j] += out[i][j];
+        }
+      }
+    }
+  }
+}
+
+void decode(const Matrix& w, int64_t row, float* output) {
+  const int64_t blocks = w.columns / kBlock, groups = w.columns / w.block, tile = row / kTile, lane = row % kTile;
+  const int64_t bytes = w.bits * kTile * kBlock / 8;
+  alignas(64) float scale[kTile], offset[kTile];
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t g = (tile * groups + b * kBlock / w.block) * kTile;
+    store(scale, load_half(w.scales + g));
+    if (w.offsets) store(offset, load_half(w.offsets + g));
+    const float from = w.offsets ? offset[lane] : scale[lane] * (w.bits == 4 ? -8.0f : -128.0f);
+    const uint8_t* codes = w.codes + (tile * blocks + b) * bytes + lane * 4;
+    for (int j = 0; j < kBlock; j++) {
+      const int32_t code = w.bits == 8 ? codes[j / 4 * 64 + j % 4] : codes[j / 8 * 64 + j % 4] >> (j / 4 % 2 * 4) & 15;
+      output[b * kBlock + j] = scale[lane] * static_cast<float>(code) + from;
+    }
+  }
+}

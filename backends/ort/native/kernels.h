@@ -1,0 +1,80 @@
+// What the operators ask of a kernel: plain data and a table of functions, one table for each instruction set.
+//
+// Nothing here may have a function body: the header is compiled with different target flags, and the linker would keep any one of them.
+#pragma once
+#include <stdint.h>
+
+namespace dyncomp {
+
+enum {
+  kTile = 16,   // rows of a tile of weights
+  kGroup = 2,   // tiles that are computed together: work is handed out in multiples of it
+  kBlock = 32,  // columns that share the scale of an activation
+};
+
+// A quantized matrix [rows, columns], value = scale * code + offset, or scale * (code - middle). `pack.py` describes the layout.
+struct Matrix {
+  const uint8_t* codes;
+  const uint16_t* scales;   // half floats [tiles, columns / block, 16]
+  const uint16_t* offsets;  // the same; null: the middle, 8 for 4 bits and 128 for 8 bits, stands for zero
+  int64_t rows, columns;
+  int32_t bits, block;
+};
+
+// 32 activations of a token, value = scale * code.
+struct Block {
+  int8_t codes[kBlock];
+  float scale;
+  int32_t correction;  // the sum of the codes; or, for weights without offsets, what a dot product starts from: minus middle times it
+};
+
+// y[t] = W x[t] + bias
+struct LinearJob {
+  Matrix weight;
+  const float* input;  // [tokens, columns]
+  Block* blocks;       // [tokens, columns / 32]
+  const float* bias;   // [rows] or null
+  float* output;       // [tokens, rows]
+  int64_t tokens;
+};
+
+// y[t] = sum of gate * FFN_e(x[t]). A use is one token of one expert; the uses of an expert lie side by side.
+struct FfnJob {
+  Matrix up, down;          // of the first expert; expert e begins e times so many tiles later
+  int64_t up_tiles, down_tiles;
+  const float* input;       // [tokens, up.columns]
+  Block* blocks;            // [tokens, up.columns / 32]
+  Block* hidden;            // [uses, neurons / 32]
+  const float* bias;        // [experts, up.rows] or null
+  const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1
+  const int32_t* tokens_of; // [uses]
+  const float* gates;       // [uses]
+  float* output;            // [tokens, down.rows]
+  int64_t tokens, experts, neurons;
+  int32_t gated, activation;
+};
+
+struct Kernels {
+  const char* name;
+  // Quantizes `count` blocks of 32 floats for a product with the matrix. A block with an infinity or a NaN becomes NaN.
+  void (*quantize)(const Matrix& matrix, const float* input, int64_t count, Block* output);
+  // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
+  void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
+  // The hidden activations of 32 neurons of an expert, for all its uses, with the gate, quantized.
+  void (*expand)(const FfnJob& job, int64_t expert, int64_t chunk);
+  // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
+  void (*contract)(const FfnJob& job, int64_t first, int64_t last);
+  // One row of a matrix as floats [columns].
+  void (*decode)(const Matrix& matrix, int64_t row, float* output);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// The table in use; null, with the reason in `*reason`, when DYNCOMP_NATIVE_ISA asks for what there is not.
+const Kernels* kernels(const char** reason);
+
+}  // namespace dyncomp

@@ -1,0 +1,23 @@
+// The operators as library.cc registers them.
+#pragma once
+#include "context.h"
+
+namespace dyncomp {
+
+struct Input {
+  ONNXTensorElementDataType type;
+  bool optional;
+};
+
+struct Operator {
+  const char* name;
+  const Input* inputs;
+  size_t count;
+  OrtStatus* (*create)(const OrtApi& api, const OrtKernelInfo* info, void** kernel);
+  OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
+  void (*destroy)(void* kernel);
+};
+
+extern const Operator quantized_linear, quantized_ffn, quantized_embedding;
+
+}  // namespace dyncomp

@@ -1,0 +1,87 @@
+"""What a node of a graph computes, where that is more than calling its target."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from dyncomp.ops import expert_hidden, routed_ffn
+
+if TYPE_CHECKING:
+    from dyncomp.graph import Graph
+
+ACTIVATION_BLOCK = 32
+_ROUTED = routed_ffn._opoverload
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """Round to int8 in blocks of 32 along the last dimension, the scale of each its largest magnitude / 127: [..., K] -> [..., K].
+
+    What kernels for quantized weights do to their inputs, so that products are of integers.
+    """
+    blocks = x.unflatten(-1, (-1, ACTIVATION_BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).flatten(-2)
+
+
+def rounds_activations(graph: Graph) -> bool:
+    """Whether the inputs of quantized weights are rounded to int8 (``quantize{activations=int8}``)."""
+    return bool(graph.quantized) and graph.info.get("activations") == "int8"
+
+
+@contextlib.contextmanager
+def float_activations(*graphs: Graph) -> Iterator[None]:
+    """Leave activations as they are for a while: to compare two programs, whose sums differ by a rounding error that a step of
+    1/127 would magnify."""
+    before = [graph.info.pop("activations", None) for graph in graphs]
+    try:
+        yield
+    finally:
+        for graph, value in zip(graphs, before, strict=True):
+            if value is not None:
+                graph.info["activations"] = value
+
+
+def compute(
+    graph: Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], implementations: Mapping[Any, Callable[..., Any]]
+) -> Any:
+    """The value of a call node.
+
+    Args:
+        implementations: what to call instead of a target.
+    """
+    if rounds_activations(graph):
+        if node.target is torch.ops.aten.linear.default and _quantized(graph, node.args[1]):
+            args = (round_activations(args[0]), *args[1:])
+        elif node.target is _ROUTED and _quantized(graph, node.args[2]):
+            return _routed_ffn_rounded(*args, **kwargs)
+    return implementations.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node, with :func:`compute`."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.module)
+        self._graph, self.extra_traceback = graph, False
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return compute(self._graph, n, args, kwargs, {})
+
+
+def _quantized(graph: Graph, weight: Any) -> bool:
+    return isinstance(weight, fx.Node) and str(weight.target) in graph.quantized
+
+
+def _routed_ffn_rounded(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:
+    _, d_out, neurons = w_down.shape
+    h = expert_hidden(round_activations(x), w_up, b_up, neurons, activation) * gates[..., None]
+    return F.linear(round_activations(h.flatten(-2)), w_down.transpose(0, 1).reshape(d_out, -1))

@@ -1,0 +1,481 @@
+"""The native operators, held to PyTorch on the decoded weights and to an emulation of their arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from dyncomp.backends.ort.native import ACTIVATION_CODES, library, pack_codes, pack_scales, unavailable_reason, unpack_codes
+from dyncomp.backends.ort.native.build import available
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyncomp.activations import ACTIVATIONS
+from dyncomp.errors import BackendError
+from dyncomp.ops import routed_ffn_reference
+
+ort = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+Array = np.ndarray[Any, Any]
+Tensors = dict[str, Array | None]
+_TYPES = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10}
+pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or "")
+
+
+# ---- what the tests run ------------------------------------------------------------------------------------------
+def isas() -> list[str]:
+    """The kernels this processor can run."""
+    cpu = Path("/proc/cpuinfo")
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= flags
+    return ["portable", *(["avx2"] if {"avx2", "fma", "f16c"} <= flags else []), *(["avx512"] if wide else [])]
+
+
+class Native:
+    """The library with one kind of kernels. They are chosen when it is loaded: each kind needs a copy of the file."""
+
+    def __init__(self, isa: str, folder: Path) -> None:
+        self.path = folder / f"{isa}.so"
+        shutil.copy(library(), self.path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DYNCOMP_NATIVE_ISA", isa)
+            self.handle = ctypes.CDLL(str(self.path))
+        self.handle.dyncomp_native_isa.restype = ctypes.c_char_p
+
+    def run(self, op: str, inputs: Tensors, constants: Tensors, threads: int = 1, **attributes: int) -> Array:
+        """Run one operator: ``inputs`` are fed, ``constants`` are in the model, None is an absent input."""
+        helper, numpy_helper = onnx.helper, onnx.numpy_helper
+        given = {k: v for k, v in {**inputs, **constants}.items() if v is not None}
+        names = [n if n in given else "" for n in [*inputs, *constants]]
+        node = helper.make_node(op, names, ["y"], domain="dyncomp", **{k: int(v) for k, v in attributes.items()})
+        feeds = {k: v for k, v in inputs.items() if v is not None}
+        graph = helper.make_graph(
+            [node], "g", [helper.make_tensor_value_info(k, _TYPES[v.dtype.name], [None] * v.ndim) for k, v in feeds.items()],
+            [helper.make_tensor_value_info("y", 1, None)], [numpy_helper.from_array(v, k) for k, v in constants.items() if v is not None],
+        )  # fmt: skip
+        imports = [helper.make_opsetid("", 20), helper.make_opsetid("dyncomp", 1)]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 4
+        options.register_custom_ops_library(str(self.path))
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+        result: Array = ort.InferenceSession(model, options).run(None, feeds)[0]
+        return result
+
+
+@pytest.fixture(scope="module", params=isas())
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Native:
+    return Native(request.param, tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    return Native(isas()[-1], tmp_path_factory.mktemp("native"))
+
+
+class Quantized:
+    """Random quantized matrices [*lead, rows, columns]: as the operators take them, and decoded."""
+
+    def __init__(self, rng: np.random.Generator, shape: tuple[int, ...], bits: int, block: int, asymmetric: bool) -> None:
+        *lead, rows, columns = shape
+        self.bits, self.block = bits, block
+        self.codes = rng.integers(0 if asymmetric or bits == 4 else 1, 2**bits, shape, dtype=np.uint8)
+        if asymmetric:
+            self.codes[..., 0, :] = 0 if rows % 2 else 2**bits - 1  # the extremes
+        groups = (*lead, rows, columns // block)
+        self.scales = (rng.uniform(0.5, 2.0, groups) / (2**bits * columns**0.5)).astype(np.float16)
+        middle = 2 ** (bits - 1)
+        self.offsets = (self.scales * -rng.uniform(0, 2 * middle, groups)).astype(np.float16) if asymmetric else None
+        self.integers = self.codes.astype(np.int32) - (0 if asymmetric else middle)
+        self.values = self.integers * self.scales.astype(np.float64).repeat(block, -1)
+        if self.offsets is not None:
+            self.values += self.offsets.astype(np.float64).repeat(block, -1)
+
+    def packed(self, prefix: str = "") -> Tensors:
+        return {
+            f"{prefix}codes": pack_codes(self.codes, self.bits),
+            f"{prefix}scales": pack_scales(self.scales),
+            f"{prefix}offsets": None if self.offsets is None else pack_scales(self.offsets),
+        }
+
+    def __getitem__(self, e: int) -> Quantized:
+        one = object.__new__(Quantized)
+        one.block, one.integers, one.scales = self.block, self.integers[e], self.scales[e]
+        one.offsets = None if self.offsets is None else self.offsets[e]
+        return one
+
+
+def emulate(x: Array, w: Quantized) -> Array:
+    """x [T, K] -> [T, N] with activations as the kernels quantize them, the sums in float64."""
+    blocks = x.astype(np.float32).reshape(len(x), -1, 32)
+    peak = np.abs(blocks).max(-1, keepdims=True)
+    safe = np.where(peak > 0, peak, np.float32(1))
+    codes = np.rint(blocks * (np.float32(127) / safe)) * (peak > 0)
+    dots = np.einsum("tbk,nbk->tnb", codes.astype(np.float64), w.integers.reshape(len(w.integers), -1, 32).astype(np.float64))
+    scales, steps = w.scales.astype(np.float64).repeat(w.block // 32, -1), (peak[..., 0] / np.float32(127)).astype(np.float64)
+    y: Array = np.einsum("tnb,tb,nb->tn", dots, steps, scales)
+    if w.offsets is not None:
+        y += np.einsum("tb,nb->tn", codes.sum(-1, dtype=np.float64) * steps, w.offsets.astype(np.float64).repeat(w.block // 32, -1))
+    return y
+
+
+def error(actual: Array, expected: Array) -> Array:
+    """[..]: each deviation over the largest expected magnitude."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    assert np.isfinite(actual).all()
+    return np.abs(actual - expected) / max(np.abs(expected).max(), 1e-30)
+
+
+def mean_error(actual: Array, expected: Array) -> float:
+    """Root mean square of the deviations over that of the expected values."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    return float(np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean()))
+
+
+# ---- layout ------------------------------------------------------------------------------------------------------
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_codes_unpack_to_what_was_packed(data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from([4, 8]))
+    shape = (*data.draw(st.sampled_from([(), (1,), (3,), (2, 2)])), data.draw(st.integers(1, 40)), 32 * data.draw(st.integers(1, 4)))
+    codes = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 2**bits, shape, dtype=np.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (*shape[:-2], -(-shape[-2] // 16), shape[-1] // 32, 64 * bits)
+    assert np.array_equal(unpack_codes(packed, shape[-2], bits), codes)
+
+
+def test_a_tile_is_16_rows_of_4_columns_after_the_other() -> None:
+    codes = (np.arange(16 * 32) % 251).astype(np.uint8).reshape(16, 32)
+    assert np.array_equal(pack_codes(codes, 8)[0, 0].reshape(8, 16, 4), codes.reshape(16, 8, 4).transpose(1, 0, 2))
+    small = codes & 15
+    pairs = small.reshape(16, 4, 2, 4).transpose(1, 2, 0, 3)
+    assert np.array_equal(pack_codes(small, 4)[0, 0].reshape(4, 16, 4), pairs[:, 0] | pairs[:, 1] << 4)
+    assert pack_scales(np.ones((17, 3))).shape == (2, 3, 16)
+    assert pack_scales(np.ones((17, 3)))[1, :, 1:].max() == 0
+
+
+@pytest.mark.parametrize(("columns", "bits", "top"), [(33, 8, 255), (32, 5, 1), (32, 4, 16)])
+def test_what_cannot_be_packed_is_refused(columns: int, bits: int, top: int) -> None:
+    with pytest.raises(ValueError):
+        pack_codes(np.full((16, columns), top, np.uint8), bits)
+    with pytest.raises(ValueError, match="float16"):
+        pack_scales(np.full((16, 1), 1e6))
+
+
+# ---- QuantizedLinear ---------------------------------------------------------------------------------------------
+def linear(native: Native, x: Array, w: Quantized, bias: Array | None = None, threads: int = 1) -> Array:
+    rows, columns = w.values.shape
+    constants = {**w.packed(), "bias": bias}
+    return native.run("QuantizedLinear", {"x": x}, constants, threads, rows=rows, columns=columns, bits=w.bits, block=w.block)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear(native: Native, bits: int, block: int, asymmetric: bool) -> None:
+    rng = np.random.default_rng(bits + block)
+    for tokens, rows in [(1, 1), (2, 16), (3, 17), (7, 33), (8, 32), (9, 100), (33, 48), (100, 40)]:
+        w = Quantized(rng, (rows, 256), bits, block, asymmetric)
+        x = rng.standard_normal((tokens, 256), np.float32) * 10.0 ** rng.integers(-4, 4, (tokens, 1)).astype(np.float32)
+        bias = rng.standard_normal(rows, np.float32) if rows % 2 else None
+        y = linear(native, x, w, bias)
+        plus = 0 if bias is None else bias
+        scale = np.abs(x).max(1)[:, None]  # tokens differ in size
+        assert error((y - plus) / scale, emulate(x, w) / scale).max() < (1e-5 if bias is None else 1e-3)
+        assert error(y, emulate(x, w) + plus).max() < 1e-5
+        if rows >= 16:
+            assert mean_error((y - plus) / scale, (x.astype(np.float64) @ w.values.T) / scale) < 2e-2
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_linear_of_any_shape(best: Native, data: st.DataObject) -> None:
+    bits, block = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([32, 64, 128]))
+    rows, columns, tokens = data.draw(st.integers(1, 70)), block * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    w = Quantized(rng, (rows, columns), bits, block, data.draw(st.booleans()))
+    x = rng.standard_normal((tokens, columns), np.float32)
+    assert error(linear(best, x, w), emulate(x, w)).max() < 1e-5
+
+
+def test_linear_keeps_leading_dimensions_and_takes_no_tokens(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    w = Quantized(rng, (20, 64), 8, 32, False)
+    x = rng.standard_normal((2, 3, 64), np.float32)
+    y = linear(native, x, w)
+    assert y.shape == (2, 3, 20)
+    assert np.array_equal(y.reshape(6, 20), linear(native, x.reshape(6, 64), w))
+    assert np.array_equal(y[1, 2], linear(native, x[1, 2], w))
+    assert linear(native, x[:, :0], w).shape == (2, 0, 20)
+
+
+def test_scales_below_the_normal_half_floats(native: Native) -> None:
+    w = Quantized(np.random.default_rng(0), (16, 64), 8, 32, False)
+    w.scales = np.full_like(w.scales, 3e-7)
+    x = np.ones((1, 64), np.float32)
+    assert error(linear(native, x, w), emulate(x, w)).max() < 1e-5
+    w.scales[1] = 0
+    assert linear(native, x, w)[0, 1] == 0
+
+
+def test_zeros_stay_zero_and_what_is_no_number_shows(native: Native) -> None:
+    w = Quantized(np.random.default_rng(0), (16, 64), 8, 32, False)
+    x = np.zeros((5, 64), np.float32)
+    x[1, 3], x[2, 3], x[3, 40], x[4, 3] = np.nan, np.inf, -np.inf, 1e-40
+    y = linear(native, x, w)
+    assert (y[0] == 0).all()
+    assert np.isnan(y[1:4]).all()
+    assert (np.abs(y[4]) < 1e-37).all()
+
+
+def test_threads_change_nothing(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    w = Quantized(rng, (1000, 256), 4, 32, True)
+    for tokens in (1, 5, 200):
+        x = rng.standard_normal((tokens, 256), np.float32)
+        assert np.array_equal(linear(native, x, w, threads=2), linear(native, x, w))
+
+
+# ---- QuantizedFFN ------------------------------------------------------------------------------------------------
+class Experts:
+    """Random experts, how to run them, and what they should give."""
+
+    def __init__(
+        self, rng: np.random.Generator, *, experts: int = 3, d: int = 128, neurons: int = 128, rows: int = 72, gated: bool = True,
+        activation: str = "silu", bits: int = 8, block: int = 32, asymmetric: bool = False, biased: bool = False,
+    ) -> None:  # fmt: skip
+        self.gated, self.activation, self.neurons = gated, activation, neurons
+        self.up = Quantized(rng, (experts, neurons * (2 if gated else 1), d), bits, block, asymmetric)
+        self.down = Quantized(rng, (experts, rows, neurons), bits, block, asymmetric)
+        self.bias = rng.standard_normal(self.up.values.shape[:2], np.float32) if biased else None
+
+    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1) -> Array:
+        experts, rows, neurons = self.down.values.shape
+        code = ACTIVATION_CODES.get(self.activation, 99)
+        constants = {**self.up.packed("up_"), "up_bias": self.bias, **self.down.packed("down_")}
+        return native.run(
+            "QuantizedFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.values.shape[2],
+            neurons=neurons, rows=rows, gated=self.gated, activation=code, bits=self.up.bits, block=self.up.block,
+        )  # fmt: skip
+
+    def reference(self, x: Array, gates: Array | None) -> Array:
+        gates = np.ones((len(x), len(self.up.values))) if gates is None else gates
+        tensors = [torch.from_numpy(np.asarray(a, np.float64)) for a in (x, gates, self.up.values, self.down.values)]
+        bias = None if self.bias is None else torch.from_numpy(self.bias.astype(np.float64))
+        return routed_ffn_reference(*tensors[:3], bias, tensors[3], self.activation).numpy()
+
+    def emulation(self, x: Array, gates: Array | None) -> Array:
+        gates = np.ones((len(x), len(self.up.values))) if gates is None else gates
+        y = np.zeros((len(x), self.down.values.shape[1]))
+        for e in range(gates.shape[1]):
+            h = emulate(x, self.up[e]) + (0 if self.bias is None else self.bias[e])
+            active = ACTIVATIONS[self.activation](torch.from_numpy(h[:, : self.neurons])).numpy()
+            y += emulate(active * (h[:, self.neurons :] if self.gated else 1) * gates[:, e : e + 1], self.down[e])
+        return y
+
+    def check(self, native: Native, x: Array, gates: Array | None) -> None:
+        y = self.run(native, x, gates)
+        if self.down.values.shape[1] >= 64:
+            assert mean_error(y, self.reference(x, gates)) < 2e-2
+        off = error(y, self.emulation(x, gates))
+        assert np.median(off) < 1e-5  # a hidden activation halfway between two codes may go the other way
+        assert off.max() < 5e-3
+
+
+def random_gates(rng: np.random.Generator, tokens: int, experts: int) -> Array:
+    """Zero, one, negative and other gates; the second token has none."""
+    gates = rng.choice(np.array([0, 0, 1, 1, 0.3, -0.7], np.float32), (tokens, experts))
+    gates[0, 0] = 1
+    if tokens > 1:
+        gates[1] = 0
+    return gates
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ffn(native: Native, bits: int, block: int, asymmetric: bool) -> None:
+    rng = np.random.default_rng(bits + block)
+    for tokens, gated, biased in [(1, True, False), (2, False, True), (3, True, True), (8, True, False), (33, False, False)]:
+        ffn = Experts(rng, gated=gated, biased=biased, bits=bits, block=block, asymmetric=asymmetric)
+        x = rng.standard_normal((tokens, 128), np.float32)
+        gates = random_gates(rng, tokens, 3) if tokens % 2 or biased else None
+        ffn.check(native, x, gates)
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_ffn_of_any_shape(best: Native, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    block = data.draw(st.sampled_from([32, 64]))
+    experts, tokens, d = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20)), block * data.draw(st.integers(1, 3))
+    ffn = Experts(
+        rng, experts=experts, d=d, neurons=block * data.draw(st.integers(1, 3)), rows=data.draw(st.integers(1, 40)), block=block,
+        gated=data.draw(st.booleans()), activation=data.draw(st.sampled_from(["silu", "gelu", "relu"])),
+        bits=data.draw(st.sampled_from([4, 8])), asymmetric=data.draw(st.booleans()), biased=data.draw(st.booleans()),
+    )  # fmt: skip
+    ffn.check(best, rng.standard_normal((tokens, d), np.float32), random_gates(rng, tokens, experts) if data.draw(st.booleans()) else None)
+
+
+def test_a_token_without_experts_gives_zeros_and_others_do_not_see_it(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x = Experts(rng), rng.standard_normal((4, 128), np.float32)
+    assert (ffn.run(native, x, np.zeros((4, 3), np.float32)) == 0).all()
+    x[2] = np.nan
+    gates = np.ones((4, 3), np.float32)
+    gates[2] = 0
+    y = ffn.run(native, x, gates)
+    assert (y[2] == 0).all()
+    assert np.array_equal(y[3:], ffn.run(native, x[3:], gates[3:]))
+    assert np.array_equal(ffn.run(native, x[None, :2], gates[None, :2]), y[None, :2])
+
+
+def test_ffn_threads_change_nothing(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn = Experts(rng, experts=8, neurons=64, rows=200, bits=4)
+    for tokens in (1, 64):
+        x, gates = rng.standard_normal((tokens, 128), np.float32), random_gates(rng, tokens, 8)
+        assert np.array_equal(ffn.run(native, x, gates, threads=2), ffn.run(native, x, gates))
+
+
+def test_sessions_in_several_threads_do_not_disturb_each_other(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, sizes = Experts(rng), [1, 40, 3, 17, 8, 33, 2, 25]
+    inputs = [(rng.standard_normal((n, 128), np.float32), random_gates(rng, n, 3)) for n in sizes]
+    expected = [ffn.run(native, x, gates) for x, gates in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for y, right in zip(pool.map(lambda i: ffn.run(native, *i), inputs * 5), expected * 5, strict=True):
+            assert np.array_equal(y, right)
+
+
+def test_activation_codes_cover_the_table() -> None:
+    assert set(ACTIVATION_CODES) == set(ACTIVATIONS)
+    assert sorted(ACTIVATION_CODES.values()) == list(range(len(ACTIVATIONS)))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_are_exact_to_a_few_units(native: Native, activation: str) -> None:
+    """One neuron of one: act(x[0]) * x[32] with both the largest of their blocks, so that quantizing changes nothing."""
+    ffn = Experts(np.random.default_rng(0), experts=1, d=64, neurons=32, rows=1, activation=activation)
+    for w, ones in ((ffn.up, [(0, 0), (32, 32)]), (ffn.down, [(0, 0)])):
+        w.codes[:], w.scales[:] = 128, 1
+        for row, column in ones:
+            w.codes[0, row, column] = 129
+    x = np.zeros((4001, 64), np.float32)
+    x[:, 0], x[:, 32] = np.linspace(-20, 20, len(x)), 1
+    v = x[:, 0].astype(np.float64)
+    expected = ACTIVATIONS[activation](torch.from_numpy(v)).numpy()
+    if activation == "gelu":  # PyTorch's formulas cancel for negative numbers, even in float64
+        expected = v * scipy.special.ndtr(v)
+    if activation == "gelu_tanh":
+        expected = v * scipy.special.expit(2 * (2 / np.pi) ** 0.5 * (v + 0.044715 * v**3))
+    y = ffn.run(native, x, None)[:, 0]
+    normal = np.abs(expected) > 1e-30
+    assert (np.abs(y - expected)[normal] / np.abs(expected[normal])).max() < 2e-5  # v itself is off by 6e-8
+    assert np.abs(y - expected)[~normal].max(initial=0) < 1e-30
+    near = np.abs(v) < 4
+    assert (np.abs(y - expected)[normal & near] / np.abs(expected[normal & near])).max() < 2e-6
+
+
+# ---- QuantizedEmbedding ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding(native: Native, bits: int, asymmetric: bool) -> None:
+    w = Quantized(np.random.default_rng(0), (50, 128), bits, 64, asymmetric)
+    for ids in (np.arange(50), np.array([[49, 0, 3], [7, 7, 48]]), np.array(5), np.zeros((2, 0), np.int64)):
+        y = native.run("QuantizedEmbedding", {"ids": ids}, w.packed(), rows=50, columns=128, bits=bits, block=64)
+        assert np.array_equal(y, w.values[ids].astype(np.float32))
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 2**40])
+def test_ids_out_of_range_are_refused(best: Native, bad: int) -> None:
+    w = Quantized(np.random.default_rng(0), (50, 128), 8, 32, False)
+    with pytest.raises(Exception, match=f"QuantizedEmbedding: the id {bad} is not in 0 .. 49"):
+        best.run("QuantizedEmbedding", {"ids": np.array([3, bad])}, w.packed(), rows=50, columns=128, bits=8, block=32)
+
+
+# ---- requests that cannot be served ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": 96}, "the last dimension of x is 64; it should be 96"),
+        ({"rows": 40}, "the input codes has 2048 elements; it should have 3072"),
+        ({"bits": 4}, "the input codes has 2048 elements; it should have 1024"),
+        ({"bits": 3}, "bits is 3; it should be 4 or 8"),
+        ({"block": 64}, "the input scales has 64 elements; it should have 32"),
+        ({"block": 48}, "block is 48; it should be 32, 64 or 128"),
+        ({"block": 128}, "64 columns are no multiple of the block, 128"),
+        ({"rows": 0}, "a matrix of 0 rows and 64 columns"),
+    ],
+)
+def test_wrong_linears_are_refused(best: Native, change: dict[str, int], message: str) -> None:
+    w = Quantized(np.random.default_rng(0), (20, 64), 8, 32, False)
+    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8, "block": 32, **change}
+    with pytest.raises(Exception, match=f"dyncomp.QuantizedLinear: {message}"):
+        best.run("QuantizedLinear", {"x": x}, {**w.packed(), "bias": None}, **attributes)
+
+
+def test_wrong_biases_offsets_and_missing_attributes_are_refused(best: Native) -> None:
+    w = Quantized(np.random.default_rng(0), (20, 64), 8, 32, False)
+    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8}
+    with pytest.raises(Exception, match="the input bias has 19 elements; it should have 20"):
+        best.run("QuantizedLinear", {"x": x}, {**w.packed(), "bias": np.zeros(19, np.float32)}, **attributes, block=32)
+    with pytest.raises(Exception, match="the input offsets has 3 elements; it should have 64"):
+        best.run("QuantizedLinear", {"x": x}, {**w.packed(), "offsets": np.zeros(3, np.float16)}, **attributes, block=32)
+    with pytest.raises(Exception, match="block"):
+        best.run("QuantizedLinear", {"x": x}, w.packed(), **attributes)
+
+
+def test_wrong_ffns_are_refused(best: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x = Experts(rng), np.zeros((2, 128), np.float32)
+    with pytest.raises(Exception, match="QuantizedFFN: the input gates has 8 elements; it should have 6"):
+        ffn.run(best, x, np.ones((2, 4), np.float32))
+    with pytest.raises(Exception, match="the last dimension of x is 64; it should be 128"):
+        ffn.run(best, x[:, :64], None)
+    ffn.gated = False
+    with pytest.raises(Exception, match="the input up_codes has 98304 elements; it should have 49152"):
+        ffn.run(best, x, None)
+    ffn.activation = "other"
+    with pytest.raises(Exception, match="the activation has no function of that code"):
+        ffn.run(best, x, None)
+
+
+# ---- the library -------------------------------------------------------------------------------------------------
+def test_the_library_names_its_kernels(native: Native, request: pytest.FixtureRequest) -> None:
+    assert native.handle.dyncomp_native_isa().decode() == request.node.callspec.params["native"]
+
+
+def test_unknown_kernels_are_refused(tmp_path: Path) -> None:
+    wrong = Native("sse9", tmp_path)
+    assert wrong.handle.dyncomp_native_isa() == b""
+    with pytest.raises(Exception, match="DYNCOMP_NATIVE_ISA is none of portable, avx2, avx512"):
+        ort.SessionOptions().register_custom_ops_library(str(wrong.path))
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    assert not available()
+    assert unavailable_reason() == "the C++ compiler that CXX names is not there: no-such-compiler --fast"
+    with pytest.raises(BackendError, match="install g\\+\\+"):
+        library(tmp_path)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert unavailable_reason() == "there is no C++ compiler on this machine"
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "cc"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "note: something" >&2; echo "x.cc:1: error: no" >&2; exit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(BackendError, match=r"cannot compile the native operators: x.cc:1: error: no"):
+        library(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []

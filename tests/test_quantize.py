@@ -1,0 +1,261 @@
+"""Weights in few bits: the number formats, the pass, and what ONNX Runtime makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dyncomp.backends.ort.lower import lower
+from dyncomp.backends.ort.native import available
+from dyncomp.backends.ort.parity import parity
+from dyncomp.backends.ort.run import OrtModel
+from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, RefitDown
+from dyncomp.passes.gptq import gptq
+from helpers import assert_close, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, built, sample, trace_tiny
+
+from dyncomp.calibrate import Calibration, calibrate
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.interpret import float_activations, round_activations
+from dyncomp.pipeline import Context, Pass, Pipeline
+from dyncomp.quantized import Quantized, join, pack_nibbles, round_to_nearest, unpack_nibbles
+from dyncomp.regions import find_linears, find_regions
+from dyncomp.serialize import load_graph, save_graph
+
+
+def context(name: str, graph: Graph) -> Context:
+    _, inputs, dims = built(name)
+    data = [sample(inputs, dims, {"batch": 2, "sequence": 16}, seed=s) for s in range(6)]
+    calibration = Calibration(data, "test")
+    calibrate(graph, find_regions(graph).ffns, calibration)
+    return Context(calibration, data[0], dense=graph.copy())
+
+
+# ---- number formats ------------------------------------------------------------------------------------------------
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.booleans())
+def test_rounding_is_to_the_nearest_value(seed: int, bits: int, block: int, symmetric: bool) -> None:
+    weight = torch.randn(5, 256, generator=torch.Generator().manual_seed(seed))
+    value = round_to_nearest(weight, bits, block, symmetric=symmetric)
+    assert value.format == (bits, block, symmetric)
+    steps = value.scales.float().abs().repeat_interleave(block, 1)
+    slack = 1e-3 * weight.abs().max()  # scales and offsets are rounded to float16
+    inside = (value.decode() - weight).abs() <= steps / 2 + slack
+    assert bool(inside.all()) if not (symmetric and bits == 4) else float(inside.float().mean()) > 0.9  # +8 steps is cut to +7
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_were_4_bit_with_an_offset_come_back_exactly(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (48, 8, 32), generator=generator)
+    codes[..., 0], codes[..., 1] = 0, 15
+    scale, offset = (
+        torch.rand(48, 8, 1, generator=generator).half().float() * 0.0625,
+        torch.randn(48, 8, 1, generator=generator).half().float(),
+    )
+    weight = (codes * scale + offset).flatten(1)
+    found = round_to_nearest(weight, bits, 32, symmetric=False)
+    assert relative_error(found.decode(), weight) <= (1e-6 if bits == 4 else 1e-3)
+
+
+def test_constant_and_empty_blocks() -> None:
+    weight = torch.zeros(3, 64)
+    weight[1], weight[2] = 0.5, -0.25
+    for symmetric in (True, False):
+        for bits in (4, 8):
+            assert_close(round_to_nearest(weight, bits, 32, symmetric=symmetric).decode(), weight, rel=1e-3)
+
+
+def test_nibbles_and_joined_rows() -> None:
+    codes = torch.randint(0, 16, (7, 64), dtype=torch.uint8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    a, b = (round_to_nearest(torch.randn(n, 64), 8, 32) for n in (3, 5))
+    together = join([a, b])
+    assert together is not None
+    assert torch.equal(together.decode(), torch.cat([a.decode(), b.decode()]))
+    assert join([a, round_to_nearest(torch.randn(3, 64), 4, 32)]) is None
+
+
+def test_activations_round_by_blocks() -> None:
+    x = torch.randn(3, 64)
+    x[:, 32:] *= 1e-3
+    assert_close(round_activations(x)[:, 32:], x[:, 32:], rel=1 / 250)
+    assert torch.equal(round_activations(torch.zeros(2, 32)), torch.zeros(2, 32))
+
+
+def test_gptq_keeps_outputs_better_than_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)  # correlated inputs
+    weight = torch.randn(64, 128, generator=generator)
+
+    def loss(q: Quantized) -> float:
+        return float((x @ (q.decode() - weight).T).square().mean())
+
+    for symmetric in (True, False):
+        assert loss(gptq(weight, x.T @ x, 4, 32, symmetric=symmetric)) < 0.6 * loss(round_to_nearest(weight, 4, 32, symmetric=symmetric))
+
+
+# ---- the pass ------------------------------------------------------------------------------------------------------
+WITH_LINEARS = [name for name, tiny in ARCHITECTURES.items() if tiny.ffns]
+
+
+@pytest.mark.parametrize("name", WITH_LINEARS)
+def test_int8_is_close_to_the_graph_before(name: str) -> None:
+    graph, before = trace_tiny(name), trace_tiny(name)
+    _, inputs, dims = built(name)
+    fresh = sample(inputs, dims, {"batch": 2, "sequence": 9}, seed=3)
+    record = Pipeline([Quantize(activations="float")]).run(graph, Context(probe=fresh))[0]
+    assert record.result.changed
+    assert record.relative_error is not None
+    assert record.relative_error <= 0.1
+    assert graph.precision == "int8"
+    for weight, q in graph.quantized.items():
+        assert torch.equal(graph.tensor(weight), q.decode())
+    assert graph.weight_bytes() < before.weight_bytes()
+    assert len(find_linears(graph)) == len(find_linears(before))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "phi3"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_runs_on_whole_models(name: str, symmetric: bool) -> None:
+    errors = []
+    for method in ("rtn", "gptq"):
+        graph = trace_tiny(name)
+        ctx = context(name, graph)
+        spec = Quantize(bits=4, method=method, symmetric=symmetric, activations="float")
+        errors.append(Pipeline([spec]).run(graph, ctx)[0].relative_error)
+        assert graph.precision == "int4"
+    assert errors[1] is not None
+    assert errors[1] < 1.5 * errors[0]  # type: ignore[operator]
+
+
+def test_experts_are_quantized_and_routers_are_not() -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph)
+    passes: list[Pass] = [CarveExperts(experts=2, keep_dense=()), FitRouter(active=0.75), RefitDown(), Quantize(bits=4, method="gptq")]
+    Pipeline(passes).run(graph, ctx)
+    regions = find_regions(graph)
+    assert len(regions.routed) == 2
+    for routed in regions.routed:
+        assert {routed.w_up, routed.w_down} <= set(graph.quantized)
+        router = [str(n.target) for node in routed.router for n in node.all_input_nodes if n.op == "get_attr"]
+        assert router
+        assert not set(router) & set(graph.quantized)
+
+
+def test_a_saved_graph_keeps_its_codes(tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize(bits=4, symmetric=False)]).run(graph, Context())
+    save_graph(graph, tmp_path / "graph.json", tmp_path / "weights.safetensors")
+    again = load_graph(tmp_path / "graph.json", tmp_path / "weights.safetensors")
+    assert set(again.quantized) == set(graph.quantized)
+    for name, q in graph.quantized.items():
+        assert torch.equal(again.quantized[name].codes, q.codes)
+        assert again.quantized[name].format == q.format
+    _, inputs, dims = built("llama")
+    fresh = sample(inputs, dims, {"batch": 2, "sequence": 9}, seed=3)
+    assert torch.equal(again(**fresh), graph(**fresh))
+
+
+def test_a_replaced_weight_is_float_again_and_copies_are_independent() -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize()]).run(graph, Context())
+    copy = graph.copy()
+    name = next(iter(graph.quantized))
+    copy.add_tensor(name, torch.zeros_like(graph.tensor(name)))
+    assert name not in copy.quantized
+    assert name in graph.quantized
+
+
+def test_activations_are_rounded_when_the_graph_runs() -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize()]).run(graph, Context())
+    _, inputs, dims = built("llama")
+    fresh = sample(inputs, dims, {"batch": 2, "sequence": 9}, seed=3)
+    rounded = graph(**fresh)
+    with float_activations(graph):
+        exact = graph(**fresh)
+    assert graph.info["activations"] == "int8"
+    assert 0 < relative_error(rounded, exact) < 0.05
+
+
+@pytest.mark.parametrize("spec", [{"bits": 3}, {"block": 48}, {"method": "magic"}, {"activations": "int2"}, {"head_bits": 2}])
+def test_bad_options(spec: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match="quantize"):
+        Quantize(**spec)  # type: ignore[arg-type]
+
+
+def test_blocks_that_do_not_fit_are_refused_by_name() -> None:
+    graph = trace_tiny("llama")
+    result = Pipeline([Quantize(block=64)]).run(graph, Context())[0].result
+    assert result.changed  # the down-projections, of 64 neurons
+    assert any("do not divide its 32 input features" in r.reason for r in result.refused)
+
+
+# ---- ONNX Runtime --------------------------------------------------------------------------------------------------
+def cached(graph: Graph) -> Graph:
+    graph = graph.copy()
+    graph.info["task"] = "causal-lm"
+    result = AddKVCache(context_length=64, logits="last").run(graph, Context())
+    assert not result.refused, result.refused
+    return graph
+
+
+needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("llama", {"bits": 4, "symmetric": False}), ("gpt2", {"bits": 4}), ("phi", {"symmetric": False}), ("gemma2", {})],
+)
+def test_decoders_in_native_kernels(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    graph = trace_tiny(name)
+    Pipeline([Quantize(**options)]).run(graph, Context())  # type: ignore[arg-type]
+    graph = cached(graph)
+    lowered = lower(graph, tmp_path)
+    assert lowered.operators["dyncomp.QuantizedFFN"] == 2
+    assert lowered.operators["dyncomp.QuantizedLinear"] == (5 if name == "gpt2" else 9)  # the projections of two attentions, the head
+    assert lowered.operators["dyncomp.QuantizedEmbedding"] == 1
+    entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
+    assert entry["relative_error"] <= 2e-2
+    assert entry["greedy_tokens_equal"] >= 0.98
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+def test_routed_experts_in_native_kernels(bits: int, tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph)
+    Pipeline([CarveExperts(experts=2, keep_dense=(0,)), FitRouter(active=0.8), Quantize(bits=bits, symmetric=False)]).run(graph, ctx)
+    graph = cached(graph)
+    assert lower(graph, tmp_path).operators["dyncomp.QuantizedFFN"] == 2
+    entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
+    assert entry["relative_error"] <= 2e-2
+
+
+@needs_compiler
+def test_encoders_in_native_kernels(tmp_path: Path) -> None:
+    graph = trace_tiny("bert")
+    Pipeline([Quantize()]).run(graph, Context())
+    assert lower(graph, tmp_path).operators["dyncomp.QuantizedFFN"] == 2
+    entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
+    assert entry["relative_error"] <= 2e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 4, "symmetric": False}])
+def test_without_a_compiler_onnx_runtimes_kernels_are_used(options: dict[str, object], tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize(**options)]).run(graph, Context())  # type: ignore[arg-type]
+    graph = cached(graph)
+    lowered = lower(graph, tmp_path, native=False)
+    offsets = options.get("symmetric") is False  # the head, in 8 bits with offsets, is then computed decoded
+    assert lowered.operators["com.microsoft.MatMulNBits"] == (14 if offsets else 15)
+    assert not any(op.startswith("dyncomp.") for op in lowered.operators)
+    model = OrtModel(tmp_path, threads=1)
+    assert model.config["kernels"] == "onnxruntime"
+    assert parity(graph, model, good=5e-2)["relative_error"] <= 5e-2
