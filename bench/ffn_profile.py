@@ -1,6 +1,6 @@
 """Time in the FFNs of one decode step, dense and routed, from ONNX Runtime's own profile.
 
-    python -m bench.ffn_profile
+    python -m bench.ffn_profile [--precision fp32|int8|int4]
 
 The routed model has the dense model's weights, carved into experts at random, and top-k gates of a random router: only speed is
 looked at. Both sessions take turns; the figure is the sum over FFN nodes of each node's median.
@@ -8,6 +8,7 @@ looked at. Both sessions take turns; the figure is the sum over FFN nodes of eac
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.run import OrtModel
+from dyncomp.passes import Quantize
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.layerwise import ExpertView, set_gates
 
@@ -47,19 +49,24 @@ def routed(dense: Graph, experts: int, k: int) -> Graph:
 
 
 def profile_ffn(
-    model: str = "smollm2-135m", choices: tuple[tuple[int, int], ...] = ((16, 4), (8, 2), (16, 8)), threads: int = 1
+    model: str = "smollm2-135m",
+    choices: tuple[tuple[int, int], ...] = ((16, 4), (8, 2), (16, 8)),
+    threads: int = 1,
+    precision: str = "fp32",
 ) -> list[dict[str, Any]]:
-    """Milliseconds in FFN nodes of one decode step: the dense model first, then each (experts, k)."""
+    """Milliseconds in FFN nodes of one decode step: the dense model first, then each (experts, k), all in one precision."""
     dense = trace_model(load_model(model))
-    graphs = {"dense": dense} | {f"{k} of {e} experts": routed(dense, e, k) for e, k in choices}
+    graphs = {"dense": dense.copy()} | {f"{k} of {e} experts": routed(dense, e, k) for e, k in choices}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, graph in graphs.items():
+            if precision != "fp32":
+                Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
             place = Path(folder) / name.replace(" ", "-")
             lower_ort(graph, place)
             runtime = OrtModel(place, threads=threads, profile=place / "profile")
             random_steps(decoder_for(runtime), context=64, steps=80)
-            rows.append({"ffn": name, "threads": threads, "ms_per_step": _ffn_time(runtime.end_profiling())})
+            rows.append({"ffn": name, "precision": precision, "threads": threads, "ms_per_step": _ffn_time(runtime.end_profiling())})
     for row in rows:
         row["speedup"] = float(rows[0]["ms_per_step"]) / float(row["ms_per_step"])
     return rows
@@ -75,5 +82,8 @@ def _ffn_time(profile: Path) -> float:
 
 
 if __name__ == "__main__":
-    for row in profile_ffn():
-        print(f"{row['ffn']:<20} {row['ms_per_step']:7.2f} ms a step, {row['threads']} thread, {row['speedup']:.2f} x dense")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "int8", "int4"))
+    for row in profile_ffn(precision=parser.parse_args().precision):
+        speed = f"{row['ms_per_step']:7.2f} ms a step, {row['threads']} thread, {row['speedup']:.2f} x dense"
+        print(f"{row['ffn']:<20} {row['precision']} {speed}")

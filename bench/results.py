@@ -21,9 +21,8 @@ from dyncomp.hardware import detect
 from dyncomp.report.markdown import results_markdown
 
 CONVERSIONS = [
-    ["smollm2-135m", "--active", "75%"],
-    ["smollm2-135m", "--active", "75%", "--experts", "64"],
-    ["smollm2-135m", "--active", "50%"],
+    ["smollm2-135m", "--recipe", "dense", "--quantize", "int4"],
+    ["smollm2-135m", "--active", "75%", "--experts", "48", "--quantize", "int8"],
     ["minilm", "--active", "75%"],
 ]
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="positions of the conversions to run")
     arguments = parser.parse_args()
     chosen = [c for i, c in enumerate(CONVERSIONS) if arguments.only is None or i in arguments.only]
-    results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": []}
+    results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": [], "peers": []}
     with tempfile.TemporaryDirectory() as folder:
         for number, conversion in enumerate(chosen):
             print("dyncomp convert", *conversion, file=sys.stderr, flush=True)
@@ -45,7 +44,15 @@ def main() -> None:
                 figures.pop("load_by_region", None)
                 figures.pop("active_by_region", None)
             results["conversions"].append({"command": " ".join(["dyncomp convert", *conversion])} | report)
-    results["ffn"] = profile_ffn()
+    for precision in ("fp32", "int8", "int4"):
+        results["ffn"] += profile_ffn(precision=precision)
+    print("peers", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Path(folder) / "peers.json"
+        for threads in ("2", "1"):
+            command = [sys.executable, "-m", "bench.peers", "--threads", threads, "--json", str(peers), "--keep", folder]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            results["peers"] += json.loads(peers.read_text())
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(results_markdown(results))
 

@@ -142,7 +142,9 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     )
     data = batches(dense, texts.calibration)
     calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
-    calibrate(dense, regions.ffns, calibration, cache=work.folder / "calibration.safetensors", progress=progress)
+    statistics = work.folder / "calibration.safetensors"
+    if any(p.reads_statistics for p in passes):
+        calibrate(dense, regions.ffns, calibration, cache=statistics, progress=progress)
     ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
     converted, records = work.resume(dense)
     if records:
@@ -162,7 +164,8 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     report |= cost_figures(dense, converted, report["quality"])
     folder = work.bundle_folder()
     bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
-    os.link(work.folder / "calibration.safetensors", folder / "calibration.safetensors")
+    if statistics.exists():
+        os.link(statistics, folder / "calibration.safetensors")
     return _Rewritten(work, folder, quantize_of(passes), report, _manifest(recipe.name, loaded, work.records, regions.refusals), models)
 
 

@@ -79,6 +79,9 @@ class Pass:
     tolerance: ClassVar[float | None] = None
     """Largest relative error of the outputs against the graph before; None when the pass changes the function by design."""
 
+    reads_statistics: ClassVar[bool] = False
+    """Whether it wants ``ctx.calibration.statistics``; its batches are there in any case."""
+
     together: ClassVar[Callable[[Sequence[Any], Graph, Context], list[PassResult]] | None] = None
     """Runs several passes at once. Neighbours in a pipeline that name the same function are handed to it together."""
 

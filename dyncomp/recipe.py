@@ -43,6 +43,8 @@ class Recipe(BaseModel):
         spec = spec.replace("{shared}", str((experts or self.experts) // 4))
         passes = parse_passes(spec)
         if quantize is None:
+            if not passes:
+                raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8 or --quantize int4")
             return passes
         if quantize not in PRECISIONS:
             raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")
@@ -56,6 +58,7 @@ RECIPES = {
     "experts-topk": Recipe(
         name="experts-topk", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down"
     ),
+    "dense": Recipe(name="dense", passes=""),
     "static": Recipe(name="static", passes="prune-static{active={active}}"),
 }
 DEFAULT = "experts"

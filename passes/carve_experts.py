@@ -34,6 +34,7 @@ class CarveExperts(Pass):
     """
 
     name: ClassVar[str] = "carve-experts"
+    reads_statistics: ClassVar[bool] = True
     tolerance: ClassVar[float | None] = 1e-4
 
     experts: int = 16

@@ -33,6 +33,7 @@ class PruneStatic(Pass):
     """
 
     name: ClassVar[str] = "prune-static"
+    reads_statistics: ClassVar[bool] = True
 
     active: float = 0.75
     """Fraction of all FFN neurons that remains, FFNs kept dense included."""

@@ -103,10 +103,12 @@ class Quantize(Pass):
         for name in sorted(tables - set(found)):
             found[name] = _Target(name, 0, max(self.bits, self.head_bits))
         for name, target in list(found.items()):
-            columns = target.columns(graph)
-            if columns % self.block:
-                result.refused.append(Refusal(name, self.name, f"blocks of {self.block} do not divide its {columns} input features"))
-                del found[name]
+            if name in found and (columns := target.columns(graph)) % self.block:
+                remedy = f"choose --experts so that {self.block} divides the neurons of each" if target.routed is not None else ""
+                what = f"blocks of {self.block} do not divide its {columns} input features"
+                result.refused.append(Refusal(name, self.name, what, remedy))
+                for other in (target.routed.w_up, target.routed.w_down) if target.routed is not None else (name,):
+                    found.pop(other, None)  # experts are computed by one operator: both of their weights, or none
         return sorted(found.values(), key=lambda t: t.position)
 
     def _store(self, graph: Graph, target: _Target, value: Quantized, result: PassResult) -> None:
@@ -245,8 +247,9 @@ def _store_by_rows(graph: Graph, linear: Linear) -> None:
     graph.module.graph.erase_node(node)
 
 
-PRECISIONS = {"int8": Quantize(bits=8), "int4": Quantize(bits=4, method="gptq")}
-"""What ``--quantize`` takes: int8 by rounding, which loses next to nothing, int4 by GPTQ."""
+PRECISIONS = {"int8": Quantize(bits=8), "int4": Quantize(bits=4, symmetric=False, method="gptq")}
+"""What ``--quantize`` takes: int8 by rounding, which loses next to nothing, int4 by GPTQ, with offsets: weights that were 4-bit before
+(a GGUF file's) come out as they were."""
 
 
 def quantize_of(passes: Iterable[Pass]) -> Quantize | None:

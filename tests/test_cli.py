@@ -13,12 +13,14 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from dyncomp.backends.ort.native import available
 from dyncomp.passes import FitRouter
 from tiny_checkpoint import write_checkpoint, write_text
 
 from dyncomp import bundle, convert, workspace
 from dyncomp.cli import cli, main
 from dyncomp.errors import DyncompError
+from dyncomp.report.tables import notes
 
 OPTIONS = ["--tokens", "4096", "--windows", "2", "--experts", "8", "--active", "75%"]
 
@@ -136,6 +138,34 @@ def test_bench_beside_dense(place) -> None:
     assert "decode tokens/s" in run(place, "bench", "out", "--prefill", "32")
 
 
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_a_quantized_conversion_stands_beside_dense_in_both_precisions(place) -> None:
+    options = [*OPTIONS[:4], "--experts", "2", "--active", "80%", "--quantize", "int8"]
+    report = json.loads(run(place, "convert", "model", "-o", "int8", *options, "--calibrate", "text.txt", "--json"))
+    speeds = [(e["variant"], e["precision"]) for e in report["bench"]]
+    assert speeds == [("dense", "fp32"), ("dense", "int8"), ("converted", "int8")]
+    assert set(report["perplexity"]) >= {"dense", "quantized", "converted", "static_pruned"}
+    assert abs(report["quality"]["held out"]["increase"]["quantized"]) < 0.05
+    assert report["parity"][0]["precision"] == "int8"
+    assert "quantize" in run(place, "inspect", "int8")
+    assert run(place, "run", "int8", "--prompt", "The river", "--max-tokens", "4")
+    better = report | {"bench": [e | {"decode_tokens_per_s": 100.0} for e in report["bench"]]}
+    better["quality"]["held out"]["increase"] |= {"quantized": 0.005, "converted": 0.2}
+    assert any("prefer --recipe dense --quantize int8" in line for line in notes(better))
+    entries = json.loads(run(place, "bench", "int8", "--json", "--threads", "1", "--prefill", "32"))["bench"]
+    assert [(e["variant"], e["precision"]) for e in entries] == speeds
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_a_dense_model_can_be_quantized_only(place) -> None:
+    options = [*OPTIONS[:4], "--recipe", "dense", "--quantize", "int4", "--calibrate", "text.txt", "--json"]
+    report = json.loads(run(place, "convert", "model", "-o", "int4", *options))
+    assert set(report["perplexity"]) >= {"dense", "converted"}
+    assert "static_pruned" not in report["perplexity"]
+    assert abs(report["quality"]["held out"]["increase"]["converted"]) < 0.2
+    assert report["parity"][0]["precision"] == "int4"
+
+
 def test_with_all_experts_the_converted_model_is_the_dense_one(place) -> None:
     (place / "all.toml").write_text('passes = "carve-experts{experts=4 keep-dense=}"\n')
     report = json.loads(run(place, "convert", "model", "-o", "all", *OPTIONS, "--calibrate", "text.txt", "--recipe", "all.toml", "--json"))
@@ -163,6 +193,8 @@ def test_a_flipped_byte_stops_every_command(place, tmp_path) -> None:
         (["--active", "most"], "'most' is not a fraction"),
         (["--experts", "7"], "7 experts do not divide the FFN width 64"),
         (["--recipe", "magic"], "no recipe 'magic'"),
+        (["--recipe", "dense"], "changes nothing by itself"),
+        (["--quantize", "int3"], "unknown precision 'int3'"),
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--calibrate", "empty.txt"], "empty"),
         (["--calibrate", "missing.txt"], "missing.txt"),

@@ -256,10 +256,11 @@ class Experts:
         self.down = Quantized(rng, (experts, rows, neurons), bits, block, asymmetric)
         self.bias = rng.standard_normal(self.up.values.shape[:2], np.float32) if biased else None
 
-    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1) -> Array:
+    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1, **more: Array) -> Array:
         experts, rows, neurons = self.down.values.shape
         code = ACTIVATION_CODES.get(self.activation, 99)
         constants = {**self.up.packed("up_"), "up_bias": self.bias, **self.down.packed("down_")}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")} if more else {}
         return native.run(
             "QuantizedFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.values.shape[2],
             neurons=neurons, rows=rows, gated=self.gated, activation=code, bits=self.up.bits, block=self.up.block,
@@ -322,6 +323,29 @@ def test_ffn_of_any_shape(best: Native, data: st.DataObject) -> None:
         bits=data.draw(st.sampled_from([4, 8])), asymmetric=data.draw(st.booleans()), biased=data.draw(st.booleans()),
     )  # fmt: skip
     ffn.check(best, rng.standard_normal((tokens, d), np.float32), random_gates(rng, tokens, experts) if data.draw(st.booleans()) else None)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_a_router_inside_chooses_as_gates_would(native: Native, tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x = Experts(rng, experts=5), rng.standard_normal((tokens, 128), np.float32)
+    router, bias, down = (
+        rng.standard_normal((5, 128), np.float32),
+        rng.standard_normal(5, np.float32) * 5,
+        rng.standard_normal(72, np.float32),
+    )
+    gates = (x.astype(np.float64) @ router.T + bias > 0).astype(np.float32)
+    y = ffn.run(native, x, None, 2, router=router, router_bias=bias, down_bias=down)
+    assert error(y, ffn.run(native, x, gates) + down).max() < 1e-6
+    assert (ffn.run(native, x, None, router=router, router_bias=bias * 0 - 1e9, down_bias=down) == down).all()
+
+
+def test_a_router_beside_gates_or_without_bias_is_refused(best: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x, router, bias = Experts(rng), np.zeros((2, 128), np.float32), np.zeros((3, 128), np.float32), np.zeros(3, np.float32)
+    for gates, more in ((np.ones((2, 3), np.float32), {"router": router, "router_bias": bias}), (None, {"router": router})):
+        with pytest.raises(Exception, match="a router comes with its bias, and in place of gates"):
+            ffn.run(best, x, gates, **more)
 
 
 def test_a_token_without_experts_gives_zeros_and_others_do_not_see_it(native: Native) -> None:

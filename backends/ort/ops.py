@@ -140,8 +140,15 @@ def quantized_embedding(
 
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
-    attributes: tuple[tuple[str, int], ...],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
 ) -> Tensor:  # fmt: skip
-    """``dyncomp.routed_ffn`` (every gate 1 when ``gates`` is None) on packed weights; ``up`` and ``down`` are codes, scales, offsets."""
+    """``dyncomp.routed_ffn`` on packed weights.
+
+    Args:
+        gates: [..., E]; or None: ``router`` (weight [E, d] and bias [E]) opens the experts whose score is positive, and without one
+            every gate is 1.
+        up, down: codes, scales, offsets.
+    """
     values = dict(attributes)
-    return _one(f"{NATIVE}::QuantizedFFN", [x, gates, *up, up_bias, *down], values, x, [*x.shape[:-1], values["rows"]])
+    inputs = [x, gates, *up, up_bias, *down, *router, down_bias]
+    return _one(f"{NATIVE}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])

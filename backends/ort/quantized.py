@@ -10,12 +10,12 @@ from dyncomp.backends.ort.native import ACTIVATION_CODES, pack_codes, pack_scale
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
-from dyncomp.ops import routed_ffn
+from dyncomp.ops import threshold_gates
 from dyncomp.quantized import Quantized, join, pack_nibbles
-from dyncomp.regions import FFN, find_regions, replace_ffn
+from dyncomp.regions import FFN, RoutedFFN, find_regions, find_routed, replace_ffn
 
 aten = torch.ops.aten
-_ROUTED = routed_ffn._opoverload
+_THRESHOLD = threshold_gates._opoverload
 _ROWS = 16  # the native layout's tiles
 
 
@@ -25,9 +25,8 @@ def select_quantized_ffns(graph: Graph) -> None:
         parts = _dense_parts(graph, ffn)
         if parts is not None:
             _select_dense(graph, ffn, *parts)
-    for node in graph.nodes:
-        if node.target is _ROUTED:
-            _select_routed(graph, node)
+    for routed in find_routed(graph):
+        _select_routed(graph, routed)
     graph.clean()
 
 
@@ -79,27 +78,37 @@ def _select_dense(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> Non
     packed = _packed(graph, f"{ffn.name}.up", up), _packed(graph, f"{ffn.name}.down", down)
 
     def build(b: Builder, x: fx.Node) -> fx.Node:
-        y = b.call(ops.quantized_ffn, x, None, packed[0], bias, packed[1], attributes)
-        return b.call(aten.add.Tensor, y, b_down) if b_down is not None else y
+        return b.call(ops.quantized_ffn, x, None, packed[0], bias, packed[1], (None, None), b_down, attributes)
 
     replace_ffn(graph, ffn, build)
 
 
-def _select_routed(graph: Graph, node: fx.Node) -> None:
-    x, gates, w_up, b_up, w_down, activation = node.args
-    names = str(w_up.target), str(w_down.target)  # type: ignore[union-attr]
-    if any(n not in graph.quantized for n in names):
+def _select_routed(graph: Graph, routed: RoutedFFN) -> None:
+    if routed.w_up not in graph.quantized or routed.w_down not in graph.quantized:
         return
-    up, down = (graph.quantized[n] for n in names)
+    up, down = graph.quantized[routed.w_up], graph.quantized[routed.w_down]
     experts, d_out, neurons = down.codes.shape
-    if not _fits(up, down, neurons, str(activation)):
+    if not _fits(up, down, neurons, routed.activation):
         return
-    attributes = _attributes(up, experts, up.codes.shape[2], neurons, d_out, up.codes.shape[1] == 2 * neurons, str(activation))
-    packed = _packed(graph, names[0], up), _packed(graph, names[1], down)
-    with graph.inserting(before=node) as b:
-        y = b.call(ops.quantized_ffn, x, gates, packed[0], b_up, packed[1], attributes)
-    node.replace_all_uses_with(y)
-    graph.module.graph.erase_node(node)
+    attributes = _attributes(up, experts, routed.d_model, neurons, d_out, routed.gated, routed.activation)
+    packed = _packed(graph, routed.w_up, up), _packed(graph, routed.w_down, down)
+    up_bias = graph.read(routed.b_up) if routed.b_up is not None else None
+    down_bias = graph.read(routed.b_down) if routed.b_down is not None else None
+    router = _threshold_router(routed)
+    gates = routed.gates if router == (None, None) else None
+    with graph.inserting(before=routed.output, path=routed.name) as b:
+        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes)
+    routed.output.replace_all_uses_with(y)
+
+
+def _threshold_router(routed: RoutedFFN) -> tuple[fx.Node | None, fx.Node | None]:
+    """Weight and bias of a linear router whose positive scores open experts, for the operator to compute; or Nones."""
+    scores = routed.gates.args[0] if routed.gates.target is _THRESHOLD else None
+    if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
+        return None, None
+    x, weight, bias = scores.args
+    constant = all(isinstance(n, fx.Node) and n.op == "get_attr" for n in (weight, bias))
+    return (weight, bias) if x is routed.input and constant else (None, None)  # type: ignore[return-value]
 
 
 def _attributes(

@@ -16,7 +16,7 @@ from dyncomp.cli import options
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option("--quantize", metavar="PRECISION", help="Weights in int8 or int4 (GPTQ). [default: as the recipe says]")
-@click.option("--recipe", help="A recipe by name (experts, experts-topk, static) or a TOML file. [default: experts]")
+@click.option("--recipe", help="A recipe by name (experts, experts-topk, static, dense) or a TOML file. [default: experts]")
 @click.option("--calibrate", metavar="TEXT", help="Text to calibrate on: wikipedia, news, or a .txt/.jsonl file. [default: wikipedia]")
 @click.option("--tokens", type=int, default=40_960, show_default=True, help="Calibration tokens.")
 @click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")

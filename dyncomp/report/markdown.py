@@ -18,8 +18,8 @@ def results_markdown(results: dict[str, Any]) -> str:
         "",
         "## Quality",
         "",
-        "| command | text | dense | converted | static | active FFN | KL, nats | same next token |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | text | dense | converted | dense, quantized alike | static | active FFN | KL, nats | same next token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for report in results["conversions"]:
         for text, figures in report["quality"].items():
@@ -27,6 +27,8 @@ def results_markdown(results: dict[str, Any]) -> str:
     lines += [
         "",
         "## Cost and speed",
+        "",
+        "Speed is beside the dense model in fp32 and, where the converted one is quantized, beside the dense model quantized alike.",
         "",
         "| command | active parameters | MFLOPs per token | decode, × dense | prefill, × dense | parity | minutes | peak GiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -36,12 +38,23 @@ def results_markdown(results: dict[str, Any]) -> str:
         threads = results["ffn"][0]["threads"]
         lines += [
             "",
-            f"## FFNs of SmolLM2-135M, one decode step, ONNX Runtime fp32, {threads} thread",
+            f"## FFNs of SmolLM2-135M, one decode step, {threads} thread, × the dense FFN of the same precision",
             "",
-            "| FFNs | ms | × dense |",
-            "|---|---|---|",
+            "| FFNs | precision | ms | × dense |",
+            "|---|---|---|---|",
         ]
-        lines += [f"| {row['ffn']} | {row['ms_per_step']:.2f} | {row['speedup']:.2f} |" for row in results["ffn"]]
+        lines += [f"| {row['ffn']} | {row['precision']} | {row['ms_per_step']:.2f} | {row['speedup']:.2f} |" for row in results["ffn"]]
+    if results.get("peers"):
+        lines += [
+            "",
+            "## SmolLM2-135M dense beside other engines, batch 1, prefill of 512",
+            "",
+            "| engine | precision | threads | decode tokens/s | prefill tokens/s |",
+            "|---|---|---|---|---|",
+        ]
+        for row in results["peers"]:
+            speed = f"{row['decode_tokens_per_s']:.1f} | {row['prefill_tokens_per_s']:.0f}"
+            lines.append(f"| {row['engine']} | {row['precision']} | {row['threads']} | {speed} |")
     return "\n".join(lines) + "\n"
 
 
@@ -49,23 +62,22 @@ def _quality_row(command: str, text: str, figures: dict[str, Any]) -> str:
     active = f"{figures['active_ffn']:.1%}" if "active_ffn" in figures else ""
     if "cosine" in figures:
         cosine = figures["cosine"]
-        cells = ["1", f"{cosine['converted']:.4f}", f"{cosine['static_pruned']:.4f}", active, "", ""]
+        cells = ["1", *(f"{cosine[m]:.4f}" if m in cosine else "" for m in ("converted", "quantized", "static_pruned")), active, "", ""]
         return f"| `{command}` | {text}, cosine | " + " | ".join(cells) + " |"
     perplexity, rise = figures["perplexity"], figures["increase"]
     cells = [f"{perplexity['dense']:.2f}"]
-    cells += [f"{perplexity[m]:.2f} ({rise[m]:+.1%})" for m in ("converted", "static_pruned")]
+    cells += [f"{perplexity[m]:.2f} ({rise[m]:+.1%})" if m in rise else "" for m in ("converted", "quantized", "static_pruned")]
     cells += [active, f"{figures['kl']['converted']:.3f}", f"{figures['agreement']['converted']:.1%}"]
     return f"| `{command}` | {text}, perplexity | " + " | ".join(cells) + " |"
 
 
 def _cost_row(report: dict[str, Any]) -> str:
     dense = report["dense"]
-    speed = {entry["variant"]: entry for entry in report.get("bench", [])}
     cells = [
         f"{report['active_parameters'] / 1e6:.1f} of {dense['active_parameters'] / 1e6:.1f} M",
         f"{report['flops_per_token'] / 1e6:.1f} of {dense['flops_per_token'] / 1e6:.1f}",
-        _ratio(speed, "decode_tokens_per_s"),
-        _ratio(speed, "prefill_tokens_per_s"),
+        _ratios(report.get("bench", []), "decode_tokens_per_s"),
+        _ratios(report.get("bench", []), "prefill_tokens_per_s"),
         ", ".join(f"{p['relative_error']:.1e}" for p in report.get("parity", [])),
         f"{report['seconds'] / 60:.1f}",
         f"{report['peak_rss_bytes'] / 2**30:.2f}",
@@ -73,7 +85,9 @@ def _cost_row(report: dict[str, Any]) -> str:
     return f"| `{report['command']}` | " + " | ".join(cells) + " |"
 
 
-def _ratio(speed: dict[str, dict[str, Any]], key: str) -> str:
-    if not speed or speed["dense"].get(key) is None:
+def _ratios(entries: list[dict[str, Any]], key: str) -> str:
+    """The converted model's rate beside each dense one's: ``2.31 of fp32, 1.10 of int8``."""
+    converted = next((e[key] for e in entries if e["variant"] == "converted"), None)
+    if converted is None:
         return ""
-    return f"{speed['converted'][key] / speed['dense'][key]:.2f} ({speed['converted'][key]:.0f} / {speed['dense'][key]:.0f})"
+    return ", ".join(f"{converted / e[key]:.2f} of {e['precision']}" for e in entries if e["variant"] == "dense" and e[key])

@@ -101,6 +101,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     worse = worse or (cosine and cosine.get("static_pruned", -1) >= cosine["converted"])
     if worse:
         lines.append("static pruning, which needs no routing, is as good here: prefer it (--recipe static)")
+    lines += _plain_quantization_wins(report, increase)
     if load := first.get("load"):
         lines.append(
             f"experts: used by {load['least_used']:.0%} to {load['most_used']:.0%} of the tokens; {load['unused_experts']:.0f} never; "
@@ -112,6 +113,22 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
         )
     return lines
+
+
+def _plain_quantization_wins(report: dict[str, Any], increase: dict[str, float]) -> list[str]:
+    """A line when the dense model in the same precision is about as fast, and better."""
+    speed = {(e["variant"], e["precision"]): e.get("decode_tokens_per_s") for e in report.get("bench", [])}
+    converted = next(((p, s) for (v, p), s in speed.items() if v == "converted"), None)
+    if converted is None or "quantized" not in increase:
+        return []
+    precision, rate = converted
+    dense = speed.get(("dense", precision))
+    if not rate or not dense or rate >= 1.1 * dense or increase["quantized"] > increase["converted"]:
+        return []
+    return [
+        f"routing hardly pays here: the dense model in {precision} decodes at {dense / rate:.2f} x this speed and loses "
+        f"{increase['quantized']:+.1%} instead of {increase['converted']:+.1%}: prefer --recipe dense --quantize {precision}"
+    ]
 
 
 def _millions(value: float) -> str:

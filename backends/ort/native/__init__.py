@@ -5,10 +5,11 @@ Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs
 ``QuantizedLinear(x f32 [.., K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
     with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K).
 ``QuantizedFFN(x f32 [.., d], gates f32 [.., E]?, up_codes, up_scales, up_offsets?, up_bias f32 [E, F or 2F]?, down_codes, down_scales,
-down_offsets?) -> f32 [.., d_out]``
-    the sum over the experts of ``gate * FFN_e(x)``, like ``dyncomp::routed_ffn``; an expert whose gate is 0 costs nothing, without
-    gates every gate is 1. With ``experts`` (E), ``columns`` (d), ``neurons`` (F, a multiple of the block), ``rows`` (d_out), ``gated``,
-    ``activation`` (:data:`ACTIVATION_CODES`), ``bits``, ``block``.
+down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?) -> f32 [.., d_out]``
+    the sum over the experts of ``gate * FFN_e(x)``, like ``dyncomp::routed_ffn``; an expert whose gate is 0 costs nothing. Without
+    gates ``router`` opens the experts whose score is positive, and without a router every gate is 1. With ``experts`` (E), ``columns``
+    (d), ``neurons`` (F, a multiple of the block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``,
+    ``block``.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
 

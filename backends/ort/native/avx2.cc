@@ -123,7 +123,7 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, decode};
+const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, route, decode};
 
 }  // namespace dyncomp
 #endif

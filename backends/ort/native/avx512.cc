@@ -71,7 +71,7 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, decode};
+const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, route, decode};
 
 }  // namespace dyncomp
 #endif

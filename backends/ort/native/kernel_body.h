@@ -205,7 +205,7 @@ void contract(const FfnJob& job, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; tile += kGroup) {
     const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, rows - column);
     for (int64_t t = 0; t < job.tokens; t++) {
-      for (int64_t j = 0; j < width; j++) job.output[t * rows + column + j] = 0.0f;
+      for (int64_t j = 0; j < width; j++) job.output[t * rows + column + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;
     }
     for (int64_t e = 0; e < job.experts; e++) {
       const Matrix down = of_expert(job.down, job.down_tiles, e);
@@ -220,6 +220,22 @@ void contract(const FfnJob& job, int64_t first, int64_t last) {
         }
       }
     }
+  }
+}
+
+void route(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* gates) {
+  for (int64_t e = 0; e < experts; e++) {
+    const float* row = router + e * columns;
+    V even = set(0.0f), odd = set(0.0f);
+    for (int64_t j = 0; j < columns; j += kBlock) {
+      even = fma(load(x + j), load(row + j), even);
+      odd = fma(load(x + j + kTile), load(row + j + kTile), odd);
+    }
+    alignas(64) float parts[kTile];
+    store(parts, even + odd);
+    float score = bias[e];
+    for (int i = 0; i < kTile; i++) score += parts[i];
+    gates[e] = score > 0.0f ? 1.0f : 0.0f;
   }
 }
 

