@@ -16,7 +16,10 @@ import onnxruntime
 def generate(folder: str, ids: list[int], new_tokens: int = 16) -> list[int]:
     """Greedy continuation of ``ids``; the KV cache is one buffer per layer, bound as input and output."""
     config = json.loads((Path(folder) / "config.json").read_text())
-    session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
+    options = onnxruntime.SessionOptions()
+    if (kernels := Path(folder) / "dyncomp_ort.so").exists():  # of a quantized model
+        options.register_custom_ops_library(str(kernels))
+    session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options)
     capacity = min(len(ids) + new_tokens, config["kv_cache"]["context_length"])
     sizes = {"batch": 1, "capacity": capacity}
     caches = {
@@ -30,7 +33,7 @@ def generate(folder: str, ids: list[int], new_tokens: int = 16) -> list[int]:
         binding.bind_cpu_input("input_ids", step)
         binding.bind_cpu_input("past_length", np.array([past], np.int64))
         binding.bind_cpu_input("last", np.array([step.shape[1] - 1], np.int64))
-        binding.bind_output("logits")
+        binding.bind_output(config["outputs"][0])
         for name, cache in caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(f"new_{name}", cache)

@@ -495,6 +495,13 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, 
     assert unavailable_reason() == "there is no C++ compiler on this machine"
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BackendError, match="cannot be written to") as caught:
+        library(tmp_path / "file")
+    assert "DYNCOMP_CACHE" in str(caught.value.hint)
+
+
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "cc"
     script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "note: something" >&2; echo "x.cc:1: error: no" >&2; exit 1\n')

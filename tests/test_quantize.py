@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.native import available
 from dyncomp.backends.ort.parity import parity
@@ -236,6 +241,23 @@ def test_routed_experts_in_native_kernels(bits: int, tmp_path: Path) -> None:
     assert lower(graph, tmp_path).operators["dyncomp.QuantizedFFN"] == 2
     entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
     assert entry["relative_error"] <= 2e-2
+
+
+@needs_compiler
+def test_the_artifact_runs_with_onnxruntime_alone(tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize()]).run(graph, Context())
+    lower(cached(graph), tmp_path)
+    ids = [5, 17, 40, 3]
+    command = [sys.executable, "examples/onnxruntime_only.py", str(tmp_path), *map(str, ids)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    session = decoder_for(OrtModel(tmp_path, threads=1))
+    logits = session.prefill(np.array([ids]), np.array([4]), 16)
+    expected = []
+    for _ in range(16):
+        expected.append(int(logits[0].argmax()))
+        logits = session.step(np.array([expected[-1]]))
+    assert [int(t) for t in re.findall(r"\d+", done.stdout)][-16:] == expected
 
 
 @needs_compiler

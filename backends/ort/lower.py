@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
-from dyncomp.backends.ort.native.build import available
+from dyncomp.backends.ort.native.build import available, library
 from dyncomp.backends.ort.norm import select_norms
 from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
 from torch import fx
@@ -27,6 +28,8 @@ from dyncomp.graph import Graph
 from dyncomp.regions.norm import fuse_rms_norms
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
+LIBRARY = "dyncomp_ort.so"
+"""The kernels, beside a model that needs them, for programs that run it without dyncomp. dyncomp itself never loads this copy."""
 _OPSET = 20
 Progress = Callable[[str, int, int], None]
 
@@ -36,7 +39,7 @@ class Lowered:
     """What lowering wrote.
 
     Args:
-        directory: holds ``model.onnx``, ``model.onnx.data`` and ``config.json``.
+        directory: holds ``model.onnx``, ``model.onnx.data``, ``config.json``, and ``dyncomp_ort.so`` where native kernels are used.
         files: their paths.
         operators: how many nodes of each ONNX operator there are.
         inputs, outputs: names in order.
@@ -80,13 +83,15 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     finish(model, graph)
     report("write", 2, 3)
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, DATA, CONFIG):
+    for name in (MODEL, DATA, CONFIG, LIBRARY):
         (directory / name).unlink(missing_ok=True)
+    if native:
+        shutil.copyfile(library(), directory / LIBRARY)
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
     operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
     (directory / CONFIG).write_text(json.dumps(_config(graph, operators, native), indent=1) + "\n")
     report("write", 3, 3)
-    files = tuple(directory / name for name in (MODEL, DATA, CONFIG) if (directory / name).exists())
+    files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
 
 

@@ -33,7 +33,7 @@ def library(folder: Path | None = None) -> Path:
         folder: where compiled libraries are kept; by default ``native`` in dyncomp's cache folder.
 
     Raises:
-        BackendError: there is no C++ compiler, or it cannot compile the library.
+        BackendError: there is no C++ compiler, it cannot compile the library, or the folder cannot be written.
     """
     compiler = _compiler()
     if compiler is None:
@@ -41,7 +41,13 @@ def library(folder: Path | None = None) -> Path:
     folder = cache_folder() / "native" if folder is None else folder
     path = folder / f"dyncomp-{_key(compiler)}.so"
     if not path.is_file():
-        _build(compiler, path)
+        try:
+            _build(compiler, path)
+        except OSError as error:
+            raise BackendError(
+                f"the native operators cannot be written to {folder}: {error.strerror or error}",
+                hint="set DYNCOMP_CACHE to a folder that can be written",
+            ) from error
     return path
 
 
