@@ -1,10 +1,9 @@
 """Decode and prefill of SmolLM2-135M dense: this backend beside the engines people would use otherwise, in one run, taking turns.
 
-    python -m bench.peers [--threads 2] [--torch-compile] [--keep FOLDER] [--json FILE]
+    python -m bench.peers [--threads 2] [--torch-compile] [--llama-cpp] [--keep FOLDER] [--json FILE]
 
 Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits, what onnxruntime-genai's models consist of);
-dyncomp's kernels on the same weights; torch.compile in fp32 on request; llama.cpp on the packaged GGUF (Q4_1) where llama-cpp-python is
-installed.
+dyncomp's kernels on the same weights; on request torch.compile in fp32, and llama.cpp on the packaged GGUF (Q4_1).
 An engine that is not installed is named, not left out silently.
 """
 
@@ -56,12 +55,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--torch-compile", action="store_true", help="measure torch.compile too; it compiles for minutes")
+    parser.add_argument("--llama-cpp", action="store_true", help="measure llama-cpp-python too")
     parser.add_argument("--keep", type=Path, help="folder to keep (or find) the lowered models in")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        engines = prepare(arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
+        engines = prepare(
+            arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile, llama_cpp=arguments.llama_cpp
+        )
         rows = measure(engines, arguments.threads)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -73,7 +75,7 @@ def main() -> None:
     show(result)
 
 
-def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engine]:
+def prepare(folder: Path, threads: int, *, compiled: bool = False, llama_cpp: bool = False) -> list[Engine]:
     """Every engine that is here."""
     loaded = load_model("smollm2-135m")
     graph = trace_model(loaded)
@@ -88,7 +90,8 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engin
         engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
     if compiled:
         engines.append(_compiled(loaded.module))
-    engines += _llama_cpp(threads)
+    if llama_cpp:
+        engines += _llama_cpp(threads)
     return engines
 
 

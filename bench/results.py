@@ -44,8 +44,10 @@ def main() -> None:
                 figures.pop("load_by_region", None)
                 figures.pop("active_by_region", None)
             results["conversions"].append({"command": " ".join(["dyncomp convert", *conversion])} | report)
+            write(results, arguments.out)
     for precision in ("fp32", "int8", "int4"):
         results["ffn"] += profile_ffn(precision=precision)
+        write(results, arguments.out)
     print("peers", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         peers = Path(folder) / "peers.json"
@@ -53,8 +55,13 @@ def main() -> None:
             command = [sys.executable, "-m", "bench.peers", "--threads", threads, "--json", str(peers), "--keep", folder]
             subprocess.run(command, check=True, stdout=sys.stderr)
             results["peers"] += json.loads(peers.read_text())
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(results_markdown(results))
+            write(results, arguments.out)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """What there is so far: a later stage that fails must not take hours of measurements with it."""
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(results_markdown(results))
 
 
 if __name__ == "__main__":
