@@ -10,6 +10,7 @@ An engine that is not installed is named, not left out silently.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -118,6 +119,8 @@ def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
 
 def _lower(graph: Graph, quantize: Quantize | None, native: bool, place: Path) -> None:
     copy = graph.copy()
+    if quantize is not None and not native:  # MatMulNBits is fast on symmetric weights only
+        quantize = dataclasses.replace(quantize, symmetric=True)
     if quantize is not None:
         quantize.run(copy, Context())
     cached, _ = with_cache(copy)

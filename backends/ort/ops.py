@@ -110,15 +110,13 @@ def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str
 NATIVE = "dyncomp"
 
 
-def matmul_nbits(
-    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
-) -> Tensor:
+def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: int, bits: int, block: int) -> Tensor:
     """``x @ W.T`` by ONNX Runtime's own kernel: [..., K] -> [..., N]. codes [N, K / block, block * bits / 8], scales [N * K / block].
 
-    ``accuracy_level`` 4: it may compute in int8.
+    Symmetric weights only (float zero points make it twenty times slower). ``accuracy_level`` 4: it may compute in int8.
     """
     attributes = {"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
-    return _one(f"{MICROSOFT}::MatMulNBits", [x, codes, scales, offsets], attributes, x, [*x.shape[:-1], rows])
+    return _one(f"{MICROSOFT}::MatMulNBits", [x, codes, scales], attributes, x, [*x.shape[:-1], rows])
 
 
 def quantized_linear(

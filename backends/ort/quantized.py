@@ -39,8 +39,8 @@ def select_quantized_linears(graph: Graph, *, native: bool) -> None:
         name = str(weight.target)
         value = graph.quantized[name]
         rows, columns = value.codes.shape
-        if not native and ((value.bits == 8 and value.offsets is not None) or node.target is aten.embedding.default):
-            continue  # ONNX Runtime has no kernel for these: it computes with the decoded weight
+        if not native and (value.offsets is not None or node.target is aten.embedding.default):
+            continue  # ONNX Runtime has no fast kernel for these: it computes with the decoded weight
         settings = (rows, columns, value.bits, value.block)
         with graph.inserting(before=node) as b:
             if node.target is aten.embedding.default:
@@ -133,18 +133,14 @@ def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node
     return graph.read(codes), graph.read(scales), graph.read(offsets) if offsets is not None else None
 
 
-def _blocks(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """The same as MatMulNBits wants them."""
-    codes, scales, offsets = f"{name}_codes", f"{name}_scales", None
-    rows = value.codes.shape[0]
+def _blocks(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node]:
+    """Codes and scales of a symmetric weight as MatMulNBits wants them."""
+    codes, scales, rows = f"{name}_codes", f"{name}_scales", value.codes.shape[0]
     if not _has(graph, codes):
         stored = pack_nibbles(value.codes) if value.bits == 4 else value.codes
         graph.add_tensor(codes, stored.reshape(rows, value.scales.shape[1], -1).contiguous(), trainable=False)
         graph.add_tensor(scales, value.scales.float().flatten(), trainable=False)
-    if value.offsets is not None:
-        offsets = f"{name}_offsets"  # as a zero point: scale * (code - zero)
-        graph.add_tensor(offsets, (-value.offsets.float() / value.scales.float()).nan_to_num(0, 0, 0).flatten(), trainable=False)
-    return graph.read(codes), graph.read(scales), graph.read(offsets) if offsets is not None else None
+    return graph.read(codes), graph.read(scales)
 
 
 def _has(graph: Graph, name: str) -> bool:
