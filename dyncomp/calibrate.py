@@ -66,6 +66,16 @@ class Calibration:
     def tokens(self) -> int:
         return sum(int(next(iter(b.values())).numel()) for b in self.batches)
 
+    def first(self, tokens: int) -> list[dict[str, Tensor]]:
+        """The first batches, as many as hold ``tokens`` tokens."""
+        chosen, seen = [], 0
+        for batch in self.batches:
+            if seen >= tokens:
+                break
+            chosen.append(batch)
+            seen += next(iter(batch.values())).numel()
+        return chosen
+
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors, atomically."""
         tensors = {f"{name}/{f.name}": getattr(s, f.name) for name, s in self.statistics.items() for f in fields(s)}
@@ -116,11 +126,7 @@ def calibrate(
     """
     if cache is not None:
         calibration.load(cache)
-    batches, seen = [], 0
-    for batch in calibration.batches:
-        if seen < TOKENS:
-            batches.append(batch)
-            seen += next(iter(batch.values())).numel()
+    batches = calibration.first(TOKENS)
     missing = [f for f in ffns if f.name not in calibration.statistics]
     if not missing:
         return

@@ -144,6 +144,12 @@ class Graph:
         self.add_tensor(name, value.decode())
         self.quantized[name] = value
 
+    def add_alias(self, name: str, source: str, *, trainable: bool = True) -> None:
+        """Let ``name`` stand for the tensor ``source`` too, quantized or not; the values are shared."""
+        self.add_tensor(name, self.tensor(source).detach(), trainable=trainable)
+        if source in self.quantized:
+            self.quantized[name] = self.quantized[source]
+
     def weight_bytes(self) -> int:
         """Bytes of all weights as a file holds them: codes and scales where a weight is quantized."""
         seen = {t.data_ptr(): (name, t) for name, t in self.constants().items() if isinstance(t, torch.nn.Parameter)}

@@ -91,9 +91,7 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
     for name, value in tensors.items():
         graph.add_tensor(name, value, trainable=name in trainable)
     for name, source in document["alias"].items():
-        graph.add_tensor(name, graph.tensor(source).detach(), trainable=name in trainable)
-        if source in graph.quantized:
-            graph.quantized[name] = graph.quantized[source]
+        graph.add_alias(name, source, trainable=name in trainable)
     nodes: dict[str, fx.Node] = {}
     target_graph = graph.module.graph
     for item in document["nodes"]:

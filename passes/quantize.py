@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -68,9 +69,7 @@ class Quantize(Pass):
             self._gptq(graph, ctx, result)
         else:
             for target in self._targets(graph, result):
-                self._store(
-                    graph, target, round_to_nearest(target.weight(graph), target.bits, self.block, symmetric=self.symmetric), result
-                )
+                self._store(graph, target, self._round(target.weight(graph), target.bits), result)
         if not result.changed:
             raise RequestError("quantize: the graph has no weight that can be quantized")
         graph.info["activations"] = self.activations
@@ -111,35 +110,30 @@ class Quantize(Pass):
                     found.pop(other, None)  # experts are computed by one operator: both of their weights, or none
         return sorted(found.values(), key=lambda t: t.position)
 
+    def _round(self, weight: Tensor, bits: int) -> Quantized:
+        return round_to_nearest(weight, bits, self.block, symmetric=self.symmetric)
+
     def _store(self, graph: Graph, target: _Target, value: Quantized, result: PassResult) -> None:
         if target.linear is not None and target.linear.transposed:
             _store_by_rows(graph, target.linear)
         storage = graph.tensor(target.name).data_ptr()
         shared = [name for name, tensor in graph.constants().items() if tensor.data_ptr() == storage]
-        for name in shared or [target.name]:  # tied weights that go by two names
-            graph.add_quantized(name, value)
-        if len(shared) > 1:
-            first = graph.tensor(shared[0]).detach()
-            for name in shared[1:]:
-                graph.add_tensor(name, first)
-                graph.quantized[name] = value
+        graph.add_quantized(target.name, value)
+        for name in shared:  # tied weights that go by two names
+            if name != target.name:
+                graph.add_alias(name, target.name)
         result.changed.append(target.name)
 
     # ---- GPTQ ------------------------------------------------------------------------------------------------------
     def _gptq(self, graph: Graph, ctx: Context, result: PassResult) -> None:
-        batches, seen = [], 0
-        for batch in ctx.need_calibration(self.name).batches:
-            if seen < self.tokens:
-                batches.append(batch)
-                seen += next(iter(batch.values())).numel()
         targets = self._targets(graph, result)
-        sweep = Sweep(graph, batches)
+        sweep = Sweep(graph, ctx.need_calibration(self.name).first(self.tokens))
         done = 0
         with fast_matmul(), torch.no_grad():
             for source, group in _by_input(targets):
                 if source is None:
                     for t in group:
-                        self._store(graph, t, round_to_nearest(t.weight(graph), t.bits, self.block, symmetric=self.symmetric), result)
+                        self._store(graph, t, self._round(t.weight(graph), t.bits), result)
                 elif group[0].routed is not None:
                     self._gptq_experts(graph, group[0].routed, sweep, result)
                 else:
@@ -152,7 +146,7 @@ class Quantize(Pass):
                 ctx.progress(self.name, done, len(targets))
 
     def _gptq_experts(self, graph: Graph, routed: RoutedFFN, sweep: Sweep, result: PassResult) -> None:
-        """Up: over all tokens, weighted by whether any expert's gate is on; down: each expert over the tokens that run it."""
+        """Up: over all tokens; down: each expert over the tokens that run it."""
         gates = sweep.advance(routed.gates)
         inputs = sweep.values(routed.input)
         gram = _gram(x.reshape(-1, x.shape[-1]) for x in inputs)
@@ -174,7 +168,7 @@ class Quantize(Pass):
         parts = []
         for e in range(experts):
             if rows[e] < 4 * neurons:  # too few tokens to trust: plain rounding harms nothing it has not seen
-                parts.append(round_to_nearest(down[e], self.bits, self.block, symmetric=self.symmetric))
+                parts.append(self._round(down[e], self.bits))
                 result.facts.setdefault("rarely_used", []).append(f"{routed.name} expert {e}: {int(rows[e])} tokens")
             else:
                 parts.append(gptq(down[e], grams[e], self.bits, self.block, symmetric=self.symmetric))
@@ -203,18 +197,12 @@ class _Target:
 
 def _by_input(targets: list[_Target]) -> Iterator[tuple[fx.Node | None, list[_Target]]]:
     """Neighbouring targets that read the same node, together."""
-    group: list[_Target] = []
-    source: fx.Node | None = None
-    for target in targets:
-        own = target.routed.node if target.routed is not None else target.linear.input if target.linear is not None else None
-        if group and own is source:
-            group.append(target)
-            continue
-        if group:
-            yield source, group
-        group, source = [target], own
-    if group:
-        yield source, group
+
+    def source(target: _Target) -> fx.Node | None:
+        return target.routed.node if target.routed is not None else target.linear.input if target.linear is not None else None
+
+    for node, group in itertools.groupby(targets, source):
+        yield node, list(group)
 
 
 def _gram(blocks: Iterator[Tensor]) -> Tensor:

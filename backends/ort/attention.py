@@ -161,7 +161,7 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
         name = f"{nodes[0].target}_qkv"
         codes = [graph.quantized[str(n.target)] for n in nodes if str(n.target) in graph.quantized]
         graph.add_tensor(name, torch.cat([graph.tensor(n).detach() for n in nodes]))
-        if len(codes) == len(nodes) and (together := join(codes)) is not None:
+        if codes and (together := join(codes)) is not None:
             graph.quantized[name] = together
         return graph.read(name)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from dyncomp.backends.ort.native import DOMAIN
 from torch import Tensor
 from torch.onnx import ops
 
@@ -107,9 +108,6 @@ def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str
     return _one("dyncomp::RoutedFFN", [x, gates, *weights], attributes, x, [x.shape[0], d_out])
 
 
-NATIVE = "dyncomp"
-
-
 def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: int, bits: int, block: int) -> Tensor:
     """``x @ W.T`` by ONNX Runtime's own kernel: [..., K] -> [..., N]. codes [N, K / block, block * bits / 8], scales [N * K / block].
 
@@ -124,7 +122,7 @@ def quantized_linear(
 ) -> Tensor:
     """dyncomp's kernel (:mod:`dyncomp.backends.ort.native`): [..., K] -> [..., N]."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
-    return _one(f"{NATIVE}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
+    return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
 
 
 def quantized_embedding(
@@ -133,7 +131,7 @@ def quantized_embedding(
     """Rows of a quantized table: [...] -> [..., K]."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
     like = torch.empty(0, dtype=torch.float32)
-    return _one(f"{NATIVE}::QuantizedEmbedding", [ids, codes, scales, offsets], attributes, like, [*ids.shape, columns])
+    return _one(f"{DOMAIN}::QuantizedEmbedding", [ids, codes, scales, offsets], attributes, like, [*ids.shape, columns])
 
 
 def quantized_ffn(
@@ -149,4 +147,4 @@ def quantized_ffn(
     """
     values = dict(attributes)
     inputs = [x, gates, *up, up_bias, *down, *router, down_bias]
-    return _one(f"{NATIVE}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])
+    return _one(f"{DOMAIN}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dyncomp.graph import Builder, Graph
 from dyncomp.ops import threshold_gates
 from dyncomp.quantized import Quantized, join, pack_nibbles
-from dyncomp.regions import FFN, RoutedFFN, find_regions, find_routed, replace_ffn
+from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
 _THRESHOLD = threshold_gates._opoverload
@@ -21,7 +21,7 @@ _ROWS = 16  # the native layout's tiles
 
 def select_quantized_ffns(graph: Graph) -> None:
     """FFNs whose weights are all quantized alike -> one native operator, gates and activation inside."""
-    for ffn in find_regions(graph).ffns:
+    for ffn in find_ffns(graph)[0]:
         parts = _dense_parts(graph, ffn)
         if parts is not None:
             _select_dense(graph, ffn, *parts)

@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 
 namespace dyncomp {
 namespace {
@@ -185,5 +186,19 @@ const Kernels* find() {
 }
 }  // namespace
 const Kernels* const active = find();
+
+OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel) {
+  MatrixOp op = {&api, 0, 0, 0, 0};
+  OrtStatus* status = nullptr;
+  if ((status = attribute(api, info, "rows", &op.rows)) || (status = attribute(api, info, "columns", &op.columns)) ||
+      (status = attribute(api, info, "bits", &op.bits)) || (status = attribute(api, info, "block", &op.block)) ||
+      (status = check_format(api, name, op.rows, op.columns, op.bits, op.block))) {
+    return status;
+  }
+  *kernel = new (std::nothrow) MatrixOp(op);
+  return *kernel ? nullptr : error(api, name, "there is no memory left");
+}
+
+void destroy_matrix_op(void* kernel) { delete static_cast<MatrixOp*>(kernel); }
 
 }  // namespace dyncomp

@@ -78,4 +78,12 @@ OrtStatus* error(const OrtApi& api, const char* op, const char* what);
 
 extern const Kernels* const active;  // the kernels in use; null when DYNCOMP_NATIVE_ISA asks for what there is not
 
+// The attributes of an operator on one matrix, its kernel state.
+struct MatrixOp {
+  const OrtApi* api;
+  int64_t rows, columns, bits, block;
+};
+OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel);
+void destroy_matrix_op(void* kernel);
+
 }  // namespace dyncomp

@@ -1,7 +1,4 @@
 // QuantizedEmbedding: rows of a quantized matrix by number, as floats.
-#include <algorithm>
-#include <new>
-
 #include "operators.h"
 
 namespace dyncomp {
@@ -10,22 +7,7 @@ namespace {
 constexpr const char* kName = "QuantizedEmbedding";
 constexpr Input kInputs[] = {{ORT_INT64, false}, {ORT_UINT8, false}, {ORT_FLOAT16, false}, {ORT_FLOAT16, true}};
 
-struct Embedding {
-  const OrtApi* api;
-  int64_t rows, columns, bits, block;
-};
-
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Embedding op = {&api, 0, 0, 0, 0};
-  OrtStatus* status = nullptr;
-  if ((status = attribute(api, info, "rows", &op.rows)) || (status = attribute(api, info, "columns", &op.columns)) ||
-      (status = attribute(api, info, "bits", &op.bits)) || (status = attribute(api, info, "block", &op.block)) ||
-      (status = check_format(api, kName, op.rows, op.columns, op.bits, op.block))) {
-    return status;
-  }
-  *kernel = new (std::nothrow) Embedding(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
-}
+OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) { return create_matrix_op(api, info, kName, kernel); }
 
 struct Rows {
   Matrix weight;
@@ -39,7 +21,7 @@ void run(const void* user, int64_t first, int64_t last) {
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-  const Embedding& op = *static_cast<const Embedding*>(kernel);
+  const MatrixOp& op = *static_cast<const MatrixOp*>(kernel);
   Call call(*op.api, context, kName);
   Shape shape;
   Rows r = {};
@@ -62,6 +44,6 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 
 }  // namespace
 
-const Operator quantized_embedding = {kName, kInputs, 4, create, compute, [](void* kernel) { delete static_cast<Embedding*>(kernel); }};
+const Operator quantized_embedding = {kName, kInputs, 4, create, compute, destroy_matrix_op};
 
 }  // namespace dyncomp

@@ -1,6 +1,5 @@
 // QuantizedLinear: y[t] = W x[t] + bias.
 #include <algorithm>
-#include <new>
 
 #include "operators.h"
 
@@ -11,22 +10,7 @@ constexpr const char* kName = "QuantizedLinear";
 constexpr Input kInputs[] = {{ORT_FLOAT, false}, {ORT_UINT8, false}, {ORT_FLOAT16, false}, {ORT_FLOAT16, true}, {ORT_FLOAT, true}};
 constexpr int64_t kTokensOfUnit = 48;
 
-struct Linear {
-  const OrtApi* api;
-  int64_t rows, columns, bits, block;
-};
-
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Linear op = {&api, 0, 0, 0, 0};
-  OrtStatus* status = nullptr;
-  if ((status = attribute(api, info, "rows", &op.rows)) || (status = attribute(api, info, "columns", &op.columns)) ||
-      (status = attribute(api, info, "bits", &op.bits)) || (status = attribute(api, info, "block", &op.block)) ||
-      (status = check_format(api, kName, op.rows, op.columns, op.bits, op.block))) {
-    return status;
-  }
-  *kernel = new (std::nothrow) Linear(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
-}
+OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) { return create_matrix_op(api, info, kName, kernel); }
 
 // A unit of work is a group of tiles for `tokens` tokens; `groups` of them make up the rows.
 struct Work {
@@ -44,7 +28,7 @@ void run(const void* user, int64_t first, int64_t last) {
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-  const Linear& op = *static_cast<const Linear*>(kernel);
+  const MatrixOp& op = *static_cast<const MatrixOp*>(kernel);
   Call call(*op.api, context, kName);
   Shape shape;
   Work work = {};
@@ -70,6 +54,6 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 
 }  // namespace
 
-const Operator quantized_linear = {kName, kInputs, 5, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
+const Operator quantized_linear = {kName, kInputs, 5, create, compute, destroy_matrix_op};
 
 }  // namespace dyncomp
