@@ -323,7 +323,11 @@ class _ShapeInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "get_attr" and isinstance(result, Tensor) and not hasattr(result, "fake_mode"):
-            result = self.mode.from_tensor(result, static_shapes=True)
+            if result.is_meta:  # a model without weights: as if they were there
+                with self.mode:
+                    result = torch.empty(result.shape, dtype=result.dtype)
+            else:
+                result = self.mode.from_tensor(result, static_shapes=True)
         n.meta["val"] = result
         return result
 

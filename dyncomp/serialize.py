@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,41 @@ def save_graph(graph: Graph, graph_file: Path, tensor_file: Path) -> None:
             tensors |= _quantized_parts(name, graph.quantized[name]) if name in graph.quantized else {name: value.detach().contiguous()}
     if len({t.data_ptr() for t in tensors.values() if t.numel()}) < sum(1 for t in tensors.values() if t.numel()):
         tensors = {name: t.clone() for name, t in tensors.items()}  # overlapping views
-    document = {
+    document = write_structure(graph) | {
+        "alias": alias,
+        "quantized": {name: q.bits for name, q in graph.quantized.items() if name not in alias},
+    }
+    graph_file.write_text(json.dumps(document, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
+    save_file(tensors, str(tensor_file))
+
+
+def write_structure(graph: Graph) -> dict[str, Any]:
+    """Everything about ``graph`` but its tensors, as JSON-able data.
+
+    Raises:
+        GraphError: the graph calls something that the format does not have.
+    """
+    return {
         "format": FORMAT,
         "info": graph.info,
         "inputs": [{"name": s.name, "dtype": _dtype_name(s.dtype), "shape": list(s.shape)} for s in graph.inputs],
         "outputs": list(graph.outputs),
         "trainable": [n for n, t in graph.constants().items() if isinstance(t, torch.nn.Parameter)],
-        "alias": alias,
-        "quantized": {name: q.bits for name, q in graph.quantized.items() if name not in alias},
         "nodes": [_write_node(n) for n in graph.module.graph.nodes if n.op != "get_attr" or n.users],
     }
-    graph_file.write_text(json.dumps(document, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
-    save_file(tensors, str(tensor_file))
+
+
+def read_structure(document: dict[str, Any], tensors: Mapping[str, Tensor], where: Path) -> Graph:
+    """The graph that :func:`write_structure` described, over ``tensors``; shapes are inferred anew.
+
+    Raises:
+        BundleError: the document was written by a newer dyncomp, or names an unknown operator.
+    """
+    graph = _without_nodes(document, where)
+    for name, value in tensors.items():
+        graph.add_tensor(name, value, trainable=name in document["trainable"])
+    _read_nodes(graph, document, where)
+    return graph
 
 
 def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
@@ -81,10 +104,7 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
         raise BundleError(f"{error.filename} is missing", hint="convert the model again") from error
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise BundleError(f"{graph_file.parent} holds a damaged graph: {error}", hint="convert the model again") from error
-    if document.get("format") != FORMAT:
-        raise BundleError(f"{graph_file} has format {document.get('format')!r}; this dyncomp reads {FORMAT}", hint="update dyncomp")
-    trainable = set(document["trainable"])
-    graph = Graph(fx.GraphModule(torch.nn.Module(), fx.Graph()), (), (), dict(document["info"]))
+    graph, trainable = _without_nodes(document, graph_file), set(document["trainable"])
     for name, bits in document.get("quantized", {}).items():
         codes, scales, offsets = tensors.pop(f"{name}::codes"), tensors.pop(f"{name}::scales"), tensors.pop(f"{name}::offsets", None)
         graph.add_quantized(name, Quantized(unpack_nibbles(codes) if bits == 4 else codes, scales, offsets, bits))
@@ -92,18 +112,27 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
         graph.add_tensor(name, value, trainable=name in trainable)
     for name, source in document["alias"].items():
         graph.add_alias(name, source, trainable=name in trainable)
+    _read_nodes(graph, document, graph_file)
+    return graph
+
+
+def _without_nodes(document: dict[str, Any], where: Path) -> Graph:
+    if document.get("format") != FORMAT:
+        raise BundleError(f"{where} has format {document.get('format')!r}; this dyncomp reads {FORMAT}", hint="update dyncomp")
+    inputs = tuple(TensorSpec(s["name"], getattr(torch, s["dtype"]), tuple(s["shape"])) for s in document["inputs"])
+    return Graph(fx.GraphModule(torch.nn.Module(), fx.Graph()), inputs, tuple(document["outputs"]), dict(document["info"]))
+
+
+def _read_nodes(graph: Graph, document: dict[str, Any], where: Path) -> None:
+    """Fill a graph that has its tensors."""
     nodes: dict[str, fx.Node] = {}
-    target_graph = graph.module.graph
     for item in document["nodes"]:
-        node = _read_node(target_graph, item, nodes, graph_file)
+        node = _read_node(graph.module.graph, item, nodes, where)
         node.meta["path"] = item.get("path", "")
         nodes[item["name"]] = node
-    graph.inputs = tuple(TensorSpec(s["name"], getattr(torch, s["dtype"]), tuple(s["shape"])) for s in document["inputs"])
-    graph.outputs = tuple(document["outputs"])
-    target_graph.lint()
+    graph.module.graph.lint()
     graph.module.recompile()
     graph.infer_shapes()
-    return graph
 
 
 def _quantized_parts(name: str, value: Quantized) -> dict[str, Tensor]:

@@ -22,9 +22,25 @@ from dyncomp.ops import routed_ffn_reference
 
 aten = torch.ops.aten
 
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention in the precision that :func:`fast_matmul` allows."""
+    if query.dtype is not torch.float32 or not bfloat16_allowed():
+        return aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
+
+    def half(value: Any) -> Any:
+        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    options = {name: half(option) for name, option in kwargs.items()}
+    return aten.scaled_dot_product_attention.default(*map(half, (query, key, value, *args)), **options).float()
+
+
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
-_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference,
+    aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 class Sweep:
@@ -74,6 +90,11 @@ class Sweep:
     def values(self, node: fx.Node) -> list[Tensor]:
         """The values of a node that has run and is still needed, one for each batch."""
         return [self._lookup(node, index) for index in range(len(self._batches))]
+
+    def provide(self, node: fx.Node, values: Sequence[Tensor]) -> None:
+        """Give the values of a node that has not run, one for each batch, where the caller has them already."""
+        for known, value in zip(self._values, values, strict=True):
+            known[node] = value
 
     def has(self, node: fx.Node) -> bool:
         """Whether :meth:`values` can give this node."""
@@ -132,6 +153,11 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def bfloat16_allowed() -> bool:
+    """Whether products may run in bfloat16: inside :func:`fast_matmul`, on a CPU that has it."""
+    return torch.get_float32_matmul_precision() == "medium" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def release_memory() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncomp.errors import TraceError
+from dyncomp import serialize
+from dyncomp.cache import cache_folder
+from dyncomp.errors import DyncompError, GraphError, TraceError
 from dyncomp.graph import Graph, TensorSpec
 from dyncomp.models.loaded import LoadedModel
+from dyncomp.serialize import read_structure, write_structure
 
 aten = torch.ops.aten
 _END = 9223372036854775807
@@ -52,9 +60,42 @@ def trace(
 
 
 def trace_model(loaded: LoadedModel) -> Graph:
-    """The graph of a loaded model."""
+    """The graph of a loaded model.
+
+    The structure of a model that its configuration describes is kept in the cache folder: tracing it a second time only reads it.
+    """
+    file = _cached_structure(loaded)
+    own = dict(loaded.module.named_parameters(remove_duplicate=False)) | dict(loaded.module.named_buffers(remove_duplicate=False))
     info = {"name": loaded.name, "task": loaded.task, "context_length": loaded.context_length}
-    return trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
+    if file is not None and file.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DyncompError):  # a damaged file counts as absent
+            document = json.loads(file.read_text())
+            return read_structure(document | {"info": info}, {name: own[name] for name in document["tensors"]}, file)
+    graph = trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
+    tensors = list(graph.constants())
+    if file is not None and all(name in own for name in tensors):
+        with contextlib.suppress(OSError, GraphError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(write_structure(graph) | {"tensors": tensors}))
+            os.replace(part, file)
+    return graph
+
+
+def _cached_structure(loaded: LoadedModel) -> Path | None:
+    """Where the traced structure of a model is kept; None for models whose code no configuration describes."""
+    described = next((m.config for m in loaded.module.modules() if hasattr(m, "config")), None)
+    if loaded.kind not in ("huggingface", "gguf", "packaged") or described is None:
+        return None
+    import transformers
+
+    facts = [
+        loaded.config, loaded.dynamic_dims, loaded.output_name, str(loaded.module), getattr(described, "_attn_implementation", ""),
+        [(name, list(t.shape), str(t.dtype)) for name, t in [*loaded.example_inputs.items(), *loaded.module.state_dict().items()]],
+        torch.__version__, transformers.__version__, *(p.read_text() for p in (Path(__file__), Path(serialize.__file__))),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    return cache_folder() / "traces" / f"{digest.hexdigest()[:32]}.json"
 
 
 def from_exported(
@@ -110,6 +151,8 @@ def canonicalize(graph: Graph) -> None:
             graph.module.graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = aten.reshape.default
+        elif node.kwargs.get("device") == torch.device("meta"):  # the graph of a model without weights is the one with them
+            node.kwargs = node.kwargs | {"device": torch.device("cpu")}
         elif (functional := _out_of_place(node)) is not None:
             node.target = functional
     graph.clean()

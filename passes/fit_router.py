@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from dyncomp.passes.layerwise import ExpertView, Layer, LayerwisePass, active_share, routing_facts, set_gates, set_threshold
+from dyncomp.passes.layerwise import Layer, LayerwisePass, active_share, routing_facts, set_gates, set_threshold
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class FitRouter(LayerwisePass):
 
     def visit(self, graph: Graph, layer: Layer) -> None:
         view = layer.view
-        weight, bias = _fit(view, layer.inputs, self.target, self.ridge)
+        weight, bias = _fit(layer, self.target, self.ridge)
         weight[view.shared], bias[view.shared] = 0, 1
         if self.gates == "topk":
             bias[view.shared] = 1e4  # above every score, so that top-k takes them first
@@ -67,16 +67,17 @@ class FitRouter(LayerwisePass):
             set_threshold(graph, layer)
 
 
-def _fit(view: ExpertView, inputs: list[Tensor], target: str, ridge: float) -> tuple[Tensor, Tensor]:
+def _fit(layer: Layer, target: str, ridge: float) -> tuple[Tensor, Tensor]:
     """Ridge regression of what each expert gives on x: (weight [E, d], bias [E])."""
+    view = layer.view
     gram = view.w_down.transpose(1, 2) @ view.w_down  # [E, F, F]: ||W h||² = hᵀ (WᵀW) h, cheaper than W h when F < d
     energies = []
-    for x in inputs:
-        h = view.hidden(x.reshape(-1, view.d_model)).transpose(0, 1)  # [E, n, F]
+    for hidden in layer.hidden():
+        h = hidden.transpose(0, 1)  # [E, n, F]
         energies.append(((h @ gram) * h).sum(-1).clamp_min(0).T)  # [n, E]
     floor = 1e-3 * torch.stack([e.mean() for e in energies]).mean()
     problem = LeastSquares(view.d_model, view.experts)
-    for x, energy in zip(inputs, energies, strict=True):
+    for x, energy in zip(layer.inputs, energies, strict=True):
         problem.add(x.reshape(-1, view.d_model), (energy + floor).log() if target == "energy" else energy.sqrt())
     weight, bias = problem.solve(ridge)
     return weight.T.contiguous(), bias

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dyncomp.graph import Graph
 from dyncomp.ops import expert_hidden
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
-from dyncomp.sweep import Sweep, fast_matmul
+from dyncomp.sweep import Sweep, bfloat16_allowed, fast_matmul
 
 aten = torch.ops.aten
 _GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
@@ -77,6 +77,30 @@ class Layer:
     view: ExpertView
     inputs: list[Tensor]
     wanted: list[Tensor] | None = None
+    _hidden: list[Tensor] = field(default_factory=list)
+    _hidden_of: Tensor | None = None
+
+    def hidden(self) -> Iterator[Tensor]:
+        """Hidden activations of every expert, [n, E, F] a batch; computed once for all passes that look at this layer.
+
+        Kept in bfloat16 where :func:`~dyncomp.sweep.fast_matmul` computes in it: ``tokens * d_ff * 2`` bytes.
+        """
+        if self._hidden_of is None or not self._hidden_of.is_set_to(self.view.w_up):
+            self._hidden, self._hidden_of = [], self.view.w_up
+            kept = torch.bfloat16 if bfloat16_allowed() else self.view.w_up.dtype
+            for x in self.inputs:
+                self._hidden.append(self.view.hidden(x.reshape(-1, self.view.d_model)).to(kept))
+        for h in self._hidden:
+            yield h.to(self.view.w_up.dtype)
+
+    def outputs(self) -> list[Tensor]:
+        """What the routed FFN gives as it is now, [B, S, d_out] a batch (see :func:`dyncomp.ops.routed_ffn`)."""
+        down = self.view.w_down.transpose(0, 1).flatten(1)
+        found = []
+        for x, h in zip(self.inputs, self.hidden(), strict=True):
+            gates = self.view.gate_values(x.reshape(-1, self.view.d_model))
+            found.append(torch.nn.functional.linear((h * gates[..., None]).flatten(1), down).view(*x.shape[:-1], -1))
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,8 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
                 layer.view = ExpertView(graph, _same(graph, region))
                 item.visit(graph, layer)
                 result.changed.append(region.name)
+            layer.view = ExpertView(graph, _same(graph, region))
+            sweep.provide(region.node, layer.outputs())
             ctx.progress(stage, position + 1, len(regions))
     return results
 

@@ -52,9 +52,8 @@ def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
     down = view.w_down.permute(0, 2, 1).flatten(0, 1)  # [E * F, d_out]
     problem = LeastSquares(down.shape[0], view.d_out)
     constant = view.b_down if view.b_down is not None else torch.zeros(view.d_out)
-    for index, x in enumerate(layer.inputs):
-        x = x.reshape(-1, view.d_model)
-        h, gates = view.hidden(x), view.gate_values(x)
+    for index, (x, h) in enumerate(zip(layer.inputs, layer.hidden(), strict=True)):
+        gates = view.gate_values(x.reshape(-1, view.d_model))
         active = (h * gates[..., None]).flatten(1)
         blend = follow if layer.wanted is not None else 0.0
         missing = ((1 - blend) * h.flatten(1) - active) @ down

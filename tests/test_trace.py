@@ -6,11 +6,13 @@ import pytest
 import torch
 from helpers import assert_close
 from tiny import ARCHITECTURES, TOKENS, built, sample, tokens, trace_tiny
+from tiny_checkpoint import write_checkpoint
 from torch import nn
 
 from dyncomp.errors import RequestError, TraceError
 from dyncomp.graph import op_name
-from dyncomp.trace import trace
+from dyncomp.models import load_for_inspection, load_model
+from dyncomp.trace import trace, trace_model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -110,3 +112,20 @@ def test_meta_device_allocates_nothing():
     graph = trace(module, {"input": torch.empty(2, 1 << 14, device="meta")}, {"input": {0: "batch"}})
     assert all(t.is_meta for t in graph.constants().values())
     assert graph.parameter_count() == 2 * (1 << 30) + (1 << 16) + (1 << 14)
+
+
+def test_structure_is_traced_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path / "cache"))
+    loaded = load_model(str(write_checkpoint(tmp_path / "model")))
+    first = trace_model(loaded)
+    (file,) = (tmp_path / "cache" / "traces").iterdir()
+    monkeypatch.setattr(torch.export, "export", None)
+    second = trace_model(loaded)
+    assert second.text() == first.text()
+    assert [s.shape for s in second.inputs] == [s.shape for s in first.inputs]
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    assert torch.equal(second(input_ids=ids), first(input_ids=ids))
+    assert trace_model(load_for_inspection(str(tmp_path / "model"))).text() == first.text()  # without weights: the same structure
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(TraceError):  # a damaged file is not used: export, which is gone, is asked for
+        trace_model(loaded)
