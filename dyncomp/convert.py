@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dyncomp import __version__, bundle
 from dyncomp.backends.ort.providers import require_providers
@@ -24,15 +25,17 @@ from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.passes import Quantize
 from dyncomp.passes.quantize import quantize_of
-from dyncomp.pipeline import Context, PassRecord, Pipeline, Progress, no_progress
-from dyncomp.recipe import load_recipe
+from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, no_progress
+from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
+from dyncomp.search import SELECTION, Found, Goal, Search
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
 
 BACKENDS = ("ort", "torch")
+DEFAULT_GOAL = Goal(max_loss=0.01)
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class ConvertRequest:
     Args:
         model: anything :func:`dyncomp.models.load_model` takes.
         out: folder of the bundle.
-        recipe: name or file; None is the default recipe.
+        recipe: name or file. When neither it nor ``active``, ``experts`` or ``quantize`` is given, recipes are searched.
         active: mean fraction of active FFN neurons, in (0, 1]; None leaves it to the recipe.
         experts: experts per FFN; None leaves it to the recipe.
         quantize: ``int8`` or ``int4``: the weights' precision; None is what the recipe says.
+        goal: what to search for in place of a recipe; None is :data:`DEFAULT_GOAL`.
         calibrate: text to calibrate on, a packaged name or a file; a part of it is held out for evaluation.
         other: text of another source to evaluate on as well; None for none.
         tokens: calibration tokens.
@@ -62,6 +66,7 @@ class ConvertRequest:
     active: float | None = None
     experts: int | None = None
     quantize: str | None = None
+    goal: Goal | None = None
     calibrate: str | None = None
     other: str | None = "news"
     tokens: int = 40_960
@@ -71,10 +76,25 @@ class ConvertRequest:
     seed: int = 0
     dump: Path | None = None
 
+    @property
+    def searched(self) -> Goal | None:
+        """What to search for; None when a recipe is named."""
+        named = any(v is not None for v in (self.recipe, self.active, self.experts, self.quantize))
+        return None if named else self.goal or DEFAULT_GOAL
+
     def validate(self) -> None:
         """Raises:
         RequestError: an option is out of range, or the destination is taken.
         """
+        if self.goal is not None and self.searched is None:
+            raise RequestError(
+                "--max-loss, --speedup, --minutes and --trials search for a recipe, and one is named",
+                hint="leave out --recipe, --active, --experts and --quantize, or the search",
+            )
+        if self.searched is not None:
+            self.searched.validate()
+            if self.backend == "torch":
+                raise RequestError("--backend torch has no artifact to time, so nothing can be searched", hint="name a recipe: --recipe")
         if self.active is not None and not 0 < self.active <= 1:
             raise RequestError(
                 f"--active {self.active:.0%} is not a fraction of the FFN neurons", hint="give more than 0% and at most 100%"
@@ -119,7 +139,8 @@ class _Rewritten:
 
     work: Workspace
     folder: Path
-    quantize: Quantize | None
+    passes: list[Pass]
+    artifact: Path | None  # of a search: lowered and timed already
     report: dict[str, Any]
     manifest: bundle.Manifest
     models: dict[str, Graph]
@@ -127,8 +148,9 @@ class _Rewritten:
 
 def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], None]) -> _Rewritten:
     """Everything up to the bundle without artifacts."""
-    recipe = load_recipe(request.recipe)
-    passes = recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
+    goal = request.searched
+    recipe = Recipe(name="search", passes="") if goal is not None else load_recipe(request.recipe)
+    passes = [] if goal is not None else recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
     loaded = load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
@@ -137,19 +159,26 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
     texts = prepare_texts(loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed)
-    work = Workspace(
-        request.out, [loaded.fingerprint, request.seed, [p.spec for p in passes]], [texts.calibration, *texts.evaluation.values()]
-    )
-    data = batches(dense, texts.calibration)
+    wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
+    work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted], [texts.calibration, *texts.evaluation.values()])
+    fitted = texts.calibration if goal is None else texts.calibration[:-SELECTION]
+    data = batches(dense, fitted)
     calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
-    statistics = work.folder / "calibration.safetensors"
-    if any(p.reads_statistics for p in passes):
-        calibrate(dense, regions.ffns, calibration, cache=statistics, progress=progress)
     ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
-    converted, records = work.resume(dense)
-    if records:
-        say(f"continuing after {records[-1].spec}")
-    Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
+    statistics = work.folder / "calibration.safetensors"
+    artifact, searched = None, {}
+    if goal is not None:
+        found = _search(request, goal, loaded, ctx, texts.calibration[-SELECTION:], work, say)
+        converted, passes, artifact = found.graph, found.passes, found.artifact
+        trials = [dataclasses.asdict(t) for t in found.trials]
+        searched = {"search": {"goal": str(goal), "chosen": found.best.name, "trials": trials}}
+    else:
+        if any(p.reads_statistics for p in passes):
+            calibrate(dense, regions.ffns, calibration, cache=statistics, progress=progress)
+        converted, records = work.resume(dense)
+        if records:
+            say(f"continuing after {records[-1].spec}")
+        Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
     models = {"dense": dense, "converted": converted}
 
     def quality() -> dict[str, Any]:
@@ -157,7 +186,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         release_memory()
         return measure_quality(models | plain, texts.evaluation, loaded.task, progress)
 
-    report = _report(request, recipe.name, loaded, work.records)
+    report = _report(request, recipe.name, loaded, work.records) | searched
     report["quality"] = work.stage("quality", quality)
     first = next(iter(report["quality"].values()))
     report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
@@ -166,7 +195,26 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
     if statistics.exists():
         os.link(statistics, folder / "calibration.safetensors")
-    return _Rewritten(work, folder, quantize_of(passes), report, _manifest(recipe.name, loaded, work.records, regions.refusals), models)
+    manifest = _manifest(recipe.name, loaded, work.records, regions.refusals)
+    return _Rewritten(work, folder, passes, artifact, report, manifest, models)
+
+
+def _search(
+    request: ConvertRequest, goal: Goal, loaded: LoadedModel, ctx: Context, selection: Tensor, work: Workspace, say: Callable[[str], None]
+) -> Found:
+    from dyncomp.deploy import compare, dense_ort
+
+    assert ctx.dense is not None
+    if len(ctx.need_calibration("the search").batches) == 0:
+        raise RequestError(
+            f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
+        )
+    dense = dense_ort(ctx.dense, loaded.fingerprint, ctx.progress)
+
+    def measure(graph: Graph, folder: Path) -> dict[str, Any]:
+        return compare(dense, graph, folder, threads=request.threads)
+
+    return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, say).run()
 
 
 def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, records: list[PassRecord]) -> dict[str, Any]:
@@ -200,15 +248,22 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
 
 def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dict[str, Any]:
     """Lower the converted model, hold it against its graph, and time it beside the dense one; the graphs are let go on the way."""
-    from dyncomp.deploy import check_parity, dense_artifacts, lower_ort, measure
+    from dyncomp.deploy import check_parity, dense_artifacts, lower_ort, measure, with_cache
 
     release_memory()
     artifact, source = done.folder / "artifacts" / "ort", done.manifest.source
-    lowered, refused = lower_ort(done.models.pop("converted"), artifact, progress)
+    if done.artifact is None:
+        lowered, refused = lower_ort(done.models.pop("converted"), artifact, progress)
+    else:
+        lowered, refused = with_cache(done.models.pop("converted"))
+        artifact.parent.mkdir(parents=True)
+        os.replace(done.artifact, artifact)
     parity = check_parity(lowered, artifact, threads=request.threads)
     del lowered
     release_memory()
-    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, quantize=done.quantize)
+    plain = all(isinstance(p, Quantize) for p in done.passes)  # then the dense model quantized alike is the converted one
+    quantize = None if plain else quantize_of(done.passes)
+    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, quantize=quantize)
     release_memory()
     bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

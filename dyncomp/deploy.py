@@ -123,6 +123,22 @@ def dense_artifacts(
     return found
 
 
+def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = None) -> dict[str, Any]:
+    """Lower ``graph`` into ``folder`` and time it beside the dense artifact.
+
+    Returns:
+        ``speed``: of decoding (decoders) or of a forward pass (encoders), times the dense model's; ``prefill``: the same for a prompt,
+        None for encoders.
+    """
+    task = str(graph.info["task"])
+    lower_ort(graph, folder)
+    before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
+    prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"]
+    if task != "causal-lm":
+        return {"speed": prefill, "prefill": None}
+    return {"speed": after["decode_tokens_per_s"] / before["decode_tokens_per_s"], "prefill": prefill}
+
+
 def _measure_encoders(models: Sequence[tuple[str, OrtModel]], *, tokens: int, batch: int, rounds: int = 15) -> list[dict[str, Any]]:
     ids = np.random.default_rng(0).integers(100, 1000, (batch, tokens))
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}

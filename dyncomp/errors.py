@@ -65,6 +65,10 @@ class PassError(DyncompError):
     """A pass failed; names the pass, the passes that ran before it, and chains the cause."""
 
 
+class SearchError(DyncompError):
+    """No candidate of a search reaches its goal."""
+
+
 class BackendError(DyncompError):
     """A backend cannot lower or run something; names it."""
 

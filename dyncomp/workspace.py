@@ -58,6 +58,7 @@ class Workspace:
         done = self.folder / "graph"
         if not (done / "records.json").is_file():
             return dense.copy(), []
+        self.records.clear()
         for item in json.loads((done / "records.json").read_text()):
             result = item.pop("result")
             refused = [Refusal(**r) for r in result["refused"]]

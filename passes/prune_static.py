@@ -40,10 +40,14 @@ class PruneStatic(Pass):
     refit: bool = True
     ridge: float = 0.2
     keep_dense: tuple[int, ...] = (0,)
+    multiple: int = 1
+    """Neurons that remain are a multiple of this: blocks of quantized weights must divide them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= 1:
             raise RequestError(f"prune-static: the fraction {self.active:g} is not in (0, 1]", hint="for example active=75%")
+        if self.multiple < 1:
+            raise RequestError(f"prune-static: multiple={self.multiple} is not a number of neurons", hint="for example multiple=32")
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns
@@ -65,7 +69,7 @@ class PruneStatic(Pass):
                     result.refused.append(Refusal(ffn.name, self.name, "its weights are read by another layer", "keep it dense"))
                     continue
                 inputs = sweep.advance(ffn.input)
-                self._prune(graph, ffn, max(1, round(share * ffn.d_ff)), inputs, ctx)
+                self._prune(graph, ffn, max(1, round(share * ffn.d_ff / self.multiple)) * self.multiple, inputs, ctx)
                 result.changed.append(ffn.name)
         return result
 

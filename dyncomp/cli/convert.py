@@ -13,10 +13,14 @@ from dyncomp.cli import options
 @click.command("convert")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
+@click.option("--max-loss", type=options.Fraction(), help="Search the fastest recipe that loses at most this. [default: 1%]")
+@click.option("--speedup", type=float, help="Search the best recipe that is this many times as fast as the dense model.")
+@click.option("--minutes", type=float, help="The search begins no candidate after this time. [default: 15]")
+@click.option("--trials", type=int, help="The search tries no more candidates than this.")
+@click.option("--recipe", help="No search: a recipe by name (experts, experts-topk, static, dense) or a TOML file.")
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option("--quantize", metavar="PRECISION", help="Weights in int8 or int4 (GPTQ). [default: as the recipe says]")
-@click.option("--recipe", help="A recipe by name (experts, experts-topk, static, dense) or a TOML file. [default: experts]")
 @click.option("--calibrate", metavar="TEXT", help="Text to calibrate on: wikipedia, news, or a .txt/.jsonl file. [default: wikipedia]")
 @click.option("--tokens", type=int, default=40_960, show_default=True, help="Calibration tokens.")
 @click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")
@@ -26,16 +30,25 @@ from dyncomp.cli import options
 @options.seed
 @options.as_json
 def command(json_: bool, **choices: Any) -> None:
-    """Convert MODEL: carve its FFNs into experts, fit routers, refit, evaluate beside dense, lower, and write a bundle.
+    """Convert MODEL: rewrite its graph, evaluate it beside the dense one, lower it, and write a bundle.
+
+    Without a recipe, recipes are tried (precisions; experts; static pruning) and the fastest one within the loss limit is taken,
+    by measured loss and measured speed. With --recipe, --active, --experts or --quantize that recipe is applied (the default of
+    those is experts: carve, fit routers, refit).
 
     Quality is measured on text held out from the calibration and on another source, beside the dense model and beside static
     pruning at the same cost. An interrupted run continues where it was.
     """
-    from dyncomp.convert import ConvertRequest, convert
+    from dyncomp.convert import DEFAULT_GOAL, ConvertRequest, convert
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import print_report
+    from dyncomp.search import Goal
 
-    request = ConvertRequest(**choices)
+    limits = {name: choices.pop(name) for name in ("max_loss", "speedup", "minutes", "trials")}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if given and "speedup" not in given:
+        given.setdefault("max_loss", DEFAULT_GOAL.max_loss)
+    request = ConvertRequest(**choices, goal=Goal(**given) if given else None)
     with ProgressReporter() as progress:
         report = convert(request, progress=progress, say=progress.say)
     if json_:

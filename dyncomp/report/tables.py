@@ -17,6 +17,8 @@ def print_report(report: dict[str, Any], *, title: str) -> None:
     console.print(f"\n{report['model']} -> {title}   recipe {report['recipe']}", style="bold")
     for spec in report.get("passes", []):
         console.print(f"  {spec}", markup=False)
+    if "search" in report:
+        console.print(search_table(report["search"], report["task"]))
     console.print(quality_table(report["quality"], report["task"]))
     console.print(cost_table(report))
     if report.get("bench"):
@@ -46,6 +48,20 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
             cells.append(f"{figures['perplexity'][variant]:.2f}{rise}")
             cells += ["", ""] if variant == "dense" else [f"{figures['kl'][variant]:.3f}", f"{figures['agreement'][variant]:.1%}"]
         result.add_row(*cells)
+    return result
+
+
+def search_table(search: dict[str, Any], task: str) -> Table:
+    """The candidates that a search tried, in that order."""
+    causal = task == "causal-lm"
+    speed = ">decode x dense" if causal else ">speed x dense"
+    result = table(f"search: {search['goal']}", "candidate", ">loss", speed, *([">prefill x dense"] if causal else []), ">MB", ">s", "")
+    for t in search["trials"]:
+        ratios = [t["speed"], *([t["prefill"]] if causal else [])]
+        cells = ["" if r is None else f"{r:.2f}" for r in ratios]
+        size = "" if t["bytes"] is None else f"{t['bytes'] / 1e6:.0f}"
+        mark = "<- chosen" if t["name"] == search["chosen"] else "a quick look" if t["quick"] else ""
+        result.add_row(t["name"], f"{t['loss']:+.2%}", *cells, size, f"{t['seconds']:.0f}", mark)
     return result
 
 

@@ -1,0 +1,264 @@
+"""Finding the cheapest recipe within a loss limit, by measured loss and measured speed.
+
+Candidates are tried from the least to the most work: plain quantization first, then routing on top of the best precision.
+The loss is measured on calibration windows that no pass is fitted to, the speed on the lowered artifact beside the dense one in
+the same process. What needs minutes to fit is first looked at on little text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dyncomp.calibrate import Calibration, calibrate, fingerprint
+from dyncomp.errors import RequestError, SearchError
+from dyncomp.evaluate import evaluate
+from dyncomp.graph import Graph
+from dyncomp.passes import Quantize
+from dyncomp.passes.quantize import PRECISIONS, quantize_of
+from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
+from dyncomp.regions import find_regions
+from dyncomp.sweep import release_memory
+from dyncomp.workspace import Workspace
+
+SELECTION = 8
+"""Calibration windows that the candidates' loss is measured on; nothing is fitted to them."""
+QUICK = 8_192
+"""Calibration tokens of a quick look."""
+HOPELESS = 3.0
+"""A quick look that loses this many times the limit is not followed up: more text has never won back as much."""
+EXPERTS = 48
+ACTIVE = (0.9, 0.75)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to search for: the fastest within ``max_loss``, or the best that is ``speedup`` times as fast as the dense model.
+
+    Args:
+        max_loss: relative rise of the perplexity (decoders), or 1 - cosine to the dense embeddings (encoders).
+        speedup: of decoding (decoders) or of a forward pass (encoders) over the dense fp32 model.
+        minutes: no candidate begins later.
+        trials: no more candidates than this.
+    """
+
+    max_loss: float | None = None
+    speedup: float | None = None
+    minutes: float = 15.0
+    trials: int | None = None
+
+    def validate(self) -> None:
+        """Raises:
+        RequestError: a limit that nothing can meet, or nothing to do.
+        """
+        if self.max_loss is not None and self.speedup is not None:
+            raise RequestError("--max-loss and --speedup are two goals", hint="give one: the other is what the search finds out")
+        if self.max_loss is not None and not 0 <= self.max_loss < 10:
+            raise RequestError(f"--max-loss {self.max_loss:.0%} is out of range", hint="for example 1%")
+        if self.speedup is not None and not 0 < self.speedup < 1000:
+            raise RequestError(f"--speedup {self.speedup:g} is out of range", hint="for example 1.5")
+        if self.minutes <= 0 or (self.trials is not None and self.trials < 1):
+            raise RequestError("a search needs time: --minutes must be positive and --trials at least 1")
+
+    def meets(self, trial: Trial) -> bool:
+        """Whether a trial reaches the goal; the speed is compared by the caller when the goal is a loss."""
+        if self.speedup is not None:
+            return trial.speed is not None and trial.speed >= self.speedup
+        return not trial.quick and trial.loss <= (self.max_loss or 0.0)
+
+    def better(self, trial: Trial, than: Trial) -> bool:
+        """Of two that meet the goal."""
+        return trial.loss < than.loss if self.speedup is not None else (trial.speed or 0) > (than.speed or 0)
+
+    def __str__(self) -> str:
+        return f"at least {self.speedup:g} x dense" if self.speedup is not None else f"at most {self.max_loss:+.2%} loss"
+
+
+@dataclass
+class Trial:
+    """One candidate and what was measured of it.
+
+    Args:
+        loss: as in :class:`Goal`.
+        quick: the loss is that of a quick look, without quantization.
+        speed: times the dense fp32 model; None where it was not measured, for the loss was too high.
+        prefill: the same for a prompt of 512 tokens (decoders).
+        bytes: of the artifact.
+    """
+
+    name: str
+    passes: list[str]
+    loss: float
+    seconds: float
+    quick: bool = False
+    speed: float | None = None
+    prefill: float | None = None
+    bytes: int | None = None
+
+
+@dataclass
+class Found:
+    """The candidate that won: its graph, artifact (None without one), passes, and every trial on the way."""
+
+    graph: Graph
+    records: list[PassRecord]
+    passes: list[Pass]
+    artifact: Path
+    trials: list[Trial]
+    best: Trial
+
+
+@dataclass
+class Search:
+    """The state of a search.
+
+    Args:
+        dense: the graph to convert.
+        ctx: of the passes; its calibration batches are those that may be fitted to.
+        selection: [n, length] windows that nothing is fitted to.
+        measure: artifact of a graph -> its ``bench`` entry relative to the dense model (see :func:`dyncomp.deploy.compare`).
+        work: keeps finished trials.
+    """
+
+    dense: Graph
+    ctx: Context
+    selection: Tensor
+    task: str
+    fingerprint: str
+    goal: Goal
+    work: Workspace
+    measure: Callable[[Graph, Path], dict[str, Any]]
+    say: Callable[[str], None]
+    trials: list[Trial] = field(default_factory=list)
+    best: Trial | None = None
+
+    def run(self) -> Found:
+        """Try candidates until none is left or the time is over.
+
+        Raises:
+            SearchError: none reaches the goal; says which came closest.
+        """
+        self._started = time.perf_counter()
+        for name, passes in self._candidates():
+            over = time.perf_counter() - self._started > self.goal.minutes * 60
+            if over or (self.goal.trials is not None and len(self.trials) >= self.goal.trials):
+                self.say(f"{name}: not tried, the {'time' if over else 'number of trials'} is used up")
+                break
+            trial = Trial(**self.work.stage(f"trial {name}", functools.partial(self._try, name, passes)))
+            self.trials.append(trial)
+            self.say(describe(trial))
+            self._prefer(trial)
+        if self.best is None:
+            raise SearchError(self._nothing(), hint="allow more loss (--max-loss), or name a recipe (--recipe)")
+        graph, records = self.work.resume(self.dense)
+        return Found(graph, records, parse_passes(", ".join(self.best.passes)), self._artifact(self.best.name), self.trials, self.best)
+
+    def _candidates(self) -> Iterator[tuple[str, list[Pass]]]:
+        yield "int8", [PRECISIONS["int8"]]
+        yield "int4, rounded", [dataclasses.replace(PRECISIONS["int4"], method="rtn")]
+        if not self._reached("int4, rounded"):
+            yield "int4", [PRECISIONS["int4"]]
+        if not self._reached("int4, rounded") and not self._reached("int4"):
+            yield "int4, head in int8", [dataclasses.replace(PRECISIONS["int4"], head_bits=8)]
+        quantize = quantize_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else None
+        block = quantize.block if quantize is not None else 1
+        experts = self._experts(block)
+        for active in ACTIVE if experts is not None else ():
+            spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
+            name = f"{active:.0%} of {experts} experts" + (f", int{quantize.bits}" if quantize is not None else "")
+            yield name, [*parse_passes(spec), *([quantize] if quantize is not None else [])]
+            if self.goal.max_loss is not None and not self._reached(name):
+                break  # fewer neurons lose more
+        for active in ACTIVE:
+            name = f"{active:.0%} of the neurons, static" + (f", int{quantize.bits}" if quantize is not None else "")
+            yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *([quantize] if quantize is not None else [])]
+            if self.goal.max_loss is not None and not self._reached(name):
+                break
+
+    def _experts(self, block: int) -> int | None:
+        """As many experts as divide every FFN into parts that can be quantized; None when there is no such number."""
+        widths = {f.d_ff for f in find_regions(self.dense).ffns}
+        return next((e for e in range(EXPERTS, 3, -1) if all(w % (e * block) == 0 for w in widths)), None)
+
+    def _reached(self, name: str) -> bool:
+        return any(t.name == name and self.goal.meets(t) for t in self.trials)
+
+    def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:
+        start = time.perf_counter()
+        trial = Trial(name, [p.spec for p in passes], math.nan, 0.0)
+        fitted = [p for p in passes if not isinstance(p, Quantize)]
+        if fitted and self.goal.max_loss is not None:
+            trial.quick, trial.loss = True, self._loss(self._converted(fitted, QUICK)[0])
+        if not trial.quick or trial.loss <= HOPELESS * (self.goal.max_loss or 0.0):
+            graph, records = self._converted(passes, None)
+            trial.quick, trial.loss = False, self._loss(graph)
+            if self.goal.speedup is not None or self.goal.meets(trial):
+                self._time(trial, graph)
+                if self.goal.meets(trial) and (self.best is None or self.goal.better(trial, self.best)):
+                    self.work.records.clear()
+                    self.work.keep(graph, records)
+        trial.seconds = time.perf_counter() - start
+        return dataclasses.asdict(trial)
+
+    def _converted(self, passes: list[Pass], tokens: int | None) -> tuple[Graph, list[PassRecord]]:
+        """The dense graph after ``passes``, fitted to all calibration text or to some tokens of it."""
+        release_memory()
+        ctx = self.ctx
+        calibration = ctx.need_calibration("the search")
+        if tokens is not None and tokens < calibration.tokens:
+            first = calibration.first(tokens)
+            ctx = dataclasses.replace(ctx, calibration=Calibration(first, fingerprint(self.fingerprint, first)))
+        if any(p.reads_statistics for p in passes):
+            calibrate(self.dense, find_regions(self.dense).ffns, ctx.need_calibration("the search"), progress=ctx.progress)
+        graph = self.dense.copy()
+        return graph, Pipeline(passes).run(graph, ctx)
+
+    def _loss(self, graph: Graph) -> float:
+        if self.task != "causal-lm":
+            return 1 - evaluate({"dense": self.dense, "converted": graph}, self.selection, task=self.task).cosine["converted"]
+        if not hasattr(self, "_dense_nll"):
+            self._dense_nll = float(evaluate({"dense": self.dense}, self.selection, task=self.task).nll["dense"].mean())
+        return math.exp(float(evaluate({"dense": graph}, self.selection, task=self.task).nll["dense"].mean()) - self._dense_nll) - 1
+
+    def _time(self, trial: Trial, graph: Graph) -> None:
+        folder = self._artifact(trial.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        release_memory()
+        measured = self.measure(graph, folder)
+        trial.speed, trial.prefill = measured["speed"], measured["prefill"]
+        trial.bytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+
+    def _prefer(self, trial: Trial) -> None:
+        """Take over a trial that reaches the goal best; artifacts of the others are removed."""
+        folder = self._artifact(trial.name)
+        if self.goal.meets(trial) and (self.best is None or self.goal.better(trial, self.best)):
+            if self.best is not None:
+                shutil.rmtree(self._artifact(self.best.name), ignore_errors=True)
+            self.best = trial
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _artifact(self, name: str) -> Path:
+        return self.work.folder / "artifacts" / "".join(c if c.isalnum() else "-" for c in name)
+
+    def _nothing(self) -> str:
+        if not self.trials:
+            return "no candidate was tried"
+        closest = min(self.trials, key=lambda t: t.loss) if self.goal.max_loss is not None else max(self.trials, key=lambda t: t.speed or 0)
+        return f"no candidate reaches {self.goal}; closest: {describe(closest)}"
+
+
+def describe(trial: Trial) -> str:
+    """One line: what a trial lost and gained."""
+    speed = "" if trial.speed is None else f", {trial.speed:.2f} x dense"
+    quick = " (a quick look)" if trial.quick else ""
+    return f"{trial.name}: {trial.loss:+.2%} loss{quick}{speed}"
