@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from dyncomp.activations import ACTIVATIONS
 from dyncomp.errors import BackendError
-from dyncomp.ops import routed_ffn_reference
+from dyncomp.ops import cached_attention, rotary, routed_ffn_reference
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -52,22 +53,33 @@ class Native:
 
     def run(self, op: str, inputs: Tensors, constants: Tensors, threads: int = 1, **attributes: int) -> Array:
         """Run one operator: ``inputs`` are fed, ``constants`` are in the model, None is an absent input."""
+        result: Array = self.session(op, inputs, constants, threads, ["y"], attributes).run(None, feeds(inputs))[0]
+        return result
+
+    def session(
+        self, op: str, inputs: Tensors, constants: Tensors, threads: int, outputs: list[str], attributes: Mapping[str, float]
+    ) -> Any:
+        """A model of one operator."""
         helper, numpy_helper = onnx.helper, onnx.numpy_helper
         given = {k: v for k, v in {**inputs, **constants}.items() if v is not None}
         names = [n if n in given else "" for n in [*inputs, *constants]]
-        node = helper.make_node(op, names, ["y"], domain="dyncomp", **{k: int(v) for k, v in attributes.items()})
-        feeds = {k: v for k, v in inputs.items() if v is not None}
+        values = {k: v if isinstance(v, float) else int(v) for k, v in attributes.items()}
+        node = helper.make_node(op, names, outputs, domain="dyncomp", **values)
         graph = helper.make_graph(
-            [node], "g", [helper.make_tensor_value_info(k, _TYPES[v.dtype.name], [None] * v.ndim) for k, v in feeds.items()],
-            [helper.make_tensor_value_info("y", 1, None)], [numpy_helper.from_array(v, k) for k, v in constants.items() if v is not None],
+            [node], "g", [helper.make_tensor_value_info(k, _TYPES[v.dtype.name], [None] * v.ndim) for k, v in feeds(inputs).items()],
+            [helper.make_tensor_value_info(k, 1, None) for k in outputs],
+            [numpy_helper.from_array(v, k) for k, v in constants.items() if v is not None],
         )  # fmt: skip
         imports = [helper.make_opsetid("", 20), helper.make_opsetid("dyncomp", 1)]
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         options.register_custom_ops_library(str(self.path))
         model = helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
-        result: Array = ort.InferenceSession(model, options).run(None, feeds)[0]
-        return result
+        return ort.InferenceSession(model, options)
+
+
+def feeds(inputs: Tensors) -> dict[str, Array]:
+    return {k: v for k, v in inputs.items() if v is not None}
 
 
 @pytest.fixture(scope="module", params=isas())
@@ -423,6 +435,183 @@ def test_ids_out_of_range_are_refused(best: Native, bad: int) -> None:
     w = Quantized(np.random.default_rng(0), (50, 128), 8, 32, False)
     with pytest.raises(Exception, match=f"QuantizedEmbedding: the id {bad} is not in 0 .. 49"):
         best.run("QuantizedEmbedding", {"ids": np.array([3, bad])}, w.packed(), rows=50, columns=128, bits=8, block=32)
+
+
+# ---- CachedAttention ---------------------------------------------------------------------------------------------
+class Attention:
+    """Random queries, keys, values and caches; what the operator makes of them, and PyTorch. Beyond their entries caches hold NaNs."""
+
+    def __init__(
+        self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
+        head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
+        softcap: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.past, self.length, self.packed = np.array(past, np.int64), length, packed
+        self.capacity = capacity or max(past) + length
+        self.shapes = [(len(past), length, n, head_dim) for n in (kv_heads * group, kv_heads, kv_heads)]
+        self.new = [rng.standard_normal(s, np.float32) * 2 for s in self.shapes]
+        self.caches = [rng.standard_normal((len(past), kv_heads, self.capacity, head_dim), np.float32) for _ in range(2)]
+        for cache in self.caches:
+            for row, n in enumerate(past):
+                cache[row, :, n:] = np.nan
+        angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
+        self.tables = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
+        self.attributes: dict[str, float] = {
+            "heads": kv_heads * group, "kv_heads": kv_heads, "interleaved": interleaved, "window": window, "scale": 0.21,
+            "softcap": float(softcap),
+        }  # fmt: skip
+
+    def inputs(self) -> Tensors:
+        flat = [t.reshape(*t.shape[:2], t.shape[2] * t.shape[3]) for t in self.new]
+        query, key, value = (np.concatenate(flat, -1), None, None) if self.packed else flat
+        cos, sin = self.tables if self.tables[0].size else (None, None)
+        return {
+            "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
+            "past_length": self.past, "cos": cos, "sin": sin,
+        }  # fmt: skip
+
+    def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
+        inputs, outputs = self.inputs(), ["out", "new_key_cache", "new_value_cache"]
+        session = native.session("CachedAttention", inputs, {}, threads, outputs, self.attributes)
+        if not in_place:
+            return list(session.run(None, feeds(inputs)))
+        arrays = {k: v.copy() for k, v in feeds(inputs).items()}
+        binding, values = session.io_binding(), {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in arrays.items()}  # share the memory
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("out")
+        for name in ("key_cache", "value_cache"):
+            binding.bind_ortvalue_output(f"new_{name}", values[name])
+        session.run_with_iobinding(binding)
+        return [binding.get_outputs()[0].numpy(), arrays["key_cache"], arrays["value_cache"]]
+
+    def reference(self) -> list[Array]:
+        positions = torch.from_numpy(self.past[:, None] + np.arange(self.length))
+        q, k, v = (torch.from_numpy(t.astype(np.float64)).transpose(1, 2) for t in self.new)
+        cos, sin = (torch.from_numpy(t.astype(np.float64)) for t in self.tables)
+        q, k = (rotary(t, cos, sin, positions, bool(self.attributes["interleaved"])) for t in (q, k))
+        caches = [torch.from_numpy(np.nan_to_num(c).astype(np.float64)) for c in self.caches]  # PyTorch multiplies what it masks
+        settings = 0.21, int(self.attributes["window"]), self.attributes["softcap"]
+        out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings)
+        return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
+
+    def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
+        actual, expected = self.run(native, threads, in_place), self.reference()
+        assert error(actual[0], expected[0]).max() < 1e-5
+        for i in (1, 2):
+            for row, n in enumerate(self.past):
+                assert np.array_equal(actual[i][row, :, :n], self.caches[i - 1][row, :, :n])
+                assert error(actual[i][row, :, n : n + self.length], expected[i][row, :, n : n + self.length]).max() < 1e-6
+                assert np.isnan(actual[i][row, :, n + self.length :]).all()
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_attention_of_groups(native: Native, group: int) -> None:
+    rng = np.random.default_rng(group)
+    for length in (1, 2, 70):
+        Attention(rng, past=(5, 0, 61), length=length, group=group, capacity=140).check(native)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotated"), [(16, 0), (16, 16), (64, 64), (80, 20), (96, 6), (256, 128)])
+def test_attention_with_rotary_embeddings(native: Native, head_dim: int, rotated: int, interleaved: bool, packed: bool) -> None:
+    rng = np.random.default_rng(head_dim)
+    for past, length in [((0,), 33), ((40, 3), 1)]:
+        Attention(
+            rng, past=past, length=length, head_dim=head_dim, rotated=rotated, interleaved=interleaved, packed=packed, capacity=64
+        ).check(native)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("window", [0, 1, 17, 300])
+def test_attention_with_a_window_and_a_soft_cap(native: Native, window: int, softcap: float) -> None:
+    rng = np.random.default_rng(window)
+    for past, length in [((0,), 150), ((3, 130), 90), ((200, 7, 64), 1), ((500,), 1), ((400, 270), 5)]:
+        Attention(rng, past=past, length=length, window=window, softcap=softcap).check(native, 2)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
+    head_dim = 16 * data.draw(st.integers(1, 9))
+    past = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
+    length = data.draw(st.one_of(st.integers(1, 5), st.integers(6, 200)))
+    Attention(
+        np.random.default_rng(data.draw(st.integers(0, 99))), past=past, length=length, head_dim=head_dim,
+        group=data.draw(st.integers(1, 8)), kv_heads=data.draw(st.integers(1, 3)),
+        capacity=max(past) + length + data.draw(st.integers(0, 20)),
+        rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
+        window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
+    ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_attention_updates_caches_in_place_when_they_are_the_outputs(native: Native, length: int) -> None:
+    attention = Attention(np.random.default_rng(0), past=(20, 3), length=length, capacity=130)
+    attention.check(native, in_place=True)
+    for a, b in zip(attention.run(native, in_place=True), attention.run(native), strict=True):
+        assert np.array_equal(a, b, equal_nan=True)
+
+
+def test_attention_threads_change_nothing(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    for past, length in [((2000,), 1), ((10, 700), 1), ((0,), 300)]:
+        attention = Attention(rng, past=past, length=length)
+        for a, b in zip(attention.run(native, 2), attention.run(native), strict=True):
+            assert np.array_equal(a, b, equal_nan=True)
+
+
+def test_attention_rows_and_padding_do_not_spoil_others(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    both = Attention(rng, past=(7, 30), length=12, capacity=50)
+    clean = both.run(native)[0]
+    both.new[0][0, 9:], both.new[1][1], both.new[2][1] = 1e30, np.nan, np.inf
+    spoilt = both.run(native)[0]
+    assert np.array_equal(spoilt[0, :9], clean[0, :9])
+    assert np.isnan(spoilt[1]).any()
+
+
+def test_attention_weighs_very_different_scores(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    attention = Attention(rng, past=(300,), length=3)
+    attention.new[0] *= 100
+    attention.check(native)
+
+
+def test_attention_of_no_tokens(native: Native) -> None:
+    attention = Attention(np.random.default_rng(0), past=(4,), length=0, capacity=9)
+    out, *caches = attention.run(native)
+    assert out.shape == (1, 0, 192)
+    assert np.array_equal(caches[1], attention.caches[1], equal_nan=True)
+
+
+def test_wrong_attentions_are_refused(best: Native) -> None:
+    def refused(message: str, *, change: Mapping[str, float] | None = None, inputs: Tensors | None = None, **options: Any) -> None:
+        attention = Attention(np.random.default_rng(0), **{"past": (3,), "length": 2, **options})
+        attention.attributes |= change or {}
+        wrong = {**attention.inputs(), **(inputs or {})}
+        with pytest.raises(Exception, match=f"dyncomp.CachedAttention: {message}"):
+            best.session("CachedAttention", wrong, {}, 1, ["a", "b", "c"], attention.attributes).run(None, feeds(wrong))
+
+    def zeros(*shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    refused("3 entries and 2 new ones exceed the cache's capacity of 4", capacity=4)
+    refused("-1 entries and 2 new ones", inputs={"past_length": np.array([-1])})
+    refused("5 positions; the tables have 4", inputs={"cos": zeros(4, 16), "sin": zeros(4, 16)})
+    refused("the input past_length has 2 elements; it should have 1", inputs={"past_length": np.array([1, 1])})
+    refused("cos and sin should both be there", inputs={"sin": None})
+    refused("cos and sin .* at most 16", inputs={"cos": zeros(9, 17), "sin": zeros(9, 17)})
+    refused("the query should have 3 dimensions", inputs={"value_cache": zeros(1, 2, 6, 32)})
+    refused("the last dimension of query is 320; it should be 384", change={"heads": 8})
+    refused("caches of 1 rows and 2 heads; there should be 1 and 1", change={"kv_heads": 1})
+    refused(r"key and value .* shape \[1, 2, 64\]", packed=False, inputs={"value": zeros(1, 2, 32)})
+    refused(r"key and value .* shape \[1, 2, 64\]", packed=False, inputs={"value": None})
+    refused("heads of 24 features; a multiple of 16 up to 256", head_dim=24, rotated=0)
+    refused("heads of 272 features", head_dim=272, rotated=0)
+    refused("heads is no multiple of kv_heads", change={"heads": 5})
+    refused("the window is negative", change={"window": -1})
 
 
 # ---- requests that cannot be served ------------------------------------------------------------------------------

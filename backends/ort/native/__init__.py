@@ -1,6 +1,6 @@
-"""A library of operators for ONNX Runtime on quantized weights: compiled on first use, registered with a session's options.
+"""Operators for ONNX Runtime, on quantized weights and for attention: compiled on first use, registered with a session's options.
 
-Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs, attributes are integers:
+Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs, attributes are integers where nothing else is said:
 
 ``QuantizedLinear(x f32 [.., K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
     with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K).
@@ -12,6 +12,12 @@ down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?)
     ``block``.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
+``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?)
+-> f32 [B, S, H * D], key_cache f32, value_cache f32``
+    ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is
+    all three side by side. Caches [B, Hkv, C, D] that are bound to the outputs' memory are updated in place. With ``heads`` (H),
+    ``kv_heads`` (Hkv), ``interleaved``, ``window`` (0: all) and the floats ``scale`` and ``softcap`` (0: none). D is a multiple of 16, at
+    most 256.
 
 :mod:`~dyncomp.backends.ort.native.pack` makes codes (uint8), scales and offsets (float16) from matrices.
 """

@@ -22,7 +22,7 @@ struct Weights8 {
 struct Weights4 {
   I low, high;
 };
-constexpr int kOffset8 = 128, kTiles = 1, kTokens = 4;
+constexpr int kOffset8 = 128, kTiles = 1, kTokens = 4, kRows = 6, kColumns = 1;
 constexpr bool kSplit = false;
 
 inline V operator+(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
@@ -59,6 +59,33 @@ inline V load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(v)), _mm256_cvtph_ps(_mm_loadu_si128(v + 1))};
 }
 inline V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+inline float largest(V x) {
+  const __m256 m = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1)), two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline void transpose8(const float* const* rows, int64_t at, float* to, int64_t stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 x = _mm256_loadu_ps(rows[i] + at), y = _mm256_loadu_ps(rows[i + 1] + at);
+    b[i] = _mm256_unpacklo_ps(x, y), b[i + 1] = _mm256_unpackhi_ps(x, y);
+  }
+  for (int i = 0; i < 8; i += 4) {  // a[i + c]: the columns c and c + 4 of the rows i .. i + 3
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44), a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44), a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; c++) {
+    _mm256_storeu_ps(to + c * stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x20));
+    _mm256_storeu_ps(to + (c + 4) * stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x31));
+  }
+}
+inline void transpose(const float* const* rows, int64_t at, float* to, int64_t stride) {
+  for (int i = 0; i < 16; i += 8) {
+    transpose8(rows + i, at, to + i, stride);
+    transpose8(rows + i, at + 8, to + 8 * stride + i, stride);
+  }
+}
 
 inline I set_integer(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 
@@ -120,10 +147,11 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 }
 
 #include "kernel_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, route, decode};
+const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, route, decode, append, attend};
 
 }  // namespace dyncomp
 #endif

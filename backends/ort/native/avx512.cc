@@ -15,7 +15,7 @@ typedef __m512i Weights8;
 struct Weights4 {
   __m512i low, high;
 };
-constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6;
+constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6, kRows = 6, kColumns = 4;
 constexpr bool kSplit = true;
 
 inline V set(float x) { return _mm512_set1_ps(x); }
@@ -30,6 +30,29 @@ inline V power_of_two(V n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 inline V if_less(V a, V b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 inline V load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+inline float largest(V x) { return _mm512_reduce_max_ps(x); }
+inline void transpose(const float* const* rows, int64_t at, float* to, int64_t stride) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    const __m512 x = load(rows[i] + at), y = load(rows[i + 1] + at);
+    b[i] = _mm512_unpacklo_ps(x, y), b[i + 1] = _mm512_unpackhi_ps(x, y);
+  }
+  const auto low = [](V x, V y) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))); };
+  const auto high = [](V x, V y) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))); };
+  for (int i = 0; i < 16; i += 4) {  // a[i + c]: the columns c, c + 4, c + 8, c + 12 of the rows i .. i + 3
+    a[i] = low(b[i], b[i + 2]), a[i + 1] = high(b[i], b[i + 2]);
+    a[i + 2] = low(b[i + 1], b[i + 3]), a[i + 3] = high(b[i + 1], b[i + 3]);
+  }
+  for (int c = 0; c < 4; c++) {
+    const V p = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x44), q = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x44);
+    const V r = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xee), s = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xee);
+    store(to + c * stride, _mm512_shuffle_f32x4(p, q, 0x88));
+    store(to + (c + 4) * stride, _mm512_shuffle_f32x4(p, q, 0xdd));
+    store(to + (c + 8) * stride, _mm512_shuffle_f32x4(r, s, 0x88));
+    store(to + (c + 12) * stride, _mm512_shuffle_f32x4(r, s, 0xdd));
+  }
+}
 
 inline I set_integer(int32_t x) { return _mm512_set1_epi32(x); }
 
@@ -68,10 +91,11 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 }
 
 #include "kernel_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, route, decode};
+const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, route, decode, append, attend};
 
 }  // namespace dyncomp
 #endif

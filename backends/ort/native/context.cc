@@ -71,10 +71,10 @@ const void* Call::data(size_t index, const char* name, bool optional, int64_t co
   return pointer;
 }
 
-float* Call::output(const Shape& shape) {
+float* Call::output(const Shape& shape, size_t index) {
   OrtValue* value = nullptr;
   void* pointer = nullptr;
-  if (!failed()) keep(api_.KernelContext_GetOutput(context_, 0, shape.sizes, shape.rank, &value));
+  if (!failed()) keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value));
   if (!failed()) keep(api_.GetTensorMutableData(value, &pointer));
   return static_cast<float*>(pointer);
 }

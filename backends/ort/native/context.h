@@ -36,7 +36,7 @@ class Call {
   const T* input(size_t index, const char* name, bool optional, int64_t count) {
     return static_cast<const T*>(data(index, name, optional, count));
   }
-  float* output(const Shape& shape);
+  float* output(const Shape& shape, size_t index = 0);
 
   bool failed() const { return status_ != nullptr; }
   OrtStatus* status() const { return status_; }

@@ -10,6 +10,12 @@ enum {
   kTile = 16,   // rows of a tile of weights
   kGroup = 2,   // tiles that are computed together: work is handed out in multiples of it
   kBlock = 32,  // columns that share the scale of an activation
+
+  kMaxHeadDim = 256,   // of attention
+  kKeys = 64,          // keys that are read together
+  kUnitRows = 126,     // the most queries of a unit of attention, and
+  kUnitFloats = 8192,  // the most floats of them
+  kRowsTogether = 6,   // a number of queries that all kernels compute without remainder
 };
 
 // A quantized matrix [rows, columns], value = scale * code + offset, or scale * (code - middle). `pack.py` describes the layout.
@@ -55,6 +61,25 @@ struct FfnJob {
   int32_t gated, activation;
 };
 
+// Causal attention over a KV cache; see ops.py in dyncomp. Query s of a row stands at position past[row] + s.
+struct AttentionJob {
+  const float *query, *key, *value;  // a token's heads lie side by side, tokens query_stride or key_stride floats apart
+  int64_t query_stride, key_stride;
+  float *key_cache, *value_cache;    // [batch, kv_heads, capacity, head_dim]
+  const int64_t* past;               // [batch]
+  const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
+  float* output;                     // [batch, length, heads, head_dim]
+  int64_t batch, length, heads, kv_heads, head_dim, capacity, half, window;
+  int32_t interleaved;
+  float scale, softcap;
+};
+
+// The queries from .. to - 1 (of length * heads / kv_heads, a token's side by side) of a row and key head over the entries begin .. end - 1.
+struct AttentionUnit {
+  int64_t row, head, from, to, begin, end;
+  float* partial;  // [to - from, head_dim + 16] for weighted values, largest score and sum of weights; null: the output is written
+};
+
 struct Kernels {
   const char* name;
   // Quantizes `count` blocks of 32 floats for a product with the matrix. A block with an infinity or a NaN becomes NaN.
@@ -69,6 +94,9 @@ struct Kernels {
   void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* gates);
   // One row of a matrix as floats [columns].
   void (*decode)(const Matrix& matrix, int64_t row, float* output);
+  // Writes the keys, rotated, and values of the tokens first .. last - 1 (of batch * length) into the caches.
+  void (*append)(const AttentionJob& job, int64_t first, int64_t last);
+  void (*attend)(const AttentionJob& job, const AttentionUnit& unit);
 };
 
 extern const Kernels portable_kernels;

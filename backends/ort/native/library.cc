@@ -19,7 +19,7 @@ Entry entry(const Operator& operation) {
   e.GetInputType = [](const OrtCustomOp* op, size_t index) { return of(op).inputs[index].type; };
   e.GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).count; };
   e.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
-  e.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  e.GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).outputs; };
   e.KernelDestroy = operation.destroy;
   e.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
     return of(op).inputs[index].optional ? ORT_OPTIONAL : ORT_REQUIRED;
@@ -42,7 +42,7 @@ Entry entry(const Operator& operation) {
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dyncomp;
-  static const Entry entries[] = {entry(quantized_linear), entry(quantized_ffn), entry(quantized_embedding)};
+  static const Entry entries[] = {entry(quantized_linear), entry(quantized_ffn), entry(quantized_embedding), entry(cached_attention)};
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) {  // even the oldest table can make a status
     const OrtApi* oldest = base->GetApi(1);

@@ -16,8 +16,9 @@ struct Operator {
   OrtStatus* (*create)(const OrtApi& api, const OrtKernelInfo* info, void** kernel);
   OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
   void (*destroy)(void* kernel);
+  size_t outputs = 1;
 };
 
-extern const Operator quantized_linear, quantized_ffn, quantized_embedding;
+extern const Operator quantized_linear, quantized_ffn, quantized_embedding, cached_attention;
 
 }  // namespace dyncomp

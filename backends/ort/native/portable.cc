@@ -16,7 +16,7 @@ struct Weights8 {
 struct Weights4 {
   const uint8_t* codes;
 };
-constexpr int kOffset8 = 0, kTiles = 1, kTokens = 4;
+constexpr int kOffset8 = 0, kTiles = 1, kTokens = 4, kRows = 3, kColumns = 1;
 constexpr bool kSplit = false;
 
 inline V set(float x) { return V{} + x; }
@@ -52,6 +52,17 @@ inline V load_half(const uint16_t* p) {
   V x;
   for (int i = 0; i < kTile; i++) x[i] = half(p[i]);
   return x;
+}
+
+inline float largest(V x) {
+  float y = x[0];
+  for (int i = 1; i < kTile; i++) y = x[i] > y ? x[i] : y;
+  return y;
+}
+inline void transpose(const float* const* rows, int64_t at, float* to, int64_t stride) {
+  for (int i = 0; i < kTile; i++) {
+    for (int j = 0; j < kTile; j++) to[j * stride + i] = rows[i][at + j];
+  }
 }
 
 inline I set_integer(int32_t x) { return I{} + x; }
@@ -95,9 +106,10 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 }
 
 #include "kernel_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, route, decode};
+const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, route, decode, append, attend};
 
 }  // namespace dyncomp

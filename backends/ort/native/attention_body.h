@@ -1,0 +1,194 @@
+// The kernels of attention. Included after kernel_body.h by the file of each instruction set, which has also defined
+//   kRows, kColumns   rows, and vectors of 16 columns, of a matrix product that are computed together: as many as the registers hold sums for
+//   transpose         16 floats of each of 16 rows -> 16 columns
+//   largest           of the 16 floats of a V
+
+// ---- matrix product -----------------------------------------------------------------------------------------------
+// c [R, 16 N] = a [R, depth] b [depth, 16 N], or added to it; `lda`, `ldb`, `ldc` are the distances of rows.
+template <int N, int R>
+void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
+  V sum[R][N];
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int n = 0; n < N; n++) sum[r][n] = add ? load(c + r * ldc + n * kTile) : set(0.0f);
+  }
+  for (int64_t k = 0; k < depth; k++, b += ldb) {
+    V y[N];
+    UNROLL for (int n = 0; n < N; n++) y[n] = load(b + n * kTile);
+    UNROLL for (int r = 0; r < R; r++) {
+      const V x = set(a[r * lda + k]);
+      UNROLL for (int n = 0; n < N; n++) sum[r][n] = fma(x, y[n], sum[r][n]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int n = 0; n < N; n++) store(c + r * ldc + n * kTile, sum[r][n]);
+  }
+}
+
+typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool);
+
+template <int N>
+Multiply multiply_for(int64_t rows) {
+  switch (rows) {
+    case 1: return multiply<N, 1>;
+    case 2: return multiply<N, 2>;
+    case 3: return multiply<N, 3>;
+    case 4: return multiply<N, 4>;
+    case 5: return multiply<N, least(5, kRows)>;
+    default: return multiply<N, least(6, kRows)>;
+  }
+}
+
+// The same for `rows` <= kRows and any number of columns, a multiple of 16.
+inline void multiply_all(int64_t rows, int64_t columns, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                         int64_t depth, bool add) {
+  for (int64_t at = 0, n; at < columns; at += n * kTile) {
+    n = least(kColumns, (columns - at) / kTile);
+    const Multiply f = n == 1   ? multiply_for<1>(rows)
+                       : n == 2 ? multiply_for<least(2, kColumns)>(rows)
+                       : n == 3 ? multiply_for<least(3, kColumns)>(rows)
+                                : multiply_for<least(4, kColumns)>(rows);
+    f(a, lda, b + at, ldb, c + at, ldc, depth, add);
+  }
+}
+
+// ---- rotary embedding ---------------------------------------------------------------------------------------------
+// One head x [head_dim] at a position, times `factor`.
+inline void rotate(const AttentionJob& job, const float* __restrict x, int64_t position, float factor, float* __restrict y) {
+  const int64_t half = job.half;
+  const float* __restrict c = job.cos + position * half;
+  const float* __restrict s = job.sin + position * half;
+  if (job.interleaved) {
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      y[2 * i] = (a * c[i] - b * s[i]) * factor;
+      y[2 * i + 1] = (b * c[i] + a * s[i]) * factor;
+    }
+  } else {
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[i], b = x[half + i];
+      y[i] = (a * c[i] - b * s[i]) * factor;
+      y[half + i] = (b * c[i] + a * s[i]) * factor;
+    }
+  }
+  for (int64_t i = 2 * half; i < job.head_dim; i++) y[i] = x[i] * factor;
+}
+
+void append(const AttentionJob& job, int64_t first, int64_t last) {
+  const int64_t d = job.head_dim;
+  for (int64_t t = first; t < last; t++) {
+    const int64_t row = t / job.length, position = job.past[row] + t % job.length;
+    for (int64_t h = 0; h < job.kv_heads; h++) {
+      const int64_t at = ((row * job.kv_heads + h) * job.capacity + position) * d;
+      rotate(job, job.key + t * job.key_stride + h * d, position, 1.0f, job.key_cache + at);
+      const float* v = job.value + t * job.key_stride + h * d;
+      for (int64_t i = 0; i < d; i += kTile) store(job.value_cache + at + i, load(v + i));
+    }
+  }
+}
+
+// ---- attention ----------------------------------------------------------------------------------------------------
+constexpr float kLowest = -3e38f;
+
+// What a query has seen: the largest score, and relative to it the sum of the weights (16 partial sums) and of the weighted values.
+struct Seen {
+  float *peak, *sum, *out;
+};
+
+// One query's scores of `columns` keys -> weights relative to its largest score so far; only the keys low .. high - 1 count.
+inline void weigh(const AttentionJob& job, float* scores, int64_t columns, int64_t low, int64_t high, Seen seen) {
+  alignas(64) static const float kLanes[kTile] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const bool all = low <= 0 && high >= columns;
+  const V from = set(static_cast<float>(low)), to = set(static_cast<float>(high)), lowest = set(kLowest), zero = set(0.0f);
+  V peak = lowest;
+  for (int64_t i = 0; i < columns; i += kTile) {
+    V s = load(scores + i);
+    if (job.softcap != 0.0f) s = tanh(s) * set(job.softcap);
+    if (!all) {
+      const V lane = load(kLanes) + set(static_cast<float>(i));
+      s = if_less(lane, to, if_less(lane, from, lowest, s), lowest);
+    }
+    peak = maximum(peak, s);
+    store(scores + i, s);
+  }
+  const float most = largest(peak);
+  if (most > *seen.peak) {
+    const V fade = exp(set(*seen.peak) - set(most));
+    store(seen.sum, load(seen.sum) * fade);
+    for (int64_t i = 0; i < job.head_dim; i += kTile) store(seen.out + i, load(seen.out + i) * fade);
+    *seen.peak = most;
+  }
+  V sum = load(seen.sum);
+  for (int64_t i = 0; i < columns; i += kTile) {
+    V w = exp(load(scores + i) - set(*seen.peak));
+    if (!all) {
+      const V lane = load(kLanes) + set(static_cast<float>(i));
+      w = if_less(lane, to, if_less(lane, from, zero, w), zero);
+    }
+    sum = sum + w;
+    store(scores + i, w);
+  }
+  store(seen.sum, sum);
+}
+
+void attend(const AttentionJob& job, const AttentionUnit& unit) {
+  alignas(64) float query[kUnitFloats], out[kUnitFloats], keys[kMaxHeadDim * kKeys], weights[kRows * kKeys];
+  alignas(64) float sum[kUnitRows * kTile];
+  float peak[kUnitRows];
+  const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row], rows = unit.to - unit.from;
+  const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * d;
+  const float* key_cache = job.key_cache + cache;
+  const float* value_cache = job.value_cache + cache;
+  const float factor = job.softcap != 0.0f ? job.scale / job.softcap : job.scale;
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
+    rotate(job, job.query + (unit.row * job.length + s) * job.query_stride + head * d, past + s, factor, query + r * d);
+    for (int64_t i = 0; i < d; i += kTile) store(out + r * d + i, set(0.0f));
+    store(sum + r * kTile, set(0.0f));
+    peak[r] = kLowest;
+  }
+  for (int64_t k = unit.begin; k < unit.end; k += kKeys) {
+    const int64_t count = least(kKeys, unit.end - k);
+    for (int64_t j = 0; j < count; j += kTile) {
+      const float* from[kTile];
+      for (int64_t i = 0; i < kTile; i++) from[i] = key_cache + (k + least(j + i, count - 1)) * d;
+      for (int64_t i = 0; i < d; i += kTile) {
+        transpose(from, i, keys + i * kKeys + j, kKeys);
+        const int64_t same = (k + j) * d + i * kTile;  // as much of these keys' values and of the next keys, on their way meanwhile
+        for (int64_t line = 0; line < kTile * kTile; line += kTile) {
+          __builtin_prefetch(value_cache + same + line);
+          __builtin_prefetch(key_cache + same + kKeys * d + line);
+        }
+      }
+    }
+    for (int64_t r = 0, n; r < rows; r += n) {
+      n = least(kRows, rows - r);
+      // The positions of these rows' first and last query, counted from key k.
+      const int64_t first = past + (unit.from + r) / group - k, last = past + (unit.from + r + n - 1) / group - k;
+      const int64_t low = job.window && first >= job.window ? first - job.window + 1 : 0, high = least(count, last + 1);
+      if (low >= high) continue;
+      const int64_t columns = (high + kTile - 1) / kTile * kTile;
+      multiply_all(n, columns, query + r * d, d, keys, kKeys, weights, kKeys, d, false);
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t at = past + (unit.from + r + i) / group - k;
+        const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
+        weigh(job, weights + i * kKeys, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
+      }
+      multiply_all(n, d, weights + low, kKeys, value_cache + (k + low) * d, d, out + r * d, d, high - low, true);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    float total = 0.0f;
+    for (int i = 0; i < kTile; i++) total += sum[r * kTile + i];
+    float* y;
+    V by = set(1.0f);
+    if (unit.partial) {
+      y = unit.partial + r * (d + kTile);
+      y[d] = peak[r], y[d + 1] = total;
+    } else {
+      const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
+      y = job.output + ((unit.row * job.length + s) * job.heads + head) * d;
+      by = set(1.0f / total);
+    }
+    for (int64_t i = 0; i < d; i += kTile) store(y + i, load(out + r * d + i) * by);
+  }
+}
