@@ -20,7 +20,8 @@ from dyncomp.passes.gptq import gptq
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, built, sample, trace_tiny
+from tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
+from torch import Tensor
 
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import RequestError
@@ -30,6 +31,7 @@ from dyncomp.pipeline import Context, Pass, Pipeline
 from dyncomp.quantized import Quantized, join, pack_nibbles, round_to_nearest, unpack_nibbles
 from dyncomp.regions import find_linears, find_regions
 from dyncomp.serialize import load_graph, save_graph
+from dyncomp.trace import trace
 
 
 def context(name: str, graph: Graph) -> Context:
@@ -229,6 +231,44 @@ def test_decoders_in_native_kernels(name: str, options: dict[str, object], tmp_p
     entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
     assert entry["relative_error"] <= 2e-2
     assert entry["greedy_tokens_equal"] >= 0.98
+
+
+class Decoder(torch.nn.Module):
+    """A tiny decoder with heads of 16 features."""
+
+    def __init__(self, family: str, **options: object) -> None:
+        super().__init__()
+        import transformers
+
+        sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+        config = getattr(transformers, f"{family}Config")(**sizes, tie_word_embeddings=False, **options)
+        self.model = enliven(getattr(transformers, f"{family}ForCausalLM")(config))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 5.0, "num_hidden_layers": 2}),
+        ("Phi", {"partial_rotary_factor": 0.25, "num_hidden_layers": 1}),
+    ],
+)
+def test_attention_in_native_kernels(family: str, options: dict[str, object], tmp_path: Path) -> None:
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    graph = trace(Decoder(family, **options), {"input_ids": ids}, {"input_ids": {0: "batch", 1: "sequence"}}, output_name="logits")
+    (table,) = {str(n.args[0].target) for n in graph.nodes if n.target is torch.ops.aten.embedding.default}  # type: ignore[union-attr]
+    graph.add_quantized(table, round_to_nearest(graph.tensor(table).detach(), 8, 32))  # read exactly: attention alone may differ
+    graph = cached(graph)
+    operators = lower(graph, tmp_path).operators
+    assert operators["dyncomp.CachedAttention"] == options["num_hidden_layers"]
+    assert "com.microsoft.GroupQueryAttention" not in operators
+    assert not {"Cos", "Sin", "Concat", "Softmax"} & operators.keys()
+    entry = parity(graph, OrtModel(tmp_path, threads=2))  # a padded batch prefilled, then decoded
+    assert entry["relative_error"] <= 1e-5
+    assert entry["greedy_tokens_equal"] == 1
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""Cached attention -> GroupQueryAttention, with the rotary embedding inside and query, key and value side by side."""
+"""Cached attention -> one operator, ours or GroupQueryAttention, with the rotary embedding inside and query, key and value side by side."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 aten = torch.ops.aten
 _CACHED, _ROTARY = cached_attention._opoverload, rotary._opoverload
 _SIZES = {"batch": 2, "sequence": 3, "capacity": 5}
+_MAX_HEAD_DIM = 256  # of the native operator
 
 
-def select_attention(graph: Graph) -> None:
+def select_attention(graph: Graph, *, native: bool) -> None:
     """Lower every ``dyncomp.cached_attention`` and what is left of ``dyncomp.rotary``.
 
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
-    after:   group_query_attention(linear(x, [Wq; Wk; Wv]), …)
+    after:   group_query_attention(linear(x, [Wq; Wk; Wv]), …), or the native operator where it fits
     """
     shapes = ShapeOnly(graph)
     lengths: tuple[fx.Node, fx.Node] | None = None
     for node in graph.nodes:
         if node.target is not _CACHED:
             continue
-        if not _fits(node):
+        if native and _fits(node, 16, _MAX_HEAD_DIM):
+            _select_one(graph, node, shapes, None)
+        elif _fits(node, 8):
+            lengths = lengths or _lengths(graph, node)
+            _select_one(graph, node, shapes, lengths)
+        else:
             node.target = attend_plainly
-            continue
-        if lengths is None:
-            lengths = _lengths(graph, node)
-        _select_one(graph, node, shapes, lengths)
     graph.clean()
     for node in graph.nodes:
         if node.target is _ROTARY:
             node.target = rotate_plainly
 
 
-def _fits(node: fx.Node) -> bool:
-    """GroupQueryAttention needs a head size that is a multiple of 8, the same for keys and values."""
+def _fits(node: fx.Node, multiple: int, most: int | None = None) -> bool:
+    """Both operators need a head size that is a multiple of something, the same for keys and values."""
     key, value = (node.args[i].meta["val"].shape[3] for i in (3, 4))  # type: ignore[union-attr]
-    return bool(key == value and key % 8 == 0)
+    return bool(key == value and key % multiple == 0 and (most is None or key <= most))
 
 
 def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -61,12 +63,13 @@ def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return lengths, total
 
 
-def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[fx.Node, fx.Node]) -> None:
+def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[fx.Node, fx.Node] | None) -> None:
+    """With ``lengths`` GroupQueryAttention, without the native operator."""
     query, key, value, key_cache, value_cache, past, scale, window, softcap = (*node.args, 0.0)[:9]
     heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))  # type: ignore[union-attr]
     with graph.inserting(before=node) as b:
         turned = [n if n.target is _ROTARY else None for n in (query, key)]  # type: ignore[union-attr]
-        inside = head_dim % 16 == 0 and _same_rotary(*turned, past)
+        inside = head_dim % 16 == 0 and _same_rotary(*turned, past, 8 if lengths else 1)
         heads_first = [n.args[0] if inside and n.target is _ROTARY else n for n in (query, key, value)]  # type: ignore[union-attr]
         operands: list[Any] = [_flat(graph, b, n, shapes) for n in heads_first]
         packed = _packed(graph, b, operands, shapes)
@@ -74,9 +77,8 @@ def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[f
         interleaved = bool(inside and turned[0] is not None and turned[0].args[4])
         if packed is not None:
             operands = [packed, None, None]
-        result = b.call(
-            ops.group_query_attention, *operands, key_cache, value_cache, *lengths, *tables, heads, scale, window, softcap, interleaved
-        )
+        operator_, progress = (ops.group_query_attention, lengths) if lengths else (ops.cached_attention, (past,))
+        result = b.call(operator_, *operands, key_cache, value_cache, *progress, *tables, heads, scale, window, softcap, interleaved)
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
         index = user.args[1]
@@ -86,14 +88,14 @@ def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[f
             user.replace_all_uses_with(caches[index - 1])  # type: ignore[operator]
 
 
-def _same_rotary(query: fx.Node | None, key: fx.Node | None, past: Any) -> bool:
-    """Whether both are rotated by the same tables, at positions past_length + 0, 1, 2 …"""
+def _same_rotary(query: fx.Node | None, key: fx.Node | None, past: Any, multiple: int) -> bool:
+    """Whether both are rotated by the same tables, R / 2 a multiple of this, at positions past_length + 0, 1, 2 …"""
     if query is None or key is None or query.args[1:] != key.args[1:]:
         return False
     cos, positions = query.args[1], query.args[3]
     assert isinstance(cos, fx.Node)
     assert isinstance(positions, fx.Node)
-    if cos.meta["val"].shape[1] % 8 or positions.target is not aten.add.Tensor:
+    if cos.meta["val"].shape[1] % multiple or positions.target is not aten.add.Tensor:
         return False
     column, steps = positions.args[:2]
     return (

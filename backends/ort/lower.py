@@ -58,8 +58,8 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
-        native: quantized weights run in dyncomp's own kernels (True), in ONNX Runtime's (False), or in ours where they can be built
-            (None). ``config.json`` says which.
+        native: quantized weights, and attention beside them, run in dyncomp's own kernels (True), in ONNX Runtime's (False), or in ours
+            where they can be built (None). ``config.json`` says which.
         progress: ``progress(stage, done, total)``.
 
     Raises:
@@ -103,7 +103,7 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
         graph.infer_shapes()
     if native:
         select_quantized_ffns(graph)
-    select_attention(graph)
+    select_attention(graph, native=native)
     select_moe(graph)
     select_norms(graph)
     select_quantized_linears(graph, native=native)

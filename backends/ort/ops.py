@@ -86,6 +86,26 @@ def group_query_attention(
     return result[0], result[1], result[2]
 
 
+def cached_attention(
+    query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
+    cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step."""
+    attributes = {
+        "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
+        "softcap": float(softcap),
+    }  # fmt: skip
+    result = ops.symbolic_multi_out(
+        f"{DOMAIN}::CachedAttention",
+        [query, key, value, key_cache, value_cache, past_length, cos, sin],
+        attributes,
+        dtypes=[query.dtype] * 3,
+        shapes=[[*query.shape[:2], heads * key_cache.shape[3]], list(key_cache.shape), list(value_cache.shape)],
+        version=1,
+    )
+    return result[0], result[1], result[2]
+
+
 def mixture_of_experts(
     x: Tensor, logits: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, k: int, attributes: dict[str, Any]
 ) -> Tensor:
