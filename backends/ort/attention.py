@@ -77,8 +77,8 @@ def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[f
         interleaved = bool(inside and turned[0] is not None and turned[0].args[4])
         if packed is not None:
             operands = [packed, None, None]
-        operator_, progress = (ops.group_query_attention, lengths) if lengths else (ops.cached_attention, (past,))
-        result = b.call(operator_, *operands, key_cache, value_cache, *progress, *tables, heads, scale, window, softcap, interleaved)
+        attend, progress = (ops.group_query_attention, lengths) if lengths else (ops.cached_attention, (past,))
+        result = b.call(attend, *operands, key_cache, value_cache, *progress, *tables, heads, scale, window, softcap, interleaved)
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
         index = user.args[1]
