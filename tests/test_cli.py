@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from dyncomp.backends.ort.native import available
 from dyncomp.passes import FitRouter
+from helpers import own_cache
 from tiny_checkpoint import write_checkpoint, write_text
 
 from dyncomp import bundle, convert, workspace
@@ -29,7 +30,7 @@ OPTIONS = ["--tokens", "4096", "--windows", "2", "--experts", "8", "--active", "
 def cache(tmp_path_factory):
     """Artifacts of dense models go to a folder of the test's own."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("DYNCOMP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("DYNCOMP_CACHE", own_cache(tmp_path_factory.mktemp("cli-cache") / "cache"))
     yield
     patch.undo()
 

@@ -1,0 +1,142 @@
+"""The search: goals, the order of candidates, what is kept and what is continued."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from click.testing import CliRunner
+from helpers import own_cache
+from tiny_checkpoint import write_checkpoint, write_text
+
+from dyncomp import bundle, search
+from dyncomp.cli import cli
+from dyncomp.convert import ConvertRequest, _rewrite
+from dyncomp.errors import RequestError, SearchError
+from dyncomp.search import Goal, Trial
+
+TEXT = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    write_checkpoint(folder / "model")
+    write_text(folder / "text.txt")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DYNCOMP_CACHE", own_cache(folder / "cache"))
+    yield folder
+    patch.undo()
+
+
+def convert(folder, out: str, *arguments: str) -> dict:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner().invoke(cli, ["convert", "model", "-o", out, *TEXT, *arguments, "--json"])
+    finally:
+        os.chdir(before)
+    if result.exception is not None:
+        raise result.exception
+    return json.loads(result.stdout)
+
+
+def test_the_fastest_within_the_limit_is_taken(place, monkeypatch) -> None:
+    speeds = {"int8": 2.0, "int4, rounded": 3.0}
+    timed = []
+
+    def measure(self: search.Search, trial: Trial, graph) -> None:
+        folder = self._artifact(trial.name)
+        self.measure(graph, folder)  # the real artifact; its speed is given, so that the choice is not the machine's
+        timed.append(trial.name)
+        trial.speed, trial.prefill, trial.bytes = speeds[trial.name], 1.0, 1
+
+    monkeypatch.setattr(search.Search, "_time", measure)
+    report = convert(place, "fast", "--max-loss", "50%", "--trials", "2")
+    assert timed == ["int8", "int4, rounded"]
+    found = report["search"]
+    assert found["chosen"] == "int4, rounded"
+    assert all(abs(t["loss"]) < 0.5 for t in found["trials"])
+    assert report["passes"] == ["quantize{bits=4 symmetric=false}"]
+    assert len(report["parity"]) == 1
+    opened = bundle.open_bundle(place / "fast")
+    assert opened.graph().precision == "int4"
+    assert (opened.artifact("ort") / "config.json").is_file()
+    assert not (place / "fast.part").exists()
+
+
+def test_an_interrupted_search_continues_with_the_next_candidate(place, monkeypatch) -> None:
+    tried = []
+    original = search.Search._try
+
+    def note(self: search.Search, name: str, passes):
+        tried.append(name)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return original(self, name, passes)
+
+    monkeypatch.setattr(search.Search, "_try", note)
+    arguments = ["--max-loss", "50%", "--trials", "2"]
+    with pytest.raises(SystemExit):  # an interrupt, as click's test runner shows it
+        convert(place, "again", *arguments)
+    report = convert(place, "again", *arguments)
+    assert tried == ["int8", "int4, rounded", "int4, rounded"]
+    assert [t["name"] for t in report["search"]["trials"]] == ["int8", "int4, rounded"]
+    assert report["passes"] == [t["passes"][0] for t in report["search"]["trials"] if t["name"] == report["search"]["chosen"]]
+
+
+def test_nothing_within_the_limit_is_an_error_that_names_the_closest(place, monkeypatch) -> None:
+    losses = iter([0.5, 0.25, 0.75])
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph: next(losses))
+    with pytest.raises(SearchError, match=r"no candidate reaches at most \+10.00% loss; closest: int4, rounded: \+25.00% loss"):
+        convert(place, "none", "--max-loss", "10%", "--trials", "3")
+    assert not (place / "none").exists()
+
+
+def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> None:
+    def measure(self: search.Search, trial: Trial, graph) -> None:
+        trial.speed, trial.prefill, trial.bytes = 1.0 + len(self.trials), 1.0, 1
+        self._artifact(trial.name).mkdir(parents=True)
+
+    lines = []
+    monkeypatch.setattr(search.Search, "_time", measure)
+    monkeypatch.setattr(search.Search, "_experts", lambda self, block: 2)
+    monkeypatch.chdir(place)
+    request = ConvertRequest(model="model", out=place / "routed", goal=Goal(max_loss=5.0), calibrate="text.txt", tokens=4096, windows=2)
+    done = _rewrite(request, lambda *_: None, lines.append)
+    names = [t["name"] for t in done.report["search"]["trials"]]
+    assert names == [
+        "int8", "int4, rounded", "90% of 2 experts, int4", "75% of 2 experts, int4",
+        "90% of the neurons, static, int4", "75% of the neurons, static, int4",
+    ]  # fmt: skip
+    assert done.report["search"]["chosen"] == names[-1]
+    assert any("static" in line for line in lines)
+
+
+def test_goals() -> None:
+    good, fast = Trial("good", [], 0.001, 1.0, speed=1.5), Trial("fast", [], 0.02, 1.0, speed=3.0)
+    quick = Trial("quick", [], 0.0, 1.0, quick=True)
+    limit, rate = Goal(max_loss=0.01), Goal(speedup=1.2)
+    assert limit.meets(good)
+    assert not limit.meets(fast)
+    assert not limit.meets(quick)
+    assert rate.meets(fast)
+    assert not rate.meets(quick)
+    assert rate.better(good, fast)
+    assert Goal(max_loss=0.1).better(fast, good)
+
+
+@pytest.mark.parametrize(
+    "goal", [Goal(max_loss=0.01, speedup=2.0), Goal(max_loss=-0.1), Goal(speedup=0.0), Goal(max_loss=0.1, minutes=0), Goal(trials=0)]
+)
+def test_goals_that_make_no_sense(goal: Goal) -> None:
+    with pytest.raises(RequestError):
+        goal.validate()
+
+
+def test_a_recipe_and_a_search_exclude_each_other(place) -> None:
+    with pytest.raises(RequestError, match="search for a recipe, and one is named"):
+        convert(place, "both", "--max-loss", "1%", "--active", "75%")
+    with pytest.raises(RequestError, match="nothing can be searched"):
+        convert(place, "torch", "--backend", "torch")
