@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test bench lint install clean
 demo: $(STAMP)
-	$(BIN)/dyncomp convert smollm2-135m -o demo --active 75% --experts 48 --quantize int8
+	$(BIN)/dyncomp convert smollm2-135m -o demo
 	$(BIN)/dyncomp inspect demo
 	$(BIN)/dyncomp run demo --prompt "The capital of France is" --max-tokens 32
 

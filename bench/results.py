@@ -21,8 +21,8 @@ from dyncomp.hardware import detect
 from dyncomp.report.markdown import results_markdown
 
 CONVERSIONS = [
-    ["smollm2-135m", "--recipe", "dense", "--quantize", "int4"],
-    ["smollm2-135m", "--active", "75%", "--experts", "48", "--quantize", "int8"],
+    ["smollm2-135m"],
+    ["smollm2-135m", "--active", "75%", "--experts", "48", "--quantize", "int4"],
     ["minilm", "--active", "75%"],
 ]
 ROOT = Path(__file__).resolve().parent.parent

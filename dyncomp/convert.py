@@ -23,7 +23,6 @@ from dyncomp.evaluate import batches
 from dyncomp.evidence import baselines, cost_figures, measure_quality, prepare_texts
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
-from dyncomp.passes import Quantize
 from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, no_progress
 from dyncomp.recipe import Recipe, load_recipe
@@ -261,9 +260,7 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
     parity = check_parity(lowered, artifact, threads=request.threads)
     del lowered
     release_memory()
-    plain = all(isinstance(p, Quantize) for p in done.passes)  # then the dense model quantized alike is the converted one
-    quantize = None if plain else quantize_of(done.passes)
-    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, quantize=quantize)
+    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, passes=done.passes)
     release_memory()
     bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

@@ -22,7 +22,8 @@ from dyncomp.cache import cache_folder
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.passes import AddKVCache, Quantize
-from dyncomp.pipeline import Context, Progress, no_progress
+from dyncomp.passes.quantize import quantize_of
+from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Variant, bench
 from dyncomp.runtime.session import DecoderSession
@@ -113,12 +114,12 @@ def measure(
     return bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
 
 
-def dense_artifacts(
-    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None
-) -> list[tuple[str, Path]]:
-    """What a converted model is timed beside: the dense model in fp32, and in the same precision when that is another."""
+def dense_artifacts(graph: Graph, fingerprint: str, progress: Progress = no_progress, *, passes: Sequence[Pass]) -> list[tuple[str, Path]]:
+    """What the model that ``passes`` made is timed beside: the dense model in fp32, and in the same precision, unless that is what
+    the passes made."""
     found = [("dense", dense_ort(graph, fingerprint, progress))]
-    if quantize is not None:
+    quantize = quantize_of(passes)
+    if quantize is not None and not all(isinstance(p, Quantize) for p in passes):
         found.append(("dense", dense_ort(graph, fingerprint, progress, quantize=quantize)))
     return found
 

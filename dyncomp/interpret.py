@@ -19,14 +19,23 @@ ACTIVATION_BLOCK = 32
 _ROUTED = routed_ffn._opoverload
 
 
-def round_activations(x: Tensor) -> Tensor:
+def round_activations(x: Tensor, terms: int = 1) -> Tensor:
     """Round to int8 in blocks of 32 along the last dimension, the scale of each its largest magnitude / 127: [..., K] -> [..., K].
 
     What kernels for quantized weights do to their inputs, so that products are of integers.
+
+    Args:
+        terms: 2 adds what the first rounding left, rounded too: 15 bits for twice the products.
     """
     blocks = x.unflatten(-1, (-1, ACTIVATION_BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).flatten(-2)
+    rounded = torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).flatten(-2)
+    return rounded if terms == 1 else rounded + round_activations(x - rounded, terms - 1)
+
+
+def activation_terms(graph: Graph, weight: str) -> int:
+    """In how many terms the inputs of a quantized weight are rounded."""
+    return 2 if weight in graph.info.get("two_terms", ()) else 1
 
 
 def rounds_activations(graph: Graph) -> bool:
@@ -56,9 +65,10 @@ def compute(
         implementations: what to call instead of a target.
     """
     if rounds_activations(graph):
-        if node.target is torch.ops.aten.linear.default and _quantized(graph, node.args[1]):
-            args = (round_activations(args[0]), *args[1:])
-        elif node.target is _ROUTED and _quantized(graph, node.args[2]):
+        weight = node.args[1] if node.target is torch.ops.aten.linear.default else None
+        if isinstance(weight, fx.Node) and weight.target in graph.quantized:
+            args = (round_activations(args[0], activation_terms(graph, str(weight.target))), *args[1:])
+        elif node.target is _ROUTED and isinstance(up := node.args[2], fx.Node) and up.target in graph.quantized:
             return _routed_ffn_rounded(*args, **kwargs)
     return implementations.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
 
@@ -75,10 +85,6 @@ class Interpreter(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return compute(self._graph, n, args, kwargs, {})
-
-
-def _quantized(graph: Graph, weight: Any) -> bool:
-    return isinstance(weight, fx.Node) and str(weight.target) in graph.quantized
 
 
 def _routed_ffn_rounded(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:

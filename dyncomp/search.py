@@ -167,8 +167,9 @@ class Search:
         yield "int4, rounded", [dataclasses.replace(PRECISIONS["int4"], method="rtn")]
         if not self._reached("int4, rounded"):
             yield "int4", [PRECISIONS["int4"]]
-        if not self._reached("int4, rounded") and not self._reached("int4"):
-            yield "int4, head in int8", [dataclasses.replace(PRECISIONS["int4"], head_bits=8)]
+        if self._reached("int4, rounded") or self._reached("int4"):
+            method = "rtn" if self._reached("int4, rounded") else "gptq"
+            yield "int4, head too", [dataclasses.replace(PRECISIONS["int4"], method=method, head_bits=4)]
         quantize = quantize_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else None
         block = quantize.block if quantize is not None else 1
         experts = self._experts(block)

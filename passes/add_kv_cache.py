@@ -59,8 +59,8 @@ class AddKVCache(Pass):
             return PassResult(refused=refused)
         try:
             facts = _Rewrite(work, context, self.logits == "last").apply(attentions)
-        except NotTabulated as reason:
-            return _refused(graph, str(reason), "its positions cannot be moved: run it without a cache")
+        except NotTabulated as found:
+            return _refused(graph, str(found), "its positions cannot be moved: run it without a cache")
         error, where = verify_cache(graph, work)
         if where is not None:
             reason = f"with a cache the result differs by {error:.1e} (relative), first at {where}"

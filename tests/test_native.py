@@ -182,10 +182,11 @@ def test_what_cannot_be_packed_is_refused(columns: int, bits: int, top: int) -> 
 
 
 # ---- QuantizedLinear ---------------------------------------------------------------------------------------------
-def linear(native: Native, x: Array, w: Quantized, bias: Array | None = None, threads: int = 1) -> Array:
+def linear(native: Native, x: Array, w: Quantized, bias: Array | None = None, threads: int = 1, terms: int = 1) -> Array:
     rows, columns = w.values.shape
     constants = {**w.packed(), "bias": bias}
-    return native.run("QuantizedLinear", {"x": x}, constants, threads, rows=rows, columns=columns, bits=w.bits, block=w.block)
+    attributes = {"rows": rows, "columns": columns, "bits": w.bits, "block": w.block, "terms": terms}
+    return native.run("QuantizedLinear", {"x": x}, constants, threads, **attributes)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -204,6 +205,19 @@ def test_linear(native: Native, bits: int, block: int, asymmetric: bool) -> None
         assert error(y, emulate(x, w) + plus).max() < 1e-5
         if rows >= 16:
             assert mean_error((y - plus) / scale, (x.astype(np.float64) @ w.values.T) / scale) < 2e-2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_in_two_terms(native: Native, bits: int, threads: int) -> None:
+    rng = np.random.default_rng(bits)
+    for tokens, rows in [(1, 16), (2, 17), (1, 2000), (65, 33), (130, 100)]:  # more than are computed together
+        w = Quantized(rng, (rows, 256), bits, 32, True)
+        x, bias = rng.standard_normal((tokens, 256), np.float32), rng.standard_normal(rows, np.float32)
+        y, exact = linear(native, x, w, bias, threads, terms=2), x.astype(np.float64) @ w.values.T + bias
+        assert error(y, exact).max() < 1e-4
+        assert error(y, exact).max() < 0.02 * error(linear(native, x, w, bias, threads), exact).max()
+        assert np.array_equal(linear(native, x[:1], w, bias, terms=2), y[:1])
 
 
 @given(st.data())
@@ -626,18 +640,19 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
         ({"block": 48}, "block is 48; it should be 32, 64 or 128"),
         ({"block": 128}, "64 columns are no multiple of the block, 128"),
         ({"rows": 0}, "a matrix of 0 rows and 64 columns"),
+        ({"terms": 3}, "terms should be 1 or 2"),
     ],
 )
 def test_wrong_linears_are_refused(best: Native, change: dict[str, int], message: str) -> None:
     w = Quantized(np.random.default_rng(0), (20, 64), 8, 32, False)
-    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8, "block": 32, **change}
+    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1, **change}
     with pytest.raises(Exception, match=f"dyncomp.QuantizedLinear: {message}"):
         best.run("QuantizedLinear", {"x": x}, {**w.packed(), "bias": None}, **attributes)
 
 
 def test_wrong_biases_offsets_and_missing_attributes_are_refused(best: Native) -> None:
     w = Quantized(np.random.default_rng(0), (20, 64), 8, 32, False)
-    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8}
+    x, attributes = np.zeros((2, 64), np.float32), {"rows": 20, "columns": 64, "bits": 8, "terms": 1}
     with pytest.raises(Exception, match="the input bias has 19 elements; it should have 20"):
         best.run("QuantizedLinear", {"x": x}, {**w.packed(), "bias": np.zeros(19, np.float32)}, **attributes, block=32)
     with pytest.raises(Exception, match="the input offsets has 3 elements; it should have 64"):

@@ -65,12 +65,13 @@ def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[fx.Node, fx.Node] | None) -> None:
     """With ``lengths`` GroupQueryAttention, without the native operator."""
-    query, key, value, key_cache, value_cache, past, scale, window, softcap = (*node.args, 0.0)[:9]
-    heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))  # type: ignore[union-attr]
+    arguments: tuple[Any, ...] = (*node.args, 0.0)
+    query, key, value, key_cache, value_cache, past, scale, window, softcap = arguments[:9]
+    heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))
     with graph.inserting(before=node) as b:
-        turned = [n if n.target is _ROTARY else None for n in (query, key)]  # type: ignore[union-attr]
+        turned = query if query.target is _ROTARY else None, key if key.target is _ROTARY else None
         inside = head_dim % 16 == 0 and _same_rotary(*turned, past, 8 if lengths else 1)
-        heads_first = [n.args[0] if inside and n.target is _ROTARY else n for n in (query, key, value)]  # type: ignore[union-attr]
+        heads_first = [n.args[0] if inside and n.target is _ROTARY else n for n in (query, key, value)]
         operands: list[Any] = [_flat(graph, b, n, shapes) for n in heads_first]
         packed = _packed(graph, b, operands, shapes)
         tables = turned[0].args[1:3] if inside and turned[0] is not None else (None, None)
@@ -81,11 +82,11 @@ def _select_one(graph: Graph, node: fx.Node, shapes: ShapeOnly, lengths: tuple[f
         result = b.call(attend, *operands, key_cache, value_cache, *progress, *tables, heads, scale, window, softcap, interleaved)
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
-        index = user.args[1]
+        index = int(user.args[1])  # type: ignore[arg-type]
         if index == 0:
             _replace_output(graph, user, flat, heads, head_dim)
         else:
-            user.replace_all_uses_with(caches[index - 1])  # type: ignore[operator]
+            user.replace_all_uses_with(caches[index - 1])
 
 
 def _same_rotary(query: fx.Node | None, key: fx.Node | None, past: Any, multiple: int) -> bool:
@@ -151,7 +152,8 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
     """linear(x, Wq), linear(x, Wk), linear(x, Wv) -> linear(x, [Wq; Wk; Wv])."""
     arguments = [(*n.args, None)[:3] for n in linears]
     x = arguments[0][0]
-    weights, biases = [a[1] for a in arguments], [a[2] for a in arguments]
+    weights: list[Any] = [a[1] for a in arguments]
+    biases = [a[2] for a in arguments]
     constant = all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
     if any(a[0] is not x for a in arguments) or not constant or len({bias is None for bias in biases}) != 1:
         return None

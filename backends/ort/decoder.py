@@ -10,7 +10,7 @@ from dyncomp.backends.recompute import Array, Recompute
 
 from dyncomp.errors import BackendError, RequestError
 
-_CHUNK = 512  # longest piece of a prompt computed at once: bounds the memory for attention scores
+CHUNK = 512  # longest piece of a prompt computed at once: bounds the memory for attention scores
 
 
 class OrtDecoder:
@@ -29,7 +29,6 @@ class OrtDecoder:
             )
         self.model, self.threads = model, model.threads
         self.context_length = int(cache["context_length"])
-        self._last_only = "last" in model.inputs
         self._names = [n for n in model.inputs if n not in ("input_ids", "past_length", "last")]
         self._shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self._names]
         self._caches: list[Array] = []
@@ -37,7 +36,7 @@ class OrtDecoder:
 
     def reset(self) -> None:
         self._past = np.zeros(0, np.int64)
-        self._decode: _Binding | None = None
+        self._decode: Binding | None = None
 
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
         ids, lengths = np.ascontiguousarray(ids, np.int64), np.asarray(lengths, np.int64)
@@ -48,8 +47,8 @@ class OrtDecoder:
         self._reserve(batch, capacity)
         self.reset()
         self._past = lengths.copy()
-        if length <= _CHUNK:
-            binding = _Binding(self, ids, np.zeros(batch, np.int64), lengths - 1, self._caches)
+        if length <= CHUNK:
+            binding = self._bind(ids, np.zeros(batch, np.int64), lengths - 1, self._caches)
             return binding.run()
         # GroupQueryAttention continues a sequence by more than one token only in a batch of one.
         return np.concatenate([self._prefill_row(ids[row : row + 1, : lengths[row]], row) for row in range(batch)])
@@ -57,19 +56,22 @@ class OrtDecoder:
     def _prefill_row(self, ids: Array, row: int) -> Array:
         caches = [c[row : row + 1] for c in self._caches]
         logits = np.zeros((1, 0), np.float32)
-        for start in range(0, ids.shape[1], _CHUNK):
-            chunk = np.ascontiguousarray(ids[:, start : start + _CHUNK])
-            logits = _Binding(self, chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()
+        for start in range(0, ids.shape[1], CHUNK):
+            chunk = np.ascontiguousarray(ids[:, start : start + CHUNK])
+            logits = self._bind(chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()
         return logits
 
     def step(self, ids: Array) -> Array:
         if self._decode is None:
             batch = len(self._past)
-            self._decode = _Binding(self, np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64), self._caches)
+            self._decode = self._bind(np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64), self._caches)
         self._decode.ids[:, 0] = ids
         logits = self._decode.run()
         self._past += 1
         return logits
+
+    def _bind(self, ids: Array, past: Array, last: Array, caches: list[Array]) -> Binding:
+        return Binding(self.model, self._names, ids, past, last, caches)
 
     def _reserve(self, batch: int, capacity: int) -> None:
         """Make sure that there are caches for this many rows and tokens; existing ones are used again when they fit."""
@@ -82,26 +84,32 @@ class OrtDecoder:
         self._caches = [np.zeros([sizes.get(d, d) for d in shape], np.float32) for shape in self._shapes]
 
 
-class _Binding:
-    """Inputs and outputs tied to memory once; :meth:`run` may be called again after changing the arrays."""
+class Binding:
+    """Inputs and outputs tied to memory once; :meth:`run` may be called again after changing the arrays.
 
-    def __init__(self, decoder: OrtDecoder, ids: Array, past: Array, last: Array, caches: list[Array]) -> None:
+    Args:
+        names: of the caches, inputs that become the outputs ``new_…`` in the same memory.
+        ids: [B, S]. past: [B], tokens each row has. last: [B], whose logits are wanted.
+        caches: [B, Hkv, C, D] each, contiguous.
+    """
+
+    def __init__(self, model: OrtModel, names: list[str], ids: Array, past: Array, last: Array, caches: list[Array]) -> None:
         from onnxruntime import OrtValue, RunOptions
 
-        session = decoder.model.session
+        session, last_only = model.session, "last" in model.inputs
         self.ids, self._session, self._options = ids, session._sess, RunOptions()
-        self._last = None if decoder._last_only else np.array(last)
+        self._last = None if last_only else np.array(last)
         self._binding: Any = session.io_binding()
-        self._output = decoder.model.outputs[0]
+        self._output = model.outputs[0]
         self._binding.bind_output(self._output, "cpu")  # bound first, so that it is the first of get_outputs()
         self._keep = [OrtValue.ortvalue_from_numpy(a) for a in caches]  # on the CPU these share the arrays' memory
         named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past)]
-        if decoder._last_only:
+        if last_only:
             named.append(("last", np.ascontiguousarray(last, np.int64)))
         for name, array in named:
             self._keep.append(value := OrtValue.ortvalue_from_numpy(array))
             self._binding.bind_ortvalue_input(name, value)
-        for name, value in zip(decoder._names, self._keep, strict=False):
+        for name, value in zip(names, self._keep, strict=False):
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"new_{name}", value)
         self._logits: Array | None = None

@@ -91,7 +91,7 @@ def cached_attention(
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step."""
-    attributes = {
+    attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
         "softcap": float(softcap),
     }  # fmt: skip
@@ -138,10 +138,12 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: i
 
 
 def quantized_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int
-) -> Tensor:
-    """dyncomp's kernel (:mod:`dyncomp.backends.ort.native`): [..., K] -> [..., N]."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
+    terms: int,
+) -> Tensor:  # fmt: skip
+    """dyncomp's kernel (:mod:`dyncomp.backends.ort.native`): [..., K] -> [..., N]. ``terms``: see
+    :func:`dyncomp.interpret.round_activations`."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
 
 

@@ -10,6 +10,7 @@ from dyncomp.backends.ort.native import ACTIVATION_CODES, pack_codes, pack_scale
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
+from dyncomp.interpret import activation_terms
 from dyncomp.ops import threshold_gates
 from dyncomp.quantized import Quantized, join, pack_nibbles
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
@@ -48,7 +49,7 @@ def select_quantized_linears(graph: Graph, *, native: bool) -> None:
             else:
                 x, _, bias = (*node.args, None)[:3]
                 if native:
-                    y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings)
+                    y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings, activation_terms(graph, name))
                 else:
                     y = b.call(ops.matmul_nbits, x, *_blocks(graph, name, value), *settings)
                     y = b.call(aten.add.Tensor, y, bias) if bias is not None else y

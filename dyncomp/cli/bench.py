@@ -19,7 +19,6 @@ def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: 
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import dense_artifacts, measure
-    from dyncomp.passes.quantize import quantize_of
     from dyncomp.pipeline import parse_passes
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import bench_table, show
@@ -29,8 +28,8 @@ def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: 
     artifact = opened.artifact("ort")
     loaded = opened.dense()
     with ProgressReporter() as progress:
-        quantize = quantize_of(parse_passes(", ".join(p.spec for p in opened.manifest.passes)))
-        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, quantize=quantize)
+        passes = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
+        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, passes=passes)
         entries = measure([*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch)
     if json_:
         options.print_json({"schema": 1, "model": loaded.name, "recipe": opened.manifest.recipe, "bench": entries})

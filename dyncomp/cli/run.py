@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dyncomp.cli import options
+
+if TYPE_CHECKING:
+    from dyncomp.runtime.generate import Completion, Generator
+    from dyncomp.runtime.sampling import Sampling
 
 
 @click.command("run")
@@ -20,16 +24,18 @@ from dyncomp.cli import options
 @click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Only the k likeliest tokens. [default: all]")
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at work at a time.")
 @click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
 @options.threads
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, threads: int | None, json_: bool, chat: bool, **sampling: Any
-) -> None:
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, threads: int | None, json_: bool, chat: bool,
+    **sampling: Any,
+) -> None:  # fmt: skip
     """Complete prompts with BUNDLE; one prompt streams as it is generated.
 
-    Batches of prompts of different lengths run together; each gives what it would give alone.
+    Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone.
     """
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import open_session
@@ -44,11 +50,11 @@ def command(
     tokenizer = opened.tokenizer()
     if tokenizer is None:
         raise RequestError(f"{bundle} has no tokenizer: it cannot take text")
+    choice = Sampling(**sampling)
+    requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
     if not generator.session.cached:
         click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
-    choice = Sampling(**sampling)
-    requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     if len(texts) == 1 and not json_:
         if not chat:
             click.echo(texts[0], nl=False)
@@ -56,12 +62,28 @@ def command(
             click.echo(piece, nl=False)
         click.echo()
         return
-    completions = generator.generate(requests, choice)
+    completions = _complete(generator, requests, choice, slots)
     if json_:
         options.print_json([_as_dict(t, c) for t, c in zip(texts, completions, strict=True)])
         return
     for text, completion in zip(texts, completions, strict=True):
         click.echo(f"--- {text}\n{completion.text}")
+
+
+def _complete(generator: Generator, requests: list[Any], sampling: Sampling, slots: int) -> list[Completion]:
+    """All requests: over slots of one KV cache where there is one, else as one batch."""
+    from dyncomp.backends.ort.decoder import OrtDecoder
+    from dyncomp.backends.ort.slots import OrtSlots
+    from dyncomp.runtime.batching import Batcher
+
+    session = generator.session
+    if len(requests) == 1 or not isinstance(session, OrtDecoder):
+        return generator.generate(requests, sampling)
+    longest = max(len(generator.encode(r)) for r in requests)
+    capacity = min(longest + sampling.max_tokens, session.context_length)
+    return Batcher(OrtSlots(session.model, slots=min(slots, len(requests)), capacity=capacity), generator.tokenizer).complete(
+        requests, sampling
+    )
 
 
 def _as_dict(prompt: str, completion: Any) -> dict[str, Any]:

@@ -40,6 +40,34 @@ class Completion:
     seconds: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
 
 
+def end_tokens(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    ends = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Tokens of a prompt; messages go through the tokenizer's chat template. An empty text becomes the beginning-of-text token.
+
+    Raises:
+        RequestError: messages without a template, or an empty prompt for a tokenizer without such a token.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif not getattr(tokenizer, "chat_template", None):
+        raise RequestError("the prompt is a conversation, but the tokenizer has no chat template", hint="give plain text instead")
+    else:
+        text = tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        begin = getattr(tokenizer, "bos_token_id", None)
+        begin = getattr(tokenizer, "eos_token_id", None) if begin is None else begin
+        if begin is None:
+            raise RequestError("the prompt is empty, and the tokenizer has no token to begin a text with", hint="give some text")
+        ids = [int(begin)]
+    return ids
+
+
 class Generator:
     """Generates text.
 
@@ -50,29 +78,11 @@ class Generator:
 
     def __init__(self, session: DecoderSession, tokenizer: Any) -> None:
         self.session, self.tokenizer = session, tokenizer
-        ends = getattr(tokenizer, "eos_token_id", None)
-        self._ends = frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+        self._ends = end_tokens(tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt; messages go through the tokenizer's chat template. An empty text becomes the beginning-of-text token.
-
-        Raises:
-            RequestError: messages without a template, or an empty prompt for a tokenizer without such a token.
-        """
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        elif not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the prompt is a conversation, but the tokenizer has no chat template", hint="give plain text instead")
-        else:
-            text = self.tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            begin = getattr(self.tokenizer, "bos_token_id", None)
-            begin = getattr(self.tokenizer, "eos_token_id", None) if begin is None else begin
-            if begin is None:
-                raise RequestError("the prompt is empty, and the tokenizer has no token to begin a text with", hint="give some text")
-            ids = [int(begin)]
-        return ids
+        """See :func:`encode`."""
+        return encode(self.tokenizer, prompt)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
         """Complete every prompt, as one batch; greedy results equal those of each prompt alone."""

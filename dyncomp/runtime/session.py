@@ -41,3 +41,28 @@ class DecoderSession(Protocol):
 
     def reset(self) -> None:
         """Forget the sequences."""
+
+
+class Slots(Protocol):
+    """Sequences that come and go, over one KV cache. Those at work are in the slots 0, 1, 2 …
+
+    Attributes:
+        engine, threads: as of :class:`DecoderSession`.
+        slots, capacity: sequences at a time, tokens of each.
+        lengths: [slots] tokens in each; the caller may shorten one.
+    """
+
+    engine: str
+    threads: int
+    slots: int
+    capacity: int
+    lengths: Array
+
+    def extend(self, slot: int, ids: Array) -> Array:
+        """Append tokens [S] to the sequence in ``slot``; returns the logits [V] after the last one."""
+
+    def step(self, ids: Array) -> Array:
+        """Append one token to each of the first ``len(ids)`` slots; returns logits [n, V], valid until the next call."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Let ``target`` begin with the first ``tokens`` tokens of ``source``."""

@@ -187,14 +187,19 @@ const Kernels* find() {
 }  // namespace
 const Kernels* const active = find();
 
-OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel) {
-  MatrixOp op = {&api, 0, 0, 0, 0};
+OrtStatus* read_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, MatrixOp* op) {
   OrtStatus* status = nullptr;
-  if ((status = attribute(api, info, "rows", &op.rows)) || (status = attribute(api, info, "columns", &op.columns)) ||
-      (status = attribute(api, info, "bits", &op.bits)) || (status = attribute(api, info, "block", &op.block)) ||
-      (status = check_format(api, name, op.rows, op.columns, op.bits, op.block))) {
+  op->api = &api;
+  if ((status = attribute(api, info, "rows", &op->rows)) || (status = attribute(api, info, "columns", &op->columns)) ||
+      (status = attribute(api, info, "bits", &op->bits)) || (status = attribute(api, info, "block", &op->block))) {
     return status;
   }
+  return check_format(api, name, op->rows, op->columns, op->bits, op->block);
+}
+
+OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel) {
+  MatrixOp op = {};
+  if (OrtStatus* status = read_matrix_op(api, info, name, &op)) return status;
   *kernel = new (std::nothrow) MatrixOp(op);
   return *kernel ? nullptr : error(api, name, "there is no memory left");
 }

@@ -83,6 +83,7 @@ struct MatrixOp {
   const OrtApi* api;
   int64_t rows, columns, bits, block;
 };
+OrtStatus* read_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, MatrixOp* op);
 OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel);
 void destroy_matrix_op(void* kernel);
 

@@ -1,5 +1,6 @@
-// QuantizedLinear: y[t] = W x[t] + bias.
+// QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings.
 #include <algorithm>
+#include <new>
 
 #include "operators.h"
 
@@ -9,8 +10,21 @@ namespace {
 constexpr const char* kName = "QuantizedLinear";
 constexpr Input kInputs[] = {{ORT_FLOAT, false}, {ORT_UINT8, false}, {ORT_FLOAT16, false}, {ORT_FLOAT16, true}, {ORT_FLOAT, true}};
 constexpr int64_t kTokensOfUnit = 48;
+constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) { return create_matrix_op(api, info, kName, kernel); }
+struct Linear {
+  MatrixOp matrix;
+  int64_t terms;
+};
+
+OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
+  Linear op = {};
+  if (OrtStatus* status = read_matrix_op(api, info, kName, &op.matrix)) return status;
+  if (OrtStatus* status = attribute(api, info, "terms", &op.terms)) return status;
+  if (op.terms != 1 && op.terms != 2) return error(api, kName, "terms should be 1 or 2");
+  *kernel = new (std::nothrow) Linear(op);
+  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+}
 
 // A unit of work is a group of tiles for `tokens` tokens; `groups` of them make up the rows.
 struct Work {
@@ -27,8 +41,63 @@ void run(const void* user, int64_t first, int64_t last) {
   }
 }
 
+void multiply(Call& call, Work& work) {
+  const LinearJob& job = work.job;
+  work.groups = (tiles_of(job.weight.rows) + kGroup - 1) / kGroup;
+  work.tokens = job.tokens <= 2 * kTokensOfUnit ? job.tokens : kTokensOfUnit;
+  call.parallel(job.tokens * job.weight.rows * job.weight.columns, work.groups * ((job.tokens + work.tokens - 1) / work.tokens), run, &work);
+}
+
+// What rounding leaves of x: [tokens, columns].
+void remainder(const float* x, const Block* blocks, int64_t count, float* rest) {
+  for (int64_t b = 0; b < count; b++) {
+    for (int64_t i = 0; i < kBlock; i++) rest[b * kBlock + i] = x[b * kBlock + i] - blocks[b].scale * blocks[b].codes[i];
+  }
+}
+
+struct Sum {
+  const float *first, *second, *bias;
+  float* output;
+  int64_t tokens, rows;
+};
+
+void add(const void* user, int64_t from, int64_t to) {
+  const Sum& sum = *static_cast<const Sum*>(user);
+  for (int64_t t = 0; t < sum.tokens; t++) {
+    const int64_t at = t * sum.rows;
+    for (int64_t i = from; i < to; i++) sum.output[at + i] = sum.first[at + i] + sum.second[at + i];
+    for (int64_t i = from; sum.bias && i < to; i++) sum.output[at + i] += sum.bias[i];
+  }
+}
+
+// The rounded tokens and what that leaves of them, rounded too, as twice as many tokens; then their sums.
+void in_two_terms(Call& call, Work& work) {
+  LinearJob& job = work.job;
+  const int64_t tokens = job.tokens, columns = job.weight.columns, rows = job.weight.rows, blocks = columns / kBlock;
+  const int64_t most = std::min(tokens, kTokensInTwoTerms);
+  const float *input = job.input, *bias = job.bias;
+  float* output = job.output;
+  void* parts[3];
+  if (!call.scratch({2 * most * blocks * sizeof(Block), most * columns * sizeof(float), 2 * most * rows * sizeof(float)}, parts)) return;
+  job.blocks = static_cast<Block*>(parts[0]);
+  job.output = static_cast<float*>(parts[2]);
+  job.bias = nullptr;
+  for (int64_t t = 0; t < tokens; t += most) {
+    const int64_t n = std::min(most, tokens - t);
+    const float* x = input + t * columns;
+    float* rest = static_cast<float*>(parts[1]);
+    quantize_tokens(call, job.weight, x, n, job.blocks);
+    remainder(x, job.blocks, n * blocks, rest);
+    quantize_tokens(call, job.weight, rest, n, job.blocks + n * blocks);
+    job.tokens = 2 * n;
+    multiply(call, work);
+    const Sum sum = {job.output, job.output + n * rows, bias, output + t * rows, n, rows};
+    call.parallel(n * rows * 4, rows, add, &sum);
+  }
+}
+
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-  const MatrixOp& op = *static_cast<const MatrixOp*>(kernel);
+  const auto& [op, terms] = *static_cast<const Linear*>(kernel);
   Call call(*op.api, context, kName);
   Shape shape;
   Work work = {};
@@ -41,19 +110,21 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
+  if (call.failed() || tokens == 0) return call.status();
+  if (terms == 2) {
+    in_two_terms(call, work);
+    return call.status();
+  }
   void* memory = nullptr;
-  if (tokens == 0 || !call.scratch({tokens * blocks * sizeof(Block)}, &memory)) return call.status();
+  if (!call.scratch({tokens * blocks * sizeof(Block)}, &memory)) return call.status();
   job.blocks = static_cast<Block*>(memory);
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
-
-  work.groups = (tiles_of(op.rows) + kGroup - 1) / kGroup;
-  work.tokens = tokens <= 2 * kTokensOfUnit ? tokens : kTokensOfUnit;
-  call.parallel(tokens * op.rows * op.columns, work.groups * ((tokens + work.tokens - 1) / work.tokens), run, &work);
+  multiply(call, work);
   return call.status();
 }
 
 }  // namespace
 
-const Operator quantized_linear = {kName, kInputs, 5, create, compute, destroy_matrix_op};
+const Operator quantized_linear = {kName, kInputs, 5, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
 
 }  // namespace dyncomp
