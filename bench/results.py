@@ -22,7 +22,7 @@ from dyncomp.report.markdown import results_markdown
 
 CONVERSIONS = [
     ["smollm2-135m"],
-    ["smollm2-135m", "--active", "75%", "--experts", "48", "--quantize", "int4"],
+    ["smollm2-135m", "--active", "75%"],
     ["minilm", "--active", "75%"],
 ]
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,14 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [c for i, c in enumerate(CONVERSIONS) if arguments.only is None or i in arguments.only]
     results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": [], "peers": []}
+    print("peers", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Path(folder) / "peers.json"
+        for threads in ("2", "1"):
+            command = [sys.executable, "-m", "bench.peers", "--threads", threads, "--json", str(peers), "--keep", folder]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            results["peers"] += json.loads(peers.read_text())
+            write(results, arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         for number, conversion in enumerate(chosen):
             print("dyncomp convert", *conversion, file=sys.stderr, flush=True)
@@ -48,14 +56,6 @@ def main() -> None:
     for precision in ("fp32", "int8", "int4"):
         results["ffn"] += profile_ffn(precision=precision)
         write(results, arguments.out)
-    print("peers", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        peers = Path(folder) / "peers.json"
-        for threads in ("2", "1"):
-            command = [sys.executable, "-m", "bench.peers", "--threads", threads, "--json", str(peers), "--keep", folder]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            results["peers"] += json.loads(peers.read_text())
-            write(results, arguments.out)
 
 
 def write(results: dict[str, Any], out: Path) -> None:

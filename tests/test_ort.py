@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from dyncomp.errors import BackendError, ModelError, ProviderError, RequestError
 from dyncomp.graph import Graph
+from dyncomp.models import LoadedModel, load_model
 from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_regions, replace_ffn
 from dyncomp.regions.tokens import random_inputs
-from dyncomp.trace import trace
+from dyncomp.runtime.generate import Generator
+from dyncomp.runtime.sampling import Sampling
+from dyncomp.trace import trace, trace_model
 
 aten = torch.ops.aten
 
@@ -336,23 +339,33 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
 
 # ---- a real model --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def smollm() -> Graph:
-    from dyncomp.models import load_model
-    from dyncomp.trace import trace_model
-
-    return trace_model(load_model("smollm2-135m"))
+def smollm() -> LoadedModel:
+    return load_model("smollm2-135m")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
-def test_smollm2(smollm: Graph, routed: bool, tmp_path: Path) -> None:
-    graph = smollm.copy()
+def test_smollm2(smollm: LoadedModel, routed: bool, tmp_path: Path) -> None:
+    graph = trace_model(smollm)
     if routed:
         assert carve(graph, 16, threshold=-0.5, keep=1) == 29
     graph = with_cache(graph, context=512)
     lowered = lower(graph, tmp_path)
     assert lowered.operators["com.microsoft.GroupQueryAttention"] == 30
     assert lowered.operators.get("com.microsoft.MoE", 0) == (29 if routed else 0)
-    entry = parity(graph, OrtModel(tmp_path))
+    model = OrtModel(tmp_path)
+    entry = parity(graph, model)
     assert entry["relative_error"] <= 1e-4
     assert entry["greedy_tokens_equal"] == 1
+    if not routed:
+        talk(Generator(decoder_for(model), smollm.tokenizer))
+
+
+def talk(generator: Generator) -> None:
+    (done,) = generator.generate(["The capital of France is"], Sampling(max_tokens=8))
+    assert " Paris" in done.text
+    conversation = [{"role": "user", "content": "Name a fox emoji and one city."}]
+    text = "".join(generator.stream(conversation, Sampling(max_tokens=24)))
+    assert text == generator.generate([conversation], Sampling(max_tokens=24))[0].text
+    prompts = ["Once upon a time", "1 + 1 =", "The sea"]
+    assert generator.generate(prompts, Sampling(max_tokens=12)) == [generator.generate([p], Sampling(max_tokens=12))[0] for p in prompts]

@@ -246,21 +246,3 @@ def test_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "100000")
     assert default_threads() <= 100000
     assert default_threads() == detect().cores
-
-
-@pytest.mark.slow
-def test_smollm2_talks(tmp_path: Path) -> None:
-    from dyncomp.models import load_model
-    from dyncomp.trace import trace_model
-
-    loaded = load_model("smollm2-135m")
-    graph = with_cache(trace_model(loaded), context=256)
-    lower(graph, tmp_path)
-    generator = Generator(decoder_for(OrtModel(tmp_path)), loaded.tokenizer)
-    (done,) = generator.generate(["The capital of France is"], Sampling(max_tokens=8))
-    assert " Paris" in done.text
-    conversation = [{"role": "user", "content": "Name a fox emoji and one city."}]
-    text = "".join(generator.stream(conversation, Sampling(max_tokens=24)))
-    assert text == generator.generate([conversation], Sampling(max_tokens=24))[0].text
-    batch = generator.generate(["Once upon a time", "1 + 1 =", "The sea"], Sampling(max_tokens=12))
-    assert batch == [generator.generate([p], Sampling(max_tokens=12))[0] for p in ("Once upon a time", "1 + 1 =", "The sea")]

@@ -14,6 +14,7 @@ from dyncomp import bundle, search
 from dyncomp.cli import cli
 from dyncomp.convert import ConvertRequest, _rewrite
 from dyncomp.errors import RequestError, SearchError
+from dyncomp.pipeline import no_progress
 from dyncomp.search import Goal, Trial
 
 TEXT = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt"]
@@ -77,13 +78,19 @@ def test_an_interrupted_search_continues_with_the_next_candidate(place, monkeypa
         return original(self, name, passes)
 
     monkeypatch.setattr(search.Search, "_try", note)
-    arguments = ["--max-loss", "50%", "--trials", "2"]
-    with pytest.raises(SystemExit):  # an interrupt, as click's test runner shows it
-        convert(place, "again", *arguments)
-    report = convert(place, "again", *arguments)
+    monkeypatch.setattr(search.Search, "_time", lambda self, trial, graph: vars(trial).update(speed=1.0, prefill=1.0, bytes=1))
+    monkeypatch.chdir(place)
+    goal = Goal(max_loss=0.5, trials=2)
+    request = ConvertRequest(model="model", out=place / "again", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
+    with pytest.raises(KeyboardInterrupt):
+        _rewrite(request, no_progress, str)
+    done = _rewrite(request, no_progress, str)
     assert tried == ["int8", "int4, rounded", "int4, rounded"]
-    assert [t["name"] for t in report["search"]["trials"]] == ["int8", "int4, rounded"]
-    assert report["passes"] == [t["passes"][0] for t in report["search"]["trials"] if t["name"] == report["search"]["chosen"]]
+    trials = done.report["search"]["trials"]
+    assert [t["name"] for t in trials] == ["int8", "int4, rounded"]
+    assert done.report["search"]["chosen"] == "int8"  # equally fast: the first
+    assert done.report["passes"] == trials[0]["passes"]
+    assert done.models["converted"].precision == "int8"
 
 
 def test_nothing_within_the_limit_is_an_error_that_names_the_closest(place, monkeypatch) -> None:
@@ -104,7 +111,7 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     monkeypatch.setattr(search.Search, "_experts", lambda self, block: 2)
     monkeypatch.chdir(place)
     request = ConvertRequest(model="model", out=place / "routed", goal=Goal(max_loss=5.0), calibrate="text.txt", tokens=4096, windows=2)
-    done = _rewrite(request, lambda *_: None, lines.append)
+    done = _rewrite(request, no_progress, lines.append)
     names = [t["name"] for t in done.report["search"]["trials"]]
     assert names == [
         "int8", "int4, rounded", "int4, head too", "90% of 2 experts, int4", "75% of 2 experts, int4",
