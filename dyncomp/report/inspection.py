@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from dyncomp.bundle import Bundle
 from dyncomp.cost import count
 from dyncomp.graph import Graph
 from dyncomp.regions import Regions, find_routed
-from dyncomp.report.tables import quality_table, table
+from dyncomp.report.tables import quality_table, search_table, table
 
 
 def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
@@ -94,6 +95,8 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
         error = "" if entry.relative_error is None else f"{entry.relative_error:.1e}"
         passes.add_row(entry.spec, str(len(entry.changed)), error, f"{entry.seconds:.0f}", str(len(entry.refused) or ""))
     items.append(passes)
+    if "search" in report:
+        items.append(search_table(report["search"], manifest.source.task))
     graph = opened.graph()
     active = next(iter(report["quality"].values())).get("active_by_region", {})
     rows = table("routed FFNs", "where", ">experts", ">neurons each", "activation", ">active, held out", "router")
@@ -101,12 +104,33 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
         router = " -> ".join(_op(n) for n in region.router)
         share = f"{active[region.name]:.1%}" if region.name in active else ""
         rows.add_row(region.name, str(region.experts), str(region.d_ff // region.experts), region.activation, share, router)
-    items.append(rows)
+    if rows.row_count:
+        items.append(rows)
+    if graph.quantized:
+        items.append(_quantized_table(graph))
     kept = [name for entry in manifest.passes for name in entry.facts.get("kept_dense", [])]
     if kept:
         items.append(f"kept dense: {', '.join(kept)}")
     items.append(quality_table(report["quality"], manifest.source.task))
     return items + _refusals([*manifest.refusals, *(r for entry in manifest.passes for r in entry.refused)])
+
+
+def _quantized_table(graph: Graph) -> Table:
+    """Quantized weights by format, the rest last."""
+    formats = {name: q.format for name, q in graph.quantized.items()}
+    rows: dict[tuple[int, int, bool] | None, list[str]] = {}
+    seen: set[int] = set()
+    for name, value in graph.constants().items():
+        if isinstance(value, torch.nn.Parameter) and value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            rows.setdefault(formats.get(name), []).append(name)
+    result = table("weights", "precision", "block", "offsets", ">tensors", ">MB", "where")
+    for form, names in sorted(rows.items(), key=lambda item: item[0] or (99, 0, False)):
+        cells = ("float32", "", "") if form is None else (f"int{form[0]}", str(form[1]), "no" if form[2] else "yes")
+        size = sum(graph.quantized[n].bytes if n in graph.quantized else 4 * graph.tensor(n).numel() for n in names)
+        where = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        result.add_row(*cells, str(len(names)), f"{size / 1e6:.1f}", where)
+    return result
 
 
 def experts_table(opened: Bundle) -> Table:
