@@ -73,10 +73,10 @@ def build(weights: dict[str, np.ndarray], tables: tuple[np.ndarray, np.ndarray],
         x = f"sum_{i}"
         h = node("SkipSimplifiedLayerNormalization", [f"sum_post_{i}", down, f"norm_{i}"], [f"normed_{i}", "", "", x],
                  "com.microsoft", epsilon=1e-5)  # fmt: skip
-    constants["axes"] = np.array([1, 2], np.int64)
+    constants["axes"] = np.array([2], np.int64)
     constants["expand"] = np.array([1, 1, WIDTH], np.int64)
-    index = node("Expand", [node("Unsqueeze", ["last", "axes"], ["index"]), "expand"], ["indices"])
-    matmul(node("GatherElements", [h, index], ["hidden_last"], axis=1), "head", weights["model.embed_tokens.weight"])
+    index = node("Expand", [node("Unsqueeze", ["chosen", "axes"], ["index"]), "expand"], ["indices"])
+    matmul(node("GatherElements", [h, index], ["hidden_chosen"], axis=1), "head", weights["model.embed_tokens.weight"])
     nodes[-1].output[0] = "logits"
 
     def value(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
@@ -84,8 +84,11 @@ def build(weights: dict[str, np.ndarray], tables: tuple[np.ndarray, np.ndarray],
 
     cache: list[int | str] = ["batch", KV_HEADS, "capacity", HEAD_DIM]
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "sequence"]), value("past_length", TensorProto.INT64, ["batch"]),
-              value("last", TensorProto.INT64, ["batch"]), *(value(n, TensorProto.FLOAT, cache) for n in CACHES)]  # fmt: skip
-    outputs = [value("logits", TensorProto.FLOAT, ["batch", 1, VOCABULARY]), *(value(f"new_{n}", TensorProto.FLOAT, cache) for n in CACHES)]
+              value("chosen", TensorProto.INT64, ["batch", "chosen"]), *(value(n, TensorProto.FLOAT, cache) for n in CACHES)]  # fmt: skip
+    outputs = [
+        value("logits", TensorProto.FLOAT, ["batch", "chosen", VOCABULARY]),
+        *(value(f"new_{n}", TensorProto.FLOAT, cache) for n in CACHES),
+    ]
     graph = helper.make_graph(nodes, "hand", inputs, outputs, [numpy_helper.from_array(v, k) for k, v in constants.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ def prepare(folder: Path) -> None:
     loaded = load_model("smollm2-135m")
     graph = trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name,
                   info={"name": loaded.name, "context_length": loaded.context_length})  # fmt: skip
-    AddKVCache(logits="last").run(graph, Context())
+    AddKVCache(logits="chosen").run(graph, Context())
     lower(graph, folder / "exported")
     weights = {k.removeprefix("model."): v.numpy() for k, v in loaded.module.state_dict().items()}  # the wrapper adds a "model."
     tables = tuple(graph.tensor(f"tables.rotary_{name}_0").numpy() for name in ("cos", "sin"))

@@ -37,7 +37,7 @@ def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
     if graph.info.get("task") != "causal-lm":
         return graph, []
     cached = graph.copy()
-    result = AddKVCache(logits="last").run(cached, Context())
+    result = AddKVCache(logits="chosen").run(cached, Context())
     return cached, result.refused
 
 

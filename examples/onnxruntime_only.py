@@ -32,7 +32,7 @@ def generate(folder: str, ids: list[int], new_tokens: int = 16) -> list[int]:
         binding = session.io_binding()
         binding.bind_cpu_input("input_ids", step)
         binding.bind_cpu_input("past_length", np.array([past], np.int64))
-        binding.bind_cpu_input("last", np.array([step.shape[1] - 1], np.int64))
+        binding.bind_cpu_input("chosen", np.array([[step.shape[1] - 1]], np.int64))
         binding.bind_output(config["outputs"][0])
         for name, cache in caches.items():
             binding.bind_ortvalue_input(name, cache)

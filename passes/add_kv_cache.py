@@ -40,11 +40,11 @@ class AddKVCache(Pass):
 
     name = "add-kv-cache"
     context_length: int = 0  # positions to tabulate; 0: the model's context length
-    logits: str = "all"  # "last" adds an input last: i64[batch] and computes the logits of that one token in each row
+    logits: str = "all"  # "chosen" adds an input chosen: i64[batch, chosen] and computes the logits of these tokens of each row only
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        if self.logits not in ("all", "last"):
-            raise RequestError(f"add-kv-cache{{logits={self.logits}}}: logits is 'all' or 'last'")
+        if self.logits not in ("all", "chosen"):
+            raise RequestError(f"add-kv-cache{{logits={self.logits}}}: logits is 'all' or 'chosen'")
         context = self.context_length or int(graph.info.get("context_length") or 0)
         if context <= 0:
             return _refused(graph, "the model's context length is unknown", "give add-kv-cache{context-length=N}")
@@ -58,7 +58,7 @@ class AddKVCache(Pass):
         if refused:
             return PassResult(refused=refused)
         try:
-            facts = _Rewrite(work, context, self.logits == "last").apply(attentions)
+            facts = _Rewrite(work, context, self.logits == "chosen").apply(attentions)
         except NotTabulated as found:
             return _refused(graph, str(found), "its positions cannot be moved: run it without a cache")
         error, where = verify_cache(graph, work)
@@ -74,8 +74,8 @@ class AddKVCache(Pass):
 
 
 class _Rewrite:
-    def __init__(self, graph: Graph, context: int, last: bool) -> None:
-        self.graph, self.context, self.last = graph, context, last
+    def __init__(self, graph: Graph, context: int, chosen: bool) -> None:
+        self.graph, self.context, self.chosen = graph, context, chosen
         self.made: set[fx.Node] = set()
 
     def apply(self, attentions: list[Attention]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class _Rewrite:
         batch = str(graph.inputs[0].shape[0])
         self._anchor = ids
         past = self._input(TensorSpec("past_length", torch.int64, (batch,)))
-        last = self._input(TensorSpec("last", torch.int64, (batch,))) if self.last else None
+        chosen = self._input(TensorSpec("chosen", torch.int64, (batch, "chosen"))) if self.chosen else None
         caches = []
         for index, attention in enumerate(attentions):
             shapes = [(batch, attention.kv_heads, "capacity", size) for size in (attention.head_dim, attention.value_dim)]
@@ -102,8 +102,8 @@ class _Rewrite:
         tables = PositionTables(graph, positions, self.context, self._call)
         rotary = {r.result: tables.replace_rotary(r) for a in attentions for r in a.rotary if r is not None}
         updated = [self._attend(a, c, past, rotary) for a, c in zip(attentions, caches, strict=True)]
-        if last is not None:
-            self._only_last(last)
+        if chosen is not None:
+            self._only_chosen(chosen)
         output = graph._output
         output.args = ((*graph.output_nodes, *(node for pair in updated for node in pair)),)
         graph.outputs = (*graph.outputs, *(f"new_{s.name}" for s in graph.inputs if "_cache_" in s.name))
@@ -112,7 +112,7 @@ class _Rewrite:
         graph.infer_shapes()
         graph.info["kv_cache"] = {
             "context_length": self.context,
-            "logits": "last" if self.last else "all",
+            "logits": "chosen" if self.chosen else "all",
             "layers": [
                 {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.value_dim, "window": a.mask.window} for a in attentions
             ],
@@ -131,15 +131,15 @@ class _Rewrite:
         a.output.replace_all_uses_with(out)
         return new
 
-    def _only_last(self, last: fx.Node) -> None:
-        """Gather the hidden state of one token per row before the vocabulary head."""
+    def _only_chosen(self, chosen: fx.Node) -> None:
+        """Gather the hidden states of the chosen tokens before the vocabulary head."""
         logits = self.graph.output_nodes[0]
         head = vocabulary_head(self.graph, logits)
         hidden = next(n for n in head.all_input_nodes if n.op != "get_attr")
         with self.graph.module.graph.inserting_before(head):
-            index = self._call(aten.view.default, last, [-1, 1, 1])
-            index = self._call(aten.expand.default, index, [-1, 1, int(hidden.meta["val"].shape[2])])
-            only = self._call(aten.gather.default, hidden, 1, index)  # [B, 1, d]
+            index = self._call(aten.unsqueeze.default, chosen, 2)
+            index = self._call(aten.expand.default, index, [-1, -1, int(hidden.meta["val"].shape[2])])
+            only = self._call(aten.gather.default, hidden, 1, index)  # [B, chosen, d]
         head.replace_input_with(hidden, only)
 
     def _input(self, spec: TensorSpec) -> fx.Node:

@@ -55,7 +55,7 @@ def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> t
     chunk, worst, where = tokens[:, :first], 0.0, "the output"
     scale = expected.abs().max().clamp_min(1e-30)
     while True:
-        inputs = [chunk, past, *([lengths - 1] if any(s.name == "last" for s in after.inputs) else []), *caches]
+        inputs = [chunk, past, *([lengths[:, None] - 1] if any(s.name == "chosen" for s in after.inputs) else []), *caches]
         logits, *caches = after(*inputs)
         for row in range(2):
             length, start = int(lengths[row]), int(past[row])

@@ -111,6 +111,8 @@ def test_run_streams_what_the_graph_generates(place) -> None:
     ort = run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12")
     assert ort.startswith(prompt)
     assert ort == run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--backend", "torch")
+    assert ort == run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--speculate")
+    assert "one prompt at a time" in refused(place, "run", "out", "--prompt", prompt, "--prompt", "b", "--speculate")
     answers = json.loads(run(place, "run", "out", "--prompt", prompt, "--prompt", "A stone", "--max-tokens", "12", "--json"))
     assert prompt + answers[0]["text"] == ort.rstrip("\n")
     assert answers[0]["kv_cache"] is True

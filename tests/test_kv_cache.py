@@ -61,27 +61,27 @@ def test_equals_the_graph_without_a_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gptj", "gemma2"])
 def test_rows_of_different_lengths(name: str) -> None:
     before, lengths = trace_tiny(name), torch.tensor([8, 3, 5])
-    after = cached(before, logits="last")
+    after = cached(before, logits="chosen")
     ids = tokens(3, 12)
     padded = torch.where(torch.arange(8) < lengths[:, None], ids[:, :8], 1)
     with torch.no_grad():
         expected = before(ids)
-        logits, *caches = after(padded, torch.zeros(3, dtype=torch.int64), lengths - 1, *empty_caches(after, 3, 12))
+        logits, *caches = after(padded, torch.zeros(3, dtype=torch.int64), lengths[:, None] - 1, *empty_caches(after, 3, 12))
         assert_close(logits[:, 0], expected[torch.arange(3), lengths - 1], rel=1e-5)
         for _ in range(4):
             step = ids[torch.arange(3), lengths][:, None]
-            logits, *caches = after(step, lengths, torch.zeros(3, dtype=torch.int64), *caches)
+            logits, *caches = after(step, lengths, torch.zeros(3, 1, dtype=torch.int64), *caches)
             assert_close(logits[:, 0], expected[torch.arange(3), lengths], rel=1e-5)
             lengths = lengths + 1
 
 
 def test_inputs_outputs_and_facts() -> None:
-    graph = cached(trace_tiny("llama"), logits="last")
-    names = ["input_ids", "past_length", "last", "key_cache_0", "value_cache_0", "key_cache_1", "value_cache_1"]
+    graph = cached(trace_tiny("llama"), logits="chosen")
+    names = ["input_ids", "past_length", "chosen", "key_cache_0", "value_cache_0", "key_cache_1", "value_cache_1"]
     assert [s.name for s in graph.inputs] == names
     assert str(graph.inputs[3]) == "key_cache_0: f32[batch, 2, capacity, 8]"
     assert graph.outputs == ("output", *(f"new_{n}" for n in names[3:]))
-    assert graph.shape(graph.output_nodes[0]) == ("batch", 1, 96)
+    assert graph.shape(graph.output_nodes[0]) == ("batch", "chosen", 96)
     assert graph.info["kv_cache"]["layers"] == [{"kv_heads": 2, "key_dim": 8, "value_dim": 8, "window": 0}] * 2
     assert "dyncomp.rotary" in graph.text()
     assert not any("mask" in line or "arange" in line for line in graph.text().splitlines()[12:]), "no mask is left"
@@ -103,10 +103,10 @@ def test_the_original_is_not_touched_by_a_refusal() -> None:
 
 
 def test_spec_and_options() -> None:
-    (item,) = parse_passes("add-kv-cache{context-length=64 logits=last}")
-    assert item == AddKVCache(context_length=64, logits="last")
-    assert item.spec == "add-kv-cache{context-length=64 logits=last}"
-    with pytest.raises(RequestError, match="logits is 'all' or 'last'"):
+    (item,) = parse_passes("add-kv-cache{context-length=64 logits=chosen}")
+    assert item == AddKVCache(context_length=64, logits="chosen")
+    assert item.spec == "add-kv-cache{context-length=64 logits=chosen}"
+    with pytest.raises(RequestError, match="logits is 'all' or 'chosen'"):
         AddKVCache(logits="first", context_length=9).run(trace_tiny("llama"), Context())
 
 

@@ -32,7 +32,7 @@ from dyncomp.trace import trace, trace_model
 aten = torch.ops.aten
 
 
-def with_cache(graph: Graph, context: int = 64, logits: str = "last") -> Graph:
+def with_cache(graph: Graph, context: int = 64, logits: str = "chosen") -> Graph:
     graph = graph.copy()
     graph.info["task"] = "causal-lm"
     result = AddKVCache(context_length=context, logits=logits).run(graph, Context())

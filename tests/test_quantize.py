@@ -207,7 +207,7 @@ def test_blocks_that_do_not_fit_are_refused_by_name() -> None:
 def cached(graph: Graph) -> Graph:
     graph = graph.copy()
     graph.info["task"] = "causal-lm"
-    result = AddKVCache(context_length=64, logits="last").run(graph, Context())
+    result = AddKVCache(context_length=64, logits="chosen").run(graph, Context())
     assert not result.refused, result.refused
     return graph
 

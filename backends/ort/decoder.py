@@ -29,7 +29,7 @@ class OrtDecoder:
             )
         self.model, self.threads = model, model.threads
         self.context_length = int(cache["context_length"])
-        self._names = [n for n in model.inputs if n not in ("input_ids", "past_length", "last")]
+        self._names = [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
         self._shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self._names]
         self._caches: list[Array] = []
         self.reset()
@@ -37,6 +37,7 @@ class OrtDecoder:
     def reset(self) -> None:
         self._past = np.zeros(0, np.int64)
         self._decode: Binding | None = None
+        self._extend: dict[int, Binding] = {}
 
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
         ids, lengths = np.ascontiguousarray(ids, np.int64), np.asarray(lengths, np.int64)
@@ -49,7 +50,7 @@ class OrtDecoder:
         self._past = lengths.copy()
         if length <= CHUNK:
             binding = self._bind(ids, np.zeros(batch, np.int64), lengths - 1, self._caches)
-            return binding.run()
+            return binding.run()[:, 0]
         # GroupQueryAttention continues a sequence by more than one token only in a batch of one.
         return np.concatenate([self._prefill_row(ids[row : row + 1, : lengths[row]], row) for row in range(batch)])
 
@@ -58,7 +59,7 @@ class OrtDecoder:
         logits = np.zeros((1, 0), np.float32)
         for start in range(0, ids.shape[1], CHUNK):
             chunk = np.ascontiguousarray(ids[:, start : start + CHUNK])
-            logits = self._bind(chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()
+            logits = self._bind(chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()[:, 0]
         return logits
 
     def step(self, ids: Array) -> Array:
@@ -66,12 +67,27 @@ class OrtDecoder:
             batch = len(self._past)
             self._decode = self._bind(np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64), self._caches)
         self._decode.ids[:, 0] = ids
-        logits = self._decode.run()
+        logits = self._decode.run()[:, 0]
         self._past += 1
         return logits
 
     def _bind(self, ids: Array, past: Array, last: Array, caches: list[Array]) -> Binding:
-        return Binding(self.model, self._names, ids, past, last, caches)
+        return Binding(self.model, self._names, ids, past, last[:, None], caches)
+
+    def extend(self, ids: Array) -> Array:
+        if len(self._past) != 1:
+            raise RequestError(f"a batch of {len(self._past)} sequences grows by one token at a time")
+        count = len(ids)
+        if count not in self._extend:
+            ids_, every = np.zeros((1, count), np.int64), np.arange(count)[None]
+            self._extend[count] = Binding(self.model, self._names, ids_, self._past, every, self._caches)
+        self._extend[count].ids[0] = ids
+        logits = self._extend[count].run()[0]
+        self._past += count
+        return logits
+
+    def rewind(self, tokens: int) -> None:
+        self._past -= tokens
 
     def _reserve(self, batch: int, capacity: int) -> None:
         """Make sure that there are caches for this many rows and tokens; existing ones are used again when they fit."""
@@ -89,23 +105,23 @@ class Binding:
 
     Args:
         names: of the caches, inputs that become the outputs ``new_…`` in the same memory.
-        ids: [B, S]. past: [B], tokens each row has. last: [B], whose logits are wanted.
+        ids: [B, S]. past: [B], tokens each row has. chosen: [B, P], whose logits are wanted.
         caches: [B, Hkv, C, D] each, contiguous.
     """
 
-    def __init__(self, model: OrtModel, names: list[str], ids: Array, past: Array, last: Array, caches: list[Array]) -> None:
+    def __init__(self, model: OrtModel, names: list[str], ids: Array, past: Array, chosen: Array, caches: list[Array]) -> None:
         from onnxruntime import OrtValue, RunOptions
 
-        session, last_only = model.session, "last" in model.inputs
+        session, takes_chosen = model.session, "chosen" in model.inputs
         self.ids, self._session, self._options = ids, session._sess, RunOptions()
-        self._last = None if last_only else np.array(last)
+        self._pick = None if takes_chosen else (np.arange(len(chosen))[:, None], np.array(chosen))
         self._binding: Any = session.io_binding()
         self._output = model.outputs[0]
         self._binding.bind_output(self._output, "cpu")  # bound first, so that it is the first of get_outputs()
         self._keep = [OrtValue.ortvalue_from_numpy(a) for a in caches]  # on the CPU these share the arrays' memory
         named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past)]
-        if last_only:
-            named.append(("last", np.ascontiguousarray(last, np.int64)))
+        if takes_chosen:
+            named.append(("chosen", np.ascontiguousarray(chosen, np.int64)))
         for name, array in named:
             self._keep.append(value := OrtValue.ortvalue_from_numpy(array))
             self._binding.bind_ortvalue_input(name, value)
@@ -115,7 +131,7 @@ class Binding:
         self._logits: Array | None = None
 
     def run(self) -> Array:
-        """[B, V]: the logits after each row's last token."""
+        """[B, P, V]: the logits after the chosen tokens."""
         self._session.run_with_iobinding(self._binding._iobinding, self._options)
         if self._logits is None:  # the first run shows the shape: from now on the same memory is written
             first = self._binding.get_outputs()[0].numpy()
@@ -124,8 +140,7 @@ class Binding:
             self._logits = np.ascontiguousarray(first)
             self._keep.append(value := OrtValue.ortvalue_from_numpy(self._logits))
             self._binding.bind_ortvalue_output(self._output, value)
-        logits = self._logits
-        return logits[:, 0] if self._last is None else logits[np.arange(logits.shape[0]), self._last]
+        return self._logits if self._pick is None else self._logits[self._pick]
 
 
 def decoder_for(model: OrtModel) -> OrtDecoder | Recompute:

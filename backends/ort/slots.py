@@ -33,7 +33,7 @@ class OrtSlots:
         if slots < 1 or not 1 < capacity <= context:
             raise RequestError(f"{slots} sequences of {capacity} tokens: at least 1, of 2 to {context} tokens")
         self.model, self.threads, self.slots, self.capacity = model, model.threads, slots, capacity
-        self.names = [n for n in model.inputs if n not in ("input_ids", "past_length", "last")]
+        self.names = [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
         self.lengths = np.zeros(slots, np.int64)
         sizes = {"batch": slots, "capacity": capacity}
         shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self.names]
@@ -53,7 +53,7 @@ class OrtSlots:
         for start in range(0, len(ids), CHUNK):
             chunk = np.ascontiguousarray(ids[None, start : start + CHUNK], np.int64)
             past = self.lengths[slot : slot + 1].copy()
-            logits = Binding(self.model, self.names, chunk, past, np.array([chunk.shape[1] - 1]), caches).run()
+            logits = Binding(self.model, self.names, chunk, past, np.array([[chunk.shape[1] - 1]]), caches).run()[:, 0]
             self.lengths[slot] += chunk.shape[1]
         return np.array(logits[0])
 
@@ -65,11 +65,11 @@ class OrtSlots:
         if count not in self._steps:
             caches = [c[:count] for c in self._caches]
             self._steps[count] = Binding(
-                self.model, self.names, np.zeros((count, 1), np.int64), self.lengths[:count], np.zeros(count, np.int64), caches
+                self.model, self.names, np.zeros((count, 1), np.int64), self.lengths[:count], np.zeros((count, 1), np.int64), caches
             )
         binding = self._steps[count]
         binding.ids[:, 0] = ids
-        logits = binding.run()
+        logits = binding.run()[:, 0]
         self.lengths[:count] += 1
         return logits
 

@@ -17,8 +17,8 @@ class TorchDecoder:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.threads = graph, torch.get_num_threads()
         self.context_length = int(graph.info["kv_cache"]["context_length"])
-        self._last_only = any(s.name == "last" for s in graph.inputs)
-        self._specs = [s for s in graph.inputs if s.name not in ("input_ids", "past_length", "last")]
+        self._chosen = any(s.name == "chosen" for s in graph.inputs)
+        self._specs = [s for s in graph.inputs if s.name not in ("input_ids", "past_length", "chosen")]
         self.reset()
 
     def reset(self) -> None:
@@ -35,11 +35,11 @@ class TorchDecoder:
         return self._run(torch.as_tensor(ids).reshape(-1, 1), torch.ones(len(self._past), dtype=torch.int64))
 
     def _run(self, ids: torch.Tensor, lengths: torch.Tensor) -> Array:
-        last = [lengths - 1] if self._last_only else []
+        chosen = [lengths[:, None] - 1] if self._chosen else []
         with torch.no_grad():
-            logits, *self._caches = self.graph(ids, self._past, *last, *self._caches)
+            logits, *self._caches = self.graph(ids, self._past, *chosen, *self._caches)
         self._past = self._past + lengths
-        picked = logits[:, 0] if self._last_only else logits[torch.arange(len(ids)), lengths - 1]
+        picked = logits[:, 0] if self._chosen else logits[torch.arange(len(ids)), lengths - 1]
         return np.asarray(picked.float().numpy())
 
 

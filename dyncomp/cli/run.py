@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Only the k likeliest tokens. [default: all]")
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at work at a time.")
+@click.option("--speculate", is_flag=True, help="Guess tokens that repeat earlier text and check them in one pass; the text is the same.")
 @click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
 @options.threads
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, threads: int | None, json_: bool, chat: bool,
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, speculate: bool,
+    threads: int | None, json_: bool, chat: bool,
     **sampling: Any,
 ) -> None:  # fmt: skip
     """Complete prompts with BUNDLE; one prompt streams as it is generated.
@@ -53,6 +55,8 @@ def command(
     choice = Sampling(**sampling)
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
+    if speculate:
+        generator.session = _speculation(generator.session, len(requests))
     if not generator.session.cached:
         click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
     if len(texts) == 1 and not json_:
@@ -61,6 +65,8 @@ def command(
         for piece in generator.stream(requests[0], choice):
             click.echo(piece, nl=False)
         click.echo()
+        if speculate:
+            click.echo(generator.session.report, err=True)  # type: ignore[attr-defined]
         return
     completions = _complete(generator, requests, choice, slots)
     if json_:
@@ -84,6 +90,20 @@ def _complete(generator: Generator, requests: list[Any], sampling: Sampling, slo
     return Batcher(OrtSlots(session.model, slots=min(slots, len(requests)), capacity=capacity), generator.tokenizer).complete(
         requests, sampling
     )
+
+
+def _speculation(session: Any, requests: int) -> Any:
+    from dyncomp.errors import RequestError
+    from dyncomp.runtime.speculate import Speculation
+
+    if not hasattr(session, "extend"):
+        raise RequestError(
+            f"--speculate: {session.engine} cannot check several tokens in one pass here",
+            hint="use --backend ort on a model with a KV cache",
+        )
+    if requests > 1:
+        raise RequestError("--speculate is for one prompt at a time", hint="several prompts share their passes already")
+    return Speculation(session)
 
 
 def _as_dict(prompt: str, completion: Any) -> dict[str, Any]:

@@ -43,6 +43,16 @@ class DecoderSession(Protocol):
         """Forget the sequences."""
 
 
+class ExtendableSession(DecoderSession, Protocol):
+    """A session whose sequence, when it is a single one, can grow by several tokens at once and shrink again."""
+
+    def extend(self, ids: Array) -> Array:
+        """Append tokens [S]; returns the logits [S, V] after each (valid until the next call)."""
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last tokens."""
+
+
 class Slots(Protocol):
     """Sequences that come and go, over one KV cache. Those at work are in the slots 0, 1, 2 …
 
