@@ -204,7 +204,7 @@ def _search(
     from dyncomp.deploy import compare, dense_ort
 
     assert ctx.dense is not None
-    if len(ctx.need_calibration("the search").batches) == 0:
+    if ctx.need_calibration("the search").tokens == 0:
         raise RequestError(
             f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
         )
