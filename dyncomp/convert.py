@@ -158,6 +158,10 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
     texts = prepare_texts(loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed)
+    if goal is not None and len(texts.calibration) <= SELECTION:
+        raise RequestError(
+            f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
+        )
     wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted], [texts.calibration, *texts.evaluation.values()])
     fitted = texts.calibration if goal is None else texts.calibration[:-SELECTION]
@@ -204,10 +208,6 @@ def _search(
     from dyncomp.deploy import compare, dense_ort
 
     assert ctx.dense is not None
-    if ctx.need_calibration("the search").tokens == 0:
-        raise RequestError(
-            f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
-        )
     dense = dense_ort(ctx.dense, loaded.fingerprint, ctx.progress)
 
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
