@@ -48,8 +48,9 @@ def test_statistics_are_those_of_the_hidden_activations(name: str) -> None:
     for ffn in ffns:
         hidden = torch.cat([h.flatten(0, -2) for h in Sweep(graph, data).advance(ffn.down.input)])
         statistics = calibration.statistics[ffn.name]
-        assert_close(statistics.mean, hidden.mean(0), rel=1e-2)  # matrix products of statistics may run in bfloat16
-        assert_close(statistics.square, hidden.square().mean(0), rel=1e-2)
+        # products and attention may run in bfloat16 (a rounding is up to 4e-3), one after the other
+        assert_close(statistics.mean, hidden.mean(0), rel=2e-2)
+        assert_close(statistics.square, hidden.square().mean(0), rel=2e-2)
         assert_close(statistics.rate.sum(), torch.tensor(float(round(MARKED * ffn.d_ff))), rel=1e-5)
 
 
