@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dyncomp.backends.ort.decoder import decoder_for
-from dyncomp.backends.ort.lower import lower
+from dyncomp.backends.ort.lower import SCHEMA, lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.bundle import Bundle
@@ -58,7 +58,7 @@ def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress, 
     from dyncomp import __version__
 
     precision = "" if quantize is None else f"-int{quantize.bits}-{quantize.block}-{quantize.symmetric}-{quantize.head_bits}"
-    folder = cache_folder() / "dense-ort" / f"{fingerprint[:24]}-{__version__}{precision}"
+    folder = cache_folder() / "dense-ort" / f"{fingerprint[:24]}-{__version__}-{SCHEMA}{precision}"
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")

@@ -28,6 +28,7 @@ from dyncomp.graph import Graph
 from dyncomp.regions.norm import fuse_rms_norms
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
+SCHEMA = 2  # of CONFIG; 2: logits of the `chosen` tokens
 LIBRARY = "dyncomp_ort.so"
 """The kernels, beside a model that needs them, for programs that run it without dyncomp. dyncomp itself never loads this copy."""
 _OPSET = 20
@@ -179,7 +180,7 @@ def _operator_name(node: Any) -> str:
 
 def _config(graph: Graph, operators: dict[str, int], native: bool) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": graph.info.get("name", "model"),
         "task": graph.info.get("task"),
         "context_length": graph.info.get("context_length"),

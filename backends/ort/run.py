@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dyncomp.backends.ort.lower import CONFIG, MODEL
+from dyncomp.backends.ort.lower import CONFIG, MODEL, SCHEMA
 from dyncomp.backends.ort.native.build import library
 from dyncomp.backends.ort.providers import require_providers
 from torch import Tensor
@@ -106,8 +106,9 @@ class OrtModel:
 def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / CONFIG).read_text())
-        if config["schema"] != 1:
-            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema 1", hint="update dyncomp")
+        if config["schema"] != SCHEMA:
+            hint = "update dyncomp" if config["schema"] > SCHEMA else "convert the model again"
+            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema {SCHEMA}", hint=hint)
         return dict(config)
     except FileNotFoundError as error:
         raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint=_EXPORT) from error
