@@ -204,7 +204,7 @@ class Search:
             trial.quick, trial.loss = False, self._loss(graph)
             if self.goal.speedup is not None or self.goal.meets(trial):
                 self._time(trial, graph)
-                if self.goal.meets(trial) and (self.best is None or self.goal.better(trial, self.best)):
+                if self._wins(trial):
                     self.work.records.clear()
                     self.work.keep(graph, records)
         trial.seconds = time.perf_counter() - start
@@ -241,12 +241,15 @@ class Search:
     def _prefer(self, trial: Trial) -> None:
         """Take over a trial that reaches the goal best; artifacts of the others are removed."""
         folder = self._artifact(trial.name)
-        if self.goal.meets(trial) and (self.best is None or self.goal.better(trial, self.best)):
+        if self._wins(trial):
             if self.best is not None:
                 shutil.rmtree(self._artifact(self.best.name), ignore_errors=True)
             self.best = trial
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _wins(self, trial: Trial) -> bool:
+        return self.goal.meets(trial) and (self.best is None or self.goal.better(trial, self.best))
 
     def _artifact(self, name: str) -> Path:
         return self.work.folder / "artifacts" / "".join(c if c.isalnum() else "-" for c in name)

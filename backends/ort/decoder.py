@@ -29,8 +29,7 @@ class OrtDecoder:
             )
         self.model, self.threads = model, model.threads
         self.context_length = int(cache["context_length"])
-        self._names = [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
-        self._shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self._names]
+        self._names = cache_names(model)
         self._caches: list[Array] = []
         self.reset()
 
@@ -49,30 +48,24 @@ class OrtDecoder:
         self.reset()
         self._past = lengths.copy()
         if length <= CHUNK:
-            binding = self._bind(ids, np.zeros(batch, np.int64), lengths - 1, self._caches)
-            return binding.run()[:, 0]
+            return self._bind(ids, np.zeros(batch, np.int64), lengths - 1).run()[:, 0]
         # GroupQueryAttention continues a sequence by more than one token only in a batch of one.
         return np.concatenate([self._prefill_row(ids[row : row + 1, : lengths[row]], row) for row in range(batch)])
 
     def _prefill_row(self, ids: Array, row: int) -> Array:
-        caches = [c[row : row + 1] for c in self._caches]
-        logits = np.zeros((1, 0), np.float32)
-        for start in range(0, ids.shape[1], CHUNK):
-            chunk = np.ascontiguousarray(ids[:, start : start + CHUNK])
-            logits = self._bind(chunk, np.array([start]), np.array([chunk.shape[1] - 1]), caches).run()[:, 0]
-        return logits
+        return append_in_pieces(self.model, self._names, ids, 0, [c[row : row + 1] for c in self._caches])
 
     def step(self, ids: Array) -> Array:
         if self._decode is None:
             batch = len(self._past)
-            self._decode = self._bind(np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64), self._caches)
+            self._decode = self._bind(np.zeros((batch, 1), np.int64), self._past, np.zeros(batch, np.int64))
         self._decode.ids[:, 0] = ids
         logits = self._decode.run()[:, 0]
         self._past += 1
         return logits
 
-    def _bind(self, ids: Array, past: Array, last: Array, caches: list[Array]) -> Binding:
-        return Binding(self.model, self._names, ids, past, last[:, None], caches)
+    def _bind(self, ids: Array, past: Array, last: Array) -> Binding:
+        return Binding(self.model, self._names, ids, past, last[:, None], self._caches)
 
     def extend(self, ids: Array) -> Array:
         if len(self._past) != 1:
@@ -95,9 +88,30 @@ class OrtDecoder:
             return
         if self.context_length:
             capacity = min(self.context_length, -(-capacity // 64) * 64)
-        sizes = {"batch": batch, "capacity": capacity}
         self._caches = []  # free before allocating
-        self._caches = [np.zeros([sizes.get(d, d) for d in shape], np.float32) for shape in self._shapes]
+        self._caches = allocate_caches(self.model, batch, capacity)
+
+
+def cache_names(model: OrtModel) -> list[str]:
+    """The inputs that are KV caches."""
+    return [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
+
+
+def allocate_caches(model: OrtModel, batch: int, capacity: int) -> list[Array]:
+    """[batch, Hkv, capacity, D] of zeros for each of :func:`cache_names`."""
+    sizes, names = {"batch": batch, "capacity": capacity}, cache_names(model)
+    shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in names]
+    return [np.zeros([sizes.get(d, d) for d in shape], np.float32) for shape in shapes]
+
+
+def append_in_pieces(model: OrtModel, names: list[str], ids: Array, past: int, caches: list[Array]) -> Array:
+    """Append ids [1, S] to the sequence of ``past`` tokens in ``caches`` (a batch of one); the logits [1, V] after the last one."""
+    logits = np.zeros((1, 0), np.float32)
+    for start in range(0, ids.shape[1], CHUNK):
+        chunk = np.ascontiguousarray(ids[:, start : start + CHUNK], np.int64)
+        last = np.array([[chunk.shape[1] - 1]])
+        logits = Binding(model, names, chunk, np.array([past + start]), last, caches).run()[:, 0]
+    return logits
 
 
 class Binding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from dyncomp.backends.ort.decoder import CHUNK, Binding
+from dyncomp.backends.ort.decoder import Binding, allocate_caches, append_in_pieces, cache_names
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array
 
@@ -33,11 +33,9 @@ class OrtSlots:
         if slots < 1 or not 1 < capacity <= context:
             raise RequestError(f"{slots} sequences of {capacity} tokens: at least 1, of 2 to {context} tokens")
         self.model, self.threads, self.slots, self.capacity = model, model.threads, slots, capacity
-        self.names = [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
+        self.names = cache_names(model)
         self.lengths = np.zeros(slots, np.int64)
-        sizes = {"batch": slots, "capacity": capacity}
-        shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in self.names]
-        self._caches = [np.zeros([sizes.get(d, d) for d in shape], np.float32) for shape in shapes]
+        self._caches = allocate_caches(model, slots, capacity)
         self._steps: dict[int, Binding] = {}
 
     @property
@@ -49,13 +47,9 @@ class OrtSlots:
         if self.lengths[slot] + len(ids) > self.capacity:
             raise RequestError(f"{self.lengths[slot]} tokens and {len(ids)} more exceed the capacity of {self.capacity}")
         caches = [c[slot : slot + 1] for c in self._caches]
-        logits = np.zeros((1, 0), np.float32)
-        for start in range(0, len(ids), CHUNK):
-            chunk = np.ascontiguousarray(ids[None, start : start + CHUNK], np.int64)
-            past = self.lengths[slot : slot + 1].copy()
-            logits = Binding(self.model, self.names, chunk, past, np.array([[chunk.shape[1] - 1]]), caches).run()[:, 0]
-            self.lengths[slot] += chunk.shape[1]
-        return np.array(logits[0])
+        logits = append_in_pieces(self.model, self.names, ids[None], int(self.lengths[slot]), caches)
+        self.lengths[slot] += len(ids)
+        return logits[0]
 
     def step(self, ids: Array) -> Array:
         """Append one token to each of the first ``len(ids)`` slots; returns logits [n, V], valid until the next call."""
