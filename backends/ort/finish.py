@@ -8,8 +8,6 @@ from dyncomp.backends.ort.experts import expand_experts
 
 from dyncomp.graph import Graph
 
-_PREFIX = "graph_module."  # what the export puts before the name of every tensor
-
 
 def finish(model: Any, graph: Graph) -> None:
     """Tidy an ``onnx_ir.Model`` in place."""
@@ -20,9 +18,6 @@ def finish(model: Any, graph: Graph) -> None:
         value.shape = ir.Shape(list(spec.shape))
     for value, name in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = name
-    for name, value in list(model.graph.initializers.items()):
-        if name.startswith(_PREFIX):
-            value.name = name.removeprefix(_PREFIX)
     expand_experts(model)
     for node in model.graph.all_nodes():
         if node.domain in ("com.microsoft", "dyncomp"):

@@ -20,8 +20,8 @@ from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
 from dyncomp.backends.ort.native.build import available, library
 from dyncomp.backends.ort.norm import select_norms
+from dyncomp.backends.ort.program import exported_program
 from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
-from torch import fx
 
 from dyncomp.errors import BackendError, MissingExtraError
 from dyncomp.graph import Graph
@@ -115,38 +115,16 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
 
 def _export(graph: Graph) -> Any:
     """The graph as an ``onnx_ir.Model``."""
-    sizes: dict[str, int] = {}
-    for spec in graph.inputs:
-        for dim in spec.shape:
-            if isinstance(dim, str):
-                sizes.setdefault(dim, 5 + 2 * len(sizes))
-    if "capacity" in sizes:
-        sizes["capacity"] = 64  # must hold the example's tokens
-    example = tuple(torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in graph.inputs)
-    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
-    shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} or None for s in graph.inputs)
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(_Positional(graph.module), example, dynamic_shapes=(shapes,), strict=False)
             exported = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=_OPSET, optimize=True, external_data=True,
+                exported_program(graph), dynamo=True, verbose=False, opset_version=_OPSET, optimize=True, external_data=True,
                 input_names=[s.name for s in graph.inputs], output_names=list(graph.outputs),
             )  # fmt: skip
         except Exception as error:
             raise BackendError(_explain(error), hint="export it for another backend, or report the operator named above") from error
     assert exported is not None
     return exported.model
-
-
-class _Positional(torch.nn.Module):
-    """The graph module behind a forward() that torch.export can bind."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = module
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.graph_module(*inputs)
 
 
 @contextlib.contextmanager

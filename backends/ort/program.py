@@ -1,0 +1,109 @@
+"""A graph as the ExportedProgram that torch.onnx reads, without tracing it again."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C import DispatchKey
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from dyncomp.errors import BackendError
+from dyncomp.graph import Graph
+
+
+class FlatProgram(ExportedProgram):
+    """Nearly every operator of the graph has an ONNX form as it is: only those that have none are decomposed, each by itself. The
+    exporter would trace the whole program again, a third of its time."""
+
+    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> ExportedProgram:
+        kept = torch.export.default_decompositions()
+        for node in self.graph.nodes:
+            if isinstance(node.target, OpOverload) and (
+                node.target in decomp_table or (_is_composite(node.target) and node.target not in kept)
+            ):
+                _expand(self.graph_module, node, decomp_table)
+        return self
+
+
+def _is_composite(operator: OpOverload) -> bool:
+    return operator.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
+def exported_program(graph: Graph) -> ExportedProgram:
+    """``graph`` as :func:`torch.export.export` would give it: constants are inputs of their own, calls are of operators.
+
+    Args:
+        graph: changed: functions it calls are expanded. Every node needs its ``meta["val"]``.
+    """
+    expand_functions(graph)
+    flat = fx.Graph()
+    constants: dict[str, fx.Node] = {}
+    inputs = []
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in constants:
+            constants[str(node.target)] = placeholder = flat.placeholder(f"constant_{len(constants)}")
+            placeholder.meta["val"] = node.meta["val"]
+            inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(placeholder.name), str(node.target), persistent=True))
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            copied[node] = constants[str(node.target)]
+        elif node.op != "output":
+            copied[node] = flat.node_copy(node, copied.__getitem__)
+            if node.op == "placeholder":
+                inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copied[node].name), None))
+    results = tuple(copied[n] for n in graph.output_nodes)
+    flat.output(results).meta["val"] = tuple(n.meta["val"] for n in results)
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results]
+    signature = ModuleCallSignature([], [], *(pytree.tree_structure(t) for t in (((0,) * len(graph.inputs), {}), results)))
+    return FlatProgram(
+        root=torch.nn.Module(), graph=flat, graph_signature=ExportGraphSignature(inputs, outputs), range_constraints={},
+        state_dict={str(n.target): graph.tensor(n) for n in graph.nodes if n.op == "get_attr"},
+        module_call_graph=[ModuleCallEntry("", signature)],
+    )  # fmt: skip
+
+
+def expand_functions(graph: Graph) -> None:
+    """Replace every call of a Python function by the operators it calls."""
+    for node in graph.nodes:
+        if isinstance(node.target, types.FunctionType):
+            _expand(graph.module, node)
+    graph.module.graph.eliminate_dead_code()
+
+
+def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -> None:
+    """Replace a call by what it does, as operators."""
+    leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
+    operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = pytree.tree_unflatten([next(given) if isinstance(v, fx.Node) else v for v in leaves], structure)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad(), enable_python_dispatcher():
+        traced = make_fx(call, decomposition_table=decompositions)(*[n.meta["val"] for n in operands])
+    copied: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with module.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "get_attr":
+                raise BackendError(f"{node.target} makes a tensor of its own", hint="give it as a constant of the graph")
+            if inner.op == "call_function":
+                copied[inner] = module.graph.node_copy(inner, copied.__getitem__)
+                copied[inner].meta["path"] = node.meta.get("path", "")
+    result = traced.graph.output_node().args[0]
+    for user in list(node.users) if not isinstance(result, fx.Node) else ():
+        user.replace_all_uses_with(copied[result[user.args[1]]])  # type: ignore[index]
+        module.graph.erase_node(user)
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(copied[result])
+    module.graph.erase_node(node)
