@@ -1,0 +1,1 @@
+"""TVM: Relax programs over kernels of our own, in TVMScript."""

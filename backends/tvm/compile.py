@@ -1,0 +1,73 @@
+"""From a Relax module to a library: the passes, the schedule of what has no kernel, and the count of what is called."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import tvm
+from dyncomp.backends.tvm.machine import Machine
+from tvm import relax
+
+
+def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], list[str]]:
+    """Compile for ``machine``.
+
+    Returns:
+        the executable; how many calls of each function there are; the names of ``main``'s parameters in order.
+    """
+    target = machine.target()
+    module, _ = relax.frontend.detach_params(module)
+    order = [str(v.name) for v in module["main"].params]
+    with target:
+        module = tvm.transform.Sequential(
+            [
+                relax.transform.DecomposeOpsForInference(),
+                relax.transform.CanonicalizeBindings(),
+                relax.transform.LegalizeOps(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FoldConstant(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+            ]
+        )(module)
+    kernels = count_calls(module)
+    executable = tvm.compile(module, target=target, relax_pipeline=_finish())
+    return executable, kernels, order
+
+
+def count_calls(module: Any) -> dict[str, int]:
+    """Compiled functions that ``main`` calls, and how often."""
+    calls: collections.Counter[str] = collections.Counter()
+
+    def visit(expression: Any) -> None:
+        if isinstance(expression, relax.Call) and expression.args and isinstance(expression.args[0], tvm.ir.GlobalVar):
+            calls[str(expression.args[0].name_hint)] += 1
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return dict(sorted(calls.items()))
+
+
+def _finish() -> Any:
+    """Relax's own lowering of calls and memory, as its CPU pipeline does it."""
+
+    @tvm.transform.module_pass(opt_level=0)
+    def pipeline(module: Any, _context: Any) -> Any:
+        return tvm.transform.Sequential(
+            [
+                relax.transform.RewriteDataflowReshape(),
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+                relax.transform.StaticPlanBlockMemory(),
+                relax.transform.LowerAllocTensor(),
+                relax.transform.KillAfterLastUse(),
+                relax.transform.LowerRuntimeBuiltin(),
+                relax.transform.ComputePrimValue(),
+                relax.transform.VMShapeLower(),
+                relax.transform.AttachGlobalSymbol(),
+            ]
+        )(module)
+
+    return pipeline

@@ -1,0 +1,184 @@
+"""From a selected graph to a Relax module: PyTorch's export, TVM's importer, and a converter for each of our operators."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from dyncomp.backends.tvm.kernels.attention import Attention
+from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
+from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
+from dyncomp.backends.tvm.kernels.linear import linear as linear_kernel
+from dyncomp.backends.tvm.kernels.norm import norm as norm_kernel
+from dyncomp.backends.tvm.kernels.routed_ffn import routed_ffn as ffn_kernel
+from dyncomp.backends.tvm.kernels.tile import Tile
+from torch import fx
+from tvm import relax, te, tirx
+from tvm.relax.frontend.torch import from_exported_program
+
+from dyncomp.errors import BackendError
+from dyncomp.graph import Graph
+
+Converter = Callable[[fx.Node, Any], Any]
+_MUTATIONS = ("BUFFER_MUTATION", "USER_INPUT_MUTATION", "PARAMETER_MUTATION")
+
+
+def import_graph(graph: Graph, program: torch.export.ExportedProgram, tile: Tile) -> Any:
+    """The ``IRModule`` of an exported program; parameters become inputs after the graph's own.
+
+    Raises:
+        BackendError: an operator has no converter, or the program changes a buffer (TVM would drop that silently); names it.
+    """
+    for spec in program.graph_signature.output_specs:
+        if spec.kind.name in _MUTATIONS:
+            raise BackendError(f"the graph changes {spec.target!r} in place, which TVM drops silently", hint="use --backend ort")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return from_exported_program(
+                program, keep_params_as_input=True, run_ep_decomposition=False, custom_convert_map=_Converters(tile).table()
+            )
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"the graph cannot be written for TVM: {_explain(error)}", hint="use --backend ort") from error
+
+
+class _Converters:
+    """One method for each operator; all kernels of a module are made once and named after what they are."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        self.kernels: dict[Any, Any] = {}
+
+    def table(self) -> dict[str, Converter]:
+        converters: dict[str, Converter] = {
+            "tvm_linear.default": self.linear,
+            "tvm_norm.default": self.norm,
+            "tvm_routed_ffn.default": self.routed_ffn,
+            "tvm_cached_attention.default": self.cached_attention,
+            "threshold_gates.default": self.threshold_gates,
+            "topk_gates.default": self.topk_gates,
+            "gelu.default": self.gelu,
+        }
+        for name in ("silu", "sigmoid", "tanh"):
+            converters[f"{name}.default"] = self.pointwise(name)
+        return converters
+
+    def kernel(self, importer: Any, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """The module's function for a kernel, made when it is first asked for."""
+        if (name, key) not in self.kernels:
+            self.kernels[name, key] = importer.block_builder.add_func(make(), name)
+        return self.kernels[name, key]
+
+    # ---- kernels ---------------------------------------------------------------------------------------------------
+    def linear(self, node: fx.Node, importer: Any) -> Any:
+        x, weight, bias = (importer.env[n] for n in node.args[:3])
+        rows, depth = cast(int, node.args[3]), int(x.ty.shape[-1])
+        kernel = self.kernel(importer, f"linear_{rows}_{depth}", None, lambda: linear_kernel(rows, depth, self.tile))
+        lead = list(x.ty.shape)[:-1]
+        return self.on_rows(importer, kernel, x, [weight, bias], lead, rows)
+
+    def norm(self, node: fx.Node, importer: Any) -> Any:
+        x, scale, shift = (importer.env[n] for n in node.args[:3])
+        epsilon, centered = cast(float, node.args[3]), cast(bool, node.args[4])
+        features = int(x.ty.shape[-1])
+        name = f"{'layer' if centered else 'rms'}_norm_{features}"
+        kernel = self.kernel(importer, name, epsilon, lambda: norm_kernel(features, epsilon, centered=centered, lanes=self.tile.lanes))
+        return self.on_rows(importer, kernel, x, [scale, shift], list(x.ty.shape)[:-1], features)
+
+    def routed_ffn(self, node: fx.Node, importer: Any) -> Any:
+        builder, arguments = importer.block_builder, [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        x, gates, up, bias, down, neurons, rows, activation, gated = arguments
+        experts, depth = int(up.ty.shape[0]), int(x.ty.shape[-1])
+        kernel = self.kernel(
+            importer, f"routed_ffn_{experts}_{neurons}_{depth}", (rows, activation, gated),
+            lambda: ffn_kernel(experts, neurons, depth, rows, activation, gated=gated, tile=self.tile),
+        )  # fmt: skip
+        lead = list(x.ty.shape)[:-1]
+        if len(lead) > 1:
+            gates = builder.emit(relax.op.reshape(gates, relax.ShapeExpr([_size(lead), experts])))
+        return self.on_rows(importer, kernel, x, [gates, up, bias, down], lead, rows)
+
+    def on_rows(self, importer: Any, kernel: Any, x: Any, rest: list[Any], lead: list[Any], width: int) -> Any:
+        """kernel(x [M, K], *rest) -> [M, width] on x [*lead, K]."""
+        builder, tokens = importer.block_builder, _size(lead)
+        flat = x if len(lead) == 1 else builder.emit(relax.op.reshape(x, relax.ShapeExpr([tokens, x.ty.shape[-1]])))
+        y = builder.emit(relax.call_tir(kernel, [flat, *rest], relax.TensorType([tokens, width], "float32")))
+        return y if len(lead) == 1 else builder.emit(relax.op.reshape(y, relax.ShapeExpr([*lead, width])))
+
+    def cached_attention(self, node: fx.Node, importer: Any) -> Any:
+        builder, arguments = importer.block_builder, [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved = arguments
+        batch, tokens = list(query.ty.shape)[:2]
+        kv_heads, head_dim = int(key_cache.ty.shape[1]), int(key_cache.ty.shape[3])
+        half = 0 if cos is None else int(cos.ty.shape[1])
+        if cos is None:
+            cos = sin = builder.emit(relax.op.zeros([1, 1], "float32"))
+        what = Attention(heads, kv_heads, head_dim, scale, window, softcap, half, interleaved, packed=key is None)
+        kernel = self.kernel(importer, f"cached_attention_{heads}_{kv_heads}_{head_dim}", what, lambda: attention_kernel(what, self.tile))
+        if key is None:
+            key = value = query
+        out = relax.TensorType([batch, tokens, heads * head_dim], "float32")
+        operands = [query, key, value, past, cos, sin, key_cache, value_cache]
+        made = builder.emit(relax.op.call_tir_inplace(kernel, operands, [6, 7, -1], [key_cache.ty, value_cache.ty, out]))
+        key_cache, value_cache, result = (builder.emit(relax.TupleGetItem(made, i)) for i in range(3))
+        return [result, key_cache, value_cache]
+
+    # ---- pointwise -------------------------------------------------------------------------------------------------
+    def pointwise(self, name: str) -> Converter:
+        function = FUNCTIONS[name]
+
+        def convert(node: fx.Node, importer: Any) -> Any:
+            return self.map(importer, importer.env[node.args[0]], function, name)
+
+        return convert
+
+    def gelu(self, node: fx.Node, importer: Any) -> Any:
+        name = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+        return self.map(importer, importer.env[node.args[0]], FUNCTIONS[name], name)
+
+    def map(self, importer: Any, x: Any, function: Any, name: str) -> Any:
+        return importer.block_builder.emit_te(
+            lambda t: te.compute(t.shape, lambda *at: function(t(*at)), name=name), x, primfunc_name_hint=name
+        )
+
+    def threshold_gates(self, node: fx.Node, importer: Any) -> Any:
+        scores = importer.env[node.args[0]]
+        positive = importer.block_builder.emit(relax.op.greater(scores, relax.const(0.0, "float32")))
+        return importer.block_builder.emit(relax.op.astype(positive, "float32"))
+
+    def topk_gates(self, node: fx.Node, importer: Any) -> Any:
+        """1 for a score that fewer than k scores precede: larger ones, and equal ones before it."""
+        scores, k = importer.env[node.args[0]], cast(int, node.args[1])
+        experts = int(scores.ty.shape[-1])
+
+        def gates(t: Any) -> Any:
+            other = te.reduce_axis((0, experts), "other")
+
+            def precedes(*at: Any) -> Any:
+                mine, theirs = t(*at), t(*at[:-1], other.var)
+                before = tirx.any(theirs > mine, tirx.all(theirs == mine, other.var < at[-1]))
+                return te.sum(tirx.Cast("int32", before), axis=other)
+
+            rank = te.compute(t.shape, precedes, name="rank")
+            return te.compute(t.shape, lambda *at: tirx.Cast("float32", rank(*at) < k), name="topk_gates")
+
+        return importer.block_builder.emit_te(gates, scores, primfunc_name_hint="topk_gates")
+
+
+def _size(shape: list[Any]) -> Any:
+    size = shape[0]
+    for dim in shape[1:]:
+        size = size * dim
+    return size
+
+
+def _explain(error: BaseException) -> str:
+    text = str(error).strip()
+    if found := re.search(r"Unsupported function types \[(.*?)\]", text):
+        return f"no converter for {found[1]}"
+    return (text.splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""The kernels, in TVMScript: one idea a file, each with its roofline."""

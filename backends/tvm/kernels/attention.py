@@ -1,0 +1,241 @@
+"""Causal attention over a KV cache, for prefill and decode, with the rotary embedding inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dyncomp.backends.tvm.kernels.functions import exp, tanh
+from dyncomp.backends.tvm.kernels.tile import Tile, product
+from tvm.script import tirx as T
+
+_HIDDEN = -1e30
+_KEYS = 64  # keys of a block
+_SERIAL = 8  # tokens below which the other threads are not woken for the rotary embedding
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Args:
+    heads, kv_heads, head_dim: query heads H, key heads G (H a multiple of G), features of a head D.
+    scale, window, softcap: as of ``dyncomp.cached_attention``.
+    half: R / 2 of the rotary embedding, 0 for none; ``interleaved``: its pairs are neighbours.
+    packed: query, key and value lie side by side in one tensor [B, S, (H + 2 G) D].
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    half: int = 0
+    interleaved: bool = False
+    packed: bool = False
+
+
+def cached_attention(a: Attention, tile: Tile) -> Any:
+    """(q, k, v, past [B], cos, sin, key_cache, value_cache [B, G, C, D] -> caches with the new entries, out [B, S, H * D]).
+
+    Blocks of 64 keys with a running maximum and sum (Dao et al., 2205.14135), so scores are never stored: for each tile of queries,
+    scores, exponentials and weighted values of a block stay in registers and the first-level cache.
+
+    Roofline: decode reads each key and value once a query head, 8 C D bytes for 4 C D flops: bound by (cache) memory. Prefill does
+    ``2 * tile.rows`` flops for each key it loads; the keys are transposed once for all tiles.
+    """
+    heads, groups, d, half = a.heads, a.kv_heads, a.head_dim, a.half
+    lanes = next(n for n in (tile.lanes, 8, 4, 2, 1) if n <= tile.lanes and d % n == 0)
+    vectors, parts, high = _KEYS // tile.lanes, d // lanes, tile.rows
+    wide = tile.lanes
+    at_once = next(n for n in (tile.vectors, 3, 2, 1) if n <= tile.vectors and parts % n == 0)  # vectors of the output at a time
+    width = (heads + 2 * groups if a.packed else heads) * d
+    kv_width = width if a.packed else groups * d
+    key_at, value_at = (heads * d, (heads + groups) * d) if a.packed else (0, 0)
+    table = max(half, 1)
+    scale, softcap, window, interleaved, capped = a.scale, a.softcap, a.window, a.interleaved, a.softcap > 0
+    scores_of, values_of = product(wide), product(lanes)
+
+    def angle(i: Any) -> Any:
+        return i // 2 if interleaved else T.if_then_else(i < half, i, i - half)
+
+    def partner(i: Any) -> Any:
+        if interleaved:
+            return T.if_then_else(i % 2 == 0, i + 1, i - 1)
+        return T.if_then_else(i < half, i + half, i - half)
+
+    def first(i: Any) -> Any:
+        return i % 2 == 0 if interleaved else i < half
+
+    def visible(key: Any, position: Any) -> Any:
+        return T.And(key <= position, key > position - window) if window else key <= position
+
+    def first_block(position: Any) -> Any:
+        return T.max(position - window + 1, T.int64(0)) // _KEYS if window else T.int64(0)
+
+    @T.macro
+    def rotate(target, source, cos, sin, position):
+        """target(i, value) stores feature i of source(i) turned to its position."""
+        for i in range(2 * half):
+            target(
+                i,
+                source(i) * cos[position, angle(i)]
+                + T.if_then_else(first(i), T.float32(0) - source(partner(i)), source(partner(i))) * sin[position, angle(i)],
+            )
+        for i in range(d - 2 * half):
+            target(2 * half + i, source(2 * half + i))
+
+    @T.macro
+    def enter(q, k, v, cos, sin, past, key_cache, value_cache, turned, b, s):
+        """Rotate the queries of a token into ``turned``, its keys into the cache; copy its values."""
+        for h in range(heads):
+            rotate(lambda i, value: T.buffer_store(turned, value, [b, s, h, i]), lambda i: q[b, s, h * d + i], cos, sin, past[b] + s)
+        for g in range(groups):
+            rotate(
+                lambda i, value: T.buffer_store(key_cache, value, [b, g, past[b] + s, i]),
+                lambda i: k[b, s, key_at + g * d + i],
+                cos,
+                sin,
+                past[b] + s,
+            )
+            for i in range(d):
+                value_cache[b, g, past[b] + s, i] = v[b, s, value_at + g * d + i]
+
+    @T.macro
+    def attend(turned, keys, key_cache, value_cache, past, out, b, h, start, tokens, high, direct):
+        """The queries start … start + high - 1 of one head."""
+        o = T.alloc_buffer((high, parts, lanes), "float32", scope="local")
+        p = T.alloc_buffer((high, _KEYS), "float32", scope="local")
+        best = T.alloc_buffer((high,), "float32", scope="local")
+        total = T.alloc_buffer((high,), "float32", scope="local")
+        top = T.alloc_buffer((2,), "float32", scope="local")
+        for m in T.unroll(high):
+            best[m] = T.float32(_HIDDEN)
+            total[m] = T.float32(0)
+            for r in T.unroll(parts):
+                for n in T.vectorized(lanes):
+                    o[m, r, n] = T.float32(0)
+        end = T.min(past[b] + start + high, past[b] + tokens)
+        begin = first_block(past[b] + start)
+        for block_ in range((end + _KEYS - 1) // _KEYS - begin):
+            block = begin + block_
+            if direct:
+                for j in range(T.min(T.int64(_KEYS), end - block * _KEYS)):
+                    part = T.alloc_buffer((lanes,), "float32", scope="local")
+                    for n in T.vectorized(lanes):
+                        part[n] = T.float32(0)
+                    for r in T.unroll(parts):
+                        for n in T.vectorized(lanes):
+                            part[n] = part[n] + turned[b, start, h, r * lanes + n] * key_cache[
+                                b, h // (heads // groups), block * _KEYS + j, r * lanes + n]  # fmt: skip
+                    top[0] = part[0]
+                    for n in T.unroll(lanes - 1):
+                        top[0] = top[0] + part[n + 1]
+                    p[0, j] = top[0]
+            else:
+                acc = T.alloc_buffer((high, vectors, wide), "float32", scope="local")
+                for m in T.unroll(high):
+                    for r in T.unroll(vectors):
+                        for n in T.vectorized(wide):
+                            acc[m, r, n] = T.float32(0)
+                scores_of(
+                    acc,
+                    lambda m, i: turned[b, T.min(start + m, tokens - 1), h, i],
+                    lambda i, r, n: keys[b, h // (heads // groups), block, i, r * wide + n],
+                    d,
+                    high,
+                    vectors,
+                )
+                for m in T.unroll(high):
+                    for r in T.unroll(vectors):
+                        for n in T.vectorized(wide):
+                            p[m, r * wide + n] = acc[m, r, n]
+            for m in range(high):
+                position = past[b] + T.min(start + m, tokens - 1)
+                for j in T.vectorized(_KEYS):
+                    p[m, j] = p[m, j] * T.float32(scale)
+                if capped:
+                    for j in T.vectorized(_KEYS):
+                        p[m, j] = T.float32(softcap) * tanh(p[m, j] / T.float32(softcap))
+                for j in T.vectorized(_KEYS):
+                    p[m, j] = T.if_then_else(visible(block * _KEYS + j, position), p[m, j], T.float32(_HIDDEN))
+                top[0] = best[m]
+                for j in range(_KEYS):
+                    top[0] = T.if_then_else(p[m, j] <= top[0], top[0], p[m, j])  # NaN wins
+                top[1] = exp(best[m] - top[0])
+                best[m] = top[0]
+                for j in T.vectorized(_KEYS):
+                    p[m, j] = exp(p[m, j] - top[0])
+                total[m] = total[m] * top[1]
+                for j in range(_KEYS):
+                    total[m] = total[m] + p[m, j]
+                for r in range(parts):
+                    for n in T.vectorized(lanes):
+                        o[m, r, n] = o[m, r, n] * top[1]
+            for c in range(parts // at_once):
+                sums = T.alloc_buffer((high, at_once, lanes), "float32", scope="local")
+                for m in T.unroll(high):
+                    for r in T.unroll(at_once):
+                        for n in T.vectorized(lanes):
+                            sums[m, r, n] = o[m, c * at_once + r, n]
+                values_of(
+                    sums,
+                    lambda m, j: p[m, j],
+                    lambda j, r, n: value_cache[b, h // (heads // groups), block * _KEYS + j, (c * at_once + r) * lanes + n],
+                    T.min(T.int64(_KEYS), end - block * _KEYS),
+                    high,
+                    at_once,
+                )
+                for m in T.unroll(high):
+                    for r in T.unroll(at_once):
+                        for n in T.vectorized(lanes):
+                            o[m, c * at_once + r, n] = sums[m, r, n]
+        for m in T.unroll(high):
+            if start + m < tokens:
+                for r in range(parts):
+                    for n in T.vectorized(lanes):
+                        out[b, start + m, h * d + r * lanes + n] = o[m, r, n] / total[m]
+
+    @T.prim_func(s_tir=True, private=True)
+    def kernel(
+        q_: T.handle, k_: T.handle, v_: T.handle, past_: T.handle, cos_: T.handle, sin_: T.handle, key_: T.handle, value_: T.handle,
+        out_: T.handle,
+    ):  # fmt: skip
+        T.func_attr({"tirx.noalias": False, "op_pattern": 8, "tirx.is_scheduled": True})
+        batch = T.int64()
+        tokens = T.int64()
+        capacity = T.int64()
+        positions = T.int64()
+        q = T.match_buffer(q_, (batch, tokens, T.int64(width)), "float32")
+        k = T.match_buffer(k_, (batch, tokens, T.int64(kv_width)), "float32")
+        v = T.match_buffer(v_, (batch, tokens, T.int64(kv_width)), "float32")
+        past = T.match_buffer(past_, (batch,), "int64")
+        cos = T.match_buffer(cos_, (positions, T.int64(table)), "float32")
+        sin = T.match_buffer(sin_, (positions, T.int64(table)), "float32")
+        key_cache = T.match_buffer(key_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
+        value_cache = T.match_buffer(value_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
+        out = T.match_buffer(out_, (batch, tokens, T.int64(heads * d)), "float32")
+        turned = T.alloc_buffer((batch, tokens, T.int64(heads), T.int64(d)), "float32")
+        if batch * tokens < _SERIAL:
+            for t in range(batch * tokens):
+                enter(q, k, v, cos, sin, past, key_cache, value_cache, turned, t // tokens, t % tokens)
+        else:
+            for t in T.parallel(batch * tokens):
+                enter(q, k, v, cos, sin, past, key_cache, value_cache, turned, t // tokens, t % tokens)
+        if tokens == 1:
+            for t in T.parallel(batch * heads):
+                attend(turned, turned, key_cache, value_cache, past, out, t // heads, t % heads, T.int64(0), tokens, 1, True)
+        else:
+            keys = T.alloc_buffer((batch, T.int64(groups), (capacity + _KEYS - 1) // _KEYS, T.int64(d), T.int64(_KEYS)), "float32")
+            for t in T.parallel(batch * groups):
+                for block in range((past[t // groups] + tokens + _KEYS - 1) // _KEYS):
+                    for i in range(d):
+                        for j in range(_KEYS):
+                            keys[t // groups, t % groups, block, i, j] = key_cache[
+                                t // groups, t % groups, T.min(block * _KEYS + j, past[t // groups] + tokens - 1), i]  # fmt: skip
+            for t in T.parallel(batch * ((tokens + high - 1) // high) * heads):
+                attend(
+                    turned, keys, key_cache, value_cache, past, out, t // (((tokens + high - 1) // high) * heads), t % heads,
+                    t // heads % ((tokens + high - 1) // high) * high, tokens, high, False,
+                )  # fmt: skip
+
+    return kernel

@@ -1,0 +1,148 @@
+"""From a graph to a shared library of TVM code, beside a file with its parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from dyncomp.backends.tvm.machine import Machine, this_machine
+from dyncomp.backends.tvm.require import require_compiler
+from torch import fx
+
+from dyncomp.errors import BackendError
+from dyncomp.graph import Graph
+
+LIBRARY, PARAMETERS, CONFIG = "model.so", "parameters.bin", "config.json"
+SCHEMA = 1
+ALIGNMENT = 64
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What lowering wrote.
+
+    Args:
+        directory: holds ``model.so``, ``parameters.bin`` and ``config.json``.
+        files: their paths.
+        kernels: how many calls of each compiled function there are.
+        inputs, outputs: names in order.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    kernels: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None, progress: Progress | None = None) -> Lowered:
+    """Compile ``graph`` into a library, its weights beside it.
+
+    Args:
+        graph: not changed. With a KV cache (``add-kv-cache``) or without.
+        directory: made if absent; files of an earlier lowering are replaced.
+        machine: what to make code for; by default this machine.
+        progress: ``progress(stage, done, total)``.
+
+    Raises:
+        BackendError: something in the graph has no TVM form; names it.
+        MissingExtraError: TVM is not installed.
+    """
+    require_compiler()
+    from dyncomp.backends.tvm.compile import compile_module
+    from dyncomp.backends.tvm.importer import import_graph
+    from dyncomp.backends.tvm.kernels.tile import Tile
+    from dyncomp.backends.tvm.select import select
+
+    report = progress or (lambda stage, done, total: None)
+    directory, machine = Path(directory), machine or this_machine()
+    tile = Tile(machine.lanes, machine.vectors, machine.rows, machine.threads)
+    report("select", 0, 4)
+    selected = select(graph, tile)
+    report("export", 1, 4)
+    program = _export(selected)
+    report("compile", 2, 4)
+    module = import_graph(selected, program, tile)
+    compiled, kernels, order = compile_module(module, machine)
+    report("write", 3, 4)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (LIBRARY, PARAMETERS, CONFIG):
+        (directory / name).unlink(missing_ok=True)
+    compiled.export_library(str(directory / LIBRARY))
+    tensors = _tensors(program)
+    entries = _write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
+    config = _config(graph, machine, kernels, entries)
+    (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    report("write", 4, 4)
+    files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG))
+    return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
+
+
+class _Positional(torch.nn.Module):
+    """The graph module behind a forward() that torch.export can bind."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = module
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.graph_module(*inputs)
+
+
+def _export(graph: Graph) -> torch.export.ExportedProgram:
+    sizes: dict[str, int] = {}
+    for spec in graph.inputs:
+        for dim in spec.shape:
+            if isinstance(dim, str):
+                sizes.setdefault(dim, 5 + 2 * len(sizes))
+    if "capacity" in sizes:
+        sizes["capacity"] = 64  # must hold the example's tokens
+    example = tuple(torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in graph.inputs)
+    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
+    shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} or None for s in graph.inputs)
+    try:
+        with torch.no_grad():
+            return torch.export.export(_Positional(graph.module), example, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackendError(f"the graph cannot be exported: {text}", hint="use --backend ort") from error
+
+
+def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """The parameters by the name the program's inputs have."""
+    values = dict(program.named_parameters()) | dict(program.named_buffers()) | dict(program.constants)
+    return {s.arg.name: values[s.target] for s in program.graph_signature.input_specs if s.target is not None and s.target in values}
+
+
+def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    entries, at = [], 0
+    with path.open("wb") as file:
+        for name, tensor in tensors.items():
+            array = tensor.detach().contiguous().numpy()
+            file.write(b"\0" * (-at % ALIGNMENT))
+            at += -at % ALIGNMENT
+            entries.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "offset": at})
+            array.tofile(file)
+            at += array.nbytes
+    return entries
+
+
+def _config(graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "name": graph.info.get("name", "model"),
+        "task": graph.info.get("task"),
+        "context_length": graph.info.get("context_length"),
+        "kv_cache": graph.info.get("kv_cache"),
+        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
+        "outputs": list(graph.outputs),
+        "precision": graph.precision,
+        "machine": machine.describe(),
+        "kernels": kernels,
+        "parameters": parameters,
+    }

@@ -1,0 +1,192 @@
+"""Run a lowered model through TVM's runtime alone: the compiler is not imported."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dyncomp.backends.tvm.lower import ALIGNMENT, CONFIG, LIBRARY, PARAMETERS, SCHEMA
+from dyncomp.backends.tvm.machine import require_machine
+from dyncomp.backends.tvm.require import require_runtime
+from torch import Tensor
+
+from dyncomp.errors import BackendError, ModelError, RequestError
+from dyncomp.hardware import default_threads
+
+Array = np.ndarray[Any, Any]
+_AGAIN = "lower the model again: dyncomp convert --backend tvm"
+_POOLED = 2  # kind of allocator, as relax.VirtualMachine numbers them
+_CPU = 1
+
+
+class TvmModel:
+    """What :func:`dyncomp.backends.tvm.lower.lower` wrote, ready to run.
+
+    Args:
+        directory: holds ``model.so``, ``parameters.bin`` and ``config.json``.
+        threads: by default the cores this process may use. TVM has one pool of threads in a process: it is set to this number
+            whenever this model runs, at most to the cores there were when the first model was loaded.
+
+    Raises:
+        ModelError: the directory has no lowered model, or a damaged one.
+        BackendError: the library is for another processor, or cannot be loaded.
+        MissingExtraError: TVM is not installed.
+    """
+
+    def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+        self.directory, self.threads = Path(directory), threads or default_threads()
+        self.config = _read_config(self.directory)
+        require_machine(self.config["machine"])
+        ffi = load_runtime()
+        try:
+            self._vm = ffi.load_module(str(self.directory / LIBRARY))["vm_load_executable"]()
+            self._vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
+            self._main = self._vm["main"]
+        except Exception as error:
+            raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {_first_line(error)}", hint=_AGAIN) from error
+        self._set_threads = ffi.get_global_func("runtime.config_threadpool")
+        self._from_dlpack = ffi.from_dlpack
+        self._memory = _read_aligned(self.directory / PARAMETERS)
+        self._parameters = [self._from_dlpack(_view(self._memory, p, self.directory)) for p in self.config["parameters"]]
+        self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
+        self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
+
+    @property
+    def kv_cache(self) -> dict[str, Any] | None:
+        """Layout of the KV cache (``context_length``, ``layers`` …), or None when the model has none."""
+        return self.config.get("kv_cache")
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``int8`` or ``int4``: of the weights."""
+        return str(self.config.get("precision", "fp32"))
+
+    def run(self, **inputs: Array | Tensor) -> dict[str, Array]:
+        """All outputs by name; the inputs are left as they are.
+
+        Raises:
+            RequestError: an input is missing, unknown, or has the wrong rank or dtype.
+        """
+        if set(inputs) != set(self.inputs):
+            raise RequestError(f"the model takes the inputs {list(self.inputs)}, got {sorted(inputs)}")
+        arrays = [aligned_copy(_as_array(inputs[s["name"]], s)) for s in self.config["inputs"]]
+        found = self.call([self.bind(a) for a in arrays])
+        return {name: np.array(np.from_dlpack(value)) for name, value in zip(self.outputs, found, strict=True)}
+
+    def bind(self, array: Array) -> Any:
+        """An array as TVM takes it, sharing its memory: it must be contiguous and begin at a multiple of 64 bytes."""
+        if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
+            raise RequestError(f"TVM needs contiguous arrays that begin at a multiple of {ALIGNMENT} bytes", hint="copy it: aligned_copy()")
+        return self._from_dlpack(array)
+
+    def call(self, inputs: list[Any]) -> list[Any]:
+        """Run on bound inputs, in order; caches are changed in place. The outputs are TVM's tensors."""
+        use_threads(self._set_threads, self.threads)
+        try:
+            found = self._main(*inputs, *self._parameters)
+        except Exception as error:
+            raise BackendError(f"TVM failed: {_first_line(error)}") from error
+        return list(found) if len(self.outputs) > 1 or isinstance(found, list | tuple) or hasattr(found, "__len__") else [found]
+
+    def placement(self) -> dict[str, int]:
+        """Compiled functions and how often a run calls them: our kernels by name, the rest as TVM named them."""
+        return dict(self.config["kernels"])
+
+
+@functools.cache
+def load_runtime() -> Any:
+    """``tvm_ffi`` with TVM's runtime library loaded; ``import tvm``, which takes seconds, is not needed.
+
+    The number of threads TVM starts is fixed when it first computes: every core of this process, unless ``TVM_NUM_THREADS`` says
+    otherwise; each model then uses at most that many.
+    """
+    require_runtime()
+    os.environ.setdefault("TVM_NUM_THREADS", str(default_threads()))
+    import tvm_ffi
+
+    found = importlib.util.find_spec("tvm")
+    assert found is not None
+    assert found.origin is not None
+    library = Path(found.origin).parent / "lib" / "libtvm_runtime.so"
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise BackendError(f"TVM's runtime cannot be loaded: {_first_line(error)}") from error
+    return tvm_ffi
+
+
+_threads: list[int] = []
+
+
+def use_threads(configure: Any, threads: int) -> None:
+    """TVM's pool is the process's: set it when another model used another number."""
+    if _threads != [threads]:
+        configure(1, threads)
+        _threads[:] = [threads]
+
+
+def aligned_zeros(shape: list[int] | tuple[int, ...], dtype: Any) -> Array:
+    """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.lower.ALIGNMENT` bytes."""
+    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.zeros(count + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + count].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: Array) -> Array:
+    """A contiguous copy that TVM can read: one that begins elsewhere would crash it."""
+    copy = aligned_zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _read_aligned(path: Path) -> Array:
+    try:
+        memory = aligned_zeros([path.stat().st_size], np.uint8)
+        with path.open("rb") as file:
+            file.readinto(memory.data)
+    except OSError as error:
+        raise ModelError(f"the parameters of a lowered model cannot be read: {error}", hint=_AGAIN) from error
+    return memory
+
+
+def _view(memory: Array, entry: dict[str, Any], directory: Path) -> Array:
+    dtype = np.dtype(entry["dtype"])
+    size = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
+    if entry["offset"] + size > memory.nbytes:
+        raise ModelError(f"{directory / PARAMETERS} is too short", hint=_AGAIN)
+    return memory[entry["offset"] : entry["offset"] + size].view(dtype).reshape(entry["shape"])
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        if config["schema"] != SCHEMA:
+            hint = "update dyncomp" if config["schema"] > SCHEMA else _AGAIN
+            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema {SCHEMA}", hint=hint)
+        return dict(config)
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint=_AGAIN) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint=_AGAIN) from error
+
+
+def _as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.ndim != len(spec["shape"]):
+        raise RequestError(f"the input {spec['name']!r} has shape {list(array.shape)}, it should be {spec['shape']}")
+    dtype = np.dtype(spec["dtype"])
+    if array.dtype != dtype and array.dtype.kind != dtype.kind:
+        raise RequestError(f"the input {spec['name']!r} is {array.dtype}, it should be {dtype}")
+    return array.astype(dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,132 @@
+"""Rewrite a graph so that it calls our kernels, on weights laid out for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, rotate_plainly
+from dyncomp.backends.tvm import ops
+from dyncomp.backends.tvm.kernels.functions import FUNCTIONS as ACTIVATIONS
+from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
+from torch import fx
+
+from dyncomp.errors import BackendError
+from dyncomp.graph import Graph
+from dyncomp.regions.norm import fuse_rms_norms
+from dyncomp.regions.partial import ShapeOnly
+from dyncomp.regions.routed import find_routed
+
+aten = torch.ops.aten
+
+
+def select(graph: Graph, tile: Tile) -> Graph:
+    """A copy of ``graph`` that calls the operators of :mod:`dyncomp.backends.tvm.ops`; for export only."""
+    graph = graph.copy()
+    fuse_rms_norms(graph)
+    if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
+        graph.infer_shapes()
+    select_attention(graph)
+    select_norms(graph)
+    select_experts(graph, tile)
+    select_linears(graph, tile)
+    graph.clean()
+    for name, value in graph.constants().items():
+        if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
+            graph.add_tensor(name, value.detach())  # a parameter: goes into the parameter file, not into the library
+    return graph
+
+
+def select_attention(graph: Graph) -> None:
+    shapes = ShapeOnly(graph)
+    for node in graph.nodes:
+        if node.target is not CACHED:
+            continue
+        key, value = (int(node.args[i].meta["val"].shape[3]) for i in (3, 4))  # type: ignore[union-attr]
+        if key != value:
+            where = node.meta.get("path") or node.name
+            raise BackendError(
+                f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"
+            )
+        flatten_attention(graph, node, shapes, ops.cached_attention)
+    graph.clean()
+    for node in graph.nodes:
+        if node.target is ROTARY:
+            node.target = rotate_plainly
+
+
+def select_norms(graph: Graph) -> None:
+    """``rms_norm`` and ``layer_norm`` over the last dimension."""
+    for node in graph.nodes:
+        if node.target is aten.rms_norm.default:
+            x, shape, scale, epsilon, shift, centered = (*_padded(node, 4), None, False)
+        elif node.target is aten.layer_norm.default:
+            x, shape, scale, shift, epsilon, centered = (*_padded(node, 5), True)
+        else:
+            continue
+        if len(shape) != 1 or x.meta["val"].dtype != torch.float32:
+            continue
+        if epsilon is None:
+            epsilon = 1e-5 if centered else torch.finfo(torch.float32).eps
+        with graph.inserting(before=node) as b:
+            scale = scale if scale is not None else _filled(graph, 1.0, shape[0])
+            shift = shift if shift is not None else _filled(graph, 0.0, shape[0])
+            made = b.call(ops.norm, x, scale, shift, float(epsilon), centered)
+        node.replace_all_uses_with(made)
+        graph.module.graph.erase_node(node)
+
+
+def select_experts(graph: Graph, tile: Tile) -> None:
+    """``dyncomp.routed_ffn`` on constant weights."""
+    for routed in find_routed(graph):
+        if routed.activation not in ACTIVATIONS:
+            what = f"experts with the activation {routed.activation!r} have no TVM kernel"
+            raise BackendError(f"{routed.name}: {what} (there are {', '.join(ACTIVATIONS)})", hint="use --backend ort")
+        w_up, w_down = graph.tensor(routed.w_up).detach(), graph.tensor(routed.w_down).detach()
+        b_up = None if routed.b_up is None else graph.tensor(routed.b_up).detach()
+        names = [f"{routed.w_up}_panels", f"{routed.w_up}_bias_panels", f"{routed.w_down}_panels"]
+        for name, value in zip(names, pack_experts(w_up, b_up, w_down, tile), strict=True):
+            graph.add_tensor(name, value)
+        operands = (routed.input, routed.gates, *(graph.read(n) for n in names))
+        settings = (routed.d_ff // routed.experts, routed.d_out, routed.activation, routed.gated)
+        with graph.inserting(before=routed.node) as b:
+            made = b.call(ops.routed_ffn, *operands, *settings)
+        routed.node.replace_all_uses_with(made)
+        graph.module.graph.erase_node(routed.node)
+
+
+def select_linears(graph: Graph, tile: Tile) -> None:
+    """``linear(x, W, b)`` on a constant float32 weight."""
+    for node in graph.nodes:
+        if node.target is not aten.linear.default:
+            continue
+        x, weight, bias = _padded(node, 3)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.meta["val"].dtype != torch.float32:
+            continue
+        rows = int(graph.tensor(weight).shape[0])
+        with graph.inserting(before=node) as b:
+            packed = _derived(graph, f"{weight.target}.panels", lambda w=weight: pack(graph.tensor(w).detach(), tile))
+            if bias is None:
+                padded = _filled(graph, 0.0, tile.panels(rows) * tile.width)
+            else:
+                padded = _derived(graph, f"{bias.target}.panels", lambda v=bias: pad_rows(graph.tensor(v).detach(), tile))
+            made = b.call(ops.linear, x, packed, padded, rows)
+        node.replace_all_uses_with(made)
+        graph.module.graph.erase_node(node)
+
+
+def _padded(node: fx.Node, count: int) -> list[Any]:
+    """The first positional arguments, None for those left out."""
+    return [*node.args, *[None] * count][:count]
+
+
+def _filled(graph: Graph, value: float, size: int) -> fx.Node:
+    return _derived(graph, f"filled.{value:.0f}_{size}", lambda: torch.full((size,), value))
+
+
+def _derived(graph: Graph, name: str, make: Any) -> fx.Node:
+    """A node that reads the constant ``name``, made when it does not exist."""
+    name = name.replace(".panels", "_panels")
+    if not any(n.op == "get_attr" and n.target == name for n in graph.nodes):
+        graph.add_tensor(name, make())
+    return graph.read(name)
