@@ -23,7 +23,7 @@ from dyncomp.passes import Quantize
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.layerwise import ExpertView, set_gates
 
-from dyncomp.deploy import lower_ort
+from dyncomp.deploy import lower_artifact
 from dyncomp.graph import Graph
 from dyncomp.models import load_model
 from dyncomp.pipeline import Context
@@ -63,7 +63,7 @@ def profile_ffn(
             if precision != "fp32":
                 Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
             place = Path(folder) / name.replace(" ", "-")
-            lower_ort(graph, place)
+            lower_artifact(graph, place)
             runtime = OrtModel(place, threads=threads, profile=place / "profile")
             random_steps(decoder_for(runtime), context=64, steps=80)
             rows.append({"ffn": name, "precision": precision, "threads": threads, "ms_per_step": _ffn_time(runtime.end_profiling())})

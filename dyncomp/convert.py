@@ -33,7 +33,7 @@ from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
 
-BACKENDS = ("ort", "torch")
+BACKENDS = ("ort", "tvm", "torch")
 DEFAULT_GOAL = Goal(max_loss=0.01)
 
 
@@ -53,7 +53,7 @@ class ConvertRequest:
         other: text of another source to evaluate on as well; None for none.
         tokens: calibration tokens.
         windows: evaluation windows of each text.
-        backend: ``ort`` or ``torch`` (no artifact: the graph itself is run).
+        backend: ``ort``, ``tvm`` or ``torch`` (no artifact: the graph itself is run).
         threads: of the latency figures; None is every core.
         seed: of everything random.
         dump: folder for the graph's text after each pass.
@@ -92,6 +92,10 @@ class ConvertRequest:
             )
         if self.searched is not None:
             self.searched.validate()
+            if self.backend == "tvm":
+                raise RequestError(
+                    "--backend tvm: a search tries quantized weights, which have no TVM kernels", hint="name a recipe: --recipe"
+                )
             if self.backend == "torch":
                 raise RequestError("--backend torch has no artifact to time, so nothing can be searched", hint="name a recipe: --recipe")
         if self.active is not None and not 0 < self.active <= 1:
@@ -107,6 +111,14 @@ class ConvertRequest:
         bundle.check_destination(self.out)
         if self.backend == "ort":  # say so now, not after minutes of work
             require_providers(None)
+        if self.backend == "tvm":
+            from dyncomp.backends.tvm.require import require_runtime
+
+            require_runtime()
+            if self.quantize is not None:
+                raise RequestError(
+                    "--backend tvm has no kernels for quantized weights yet", hint="leave out --quantize, or use --backend ort"
+                )
 
 
 def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: C
     started, cpu_started = time.perf_counter(), time.process_time()
     with bundle.disk_errors(request.out):
         done = _rewrite(request, progress, say or (lambda text: None))
-        if request.backend == "ort":
+        if request.backend != "torch":
             done.report |= _lower(request, done, progress)
         done.report["seconds"] = time.perf_counter() - started
         done.report["cpu_seconds"] = time.process_time() - cpu_started
@@ -205,10 +217,10 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
 def _search(
     request: ConvertRequest, goal: Goal, loaded: LoadedModel, ctx: Context, selection: Tensor, work: Workspace, say: Callable[[str], None]
 ) -> Found:
-    from dyncomp.deploy import compare, dense_ort
+    from dyncomp.deploy import compare, dense_artifact
 
     assert ctx.dense is not None
-    dense = dense_ort(ctx.dense, loaded.fingerprint, ctx.progress)
+    dense = dense_artifact(ctx.dense, loaded.fingerprint, ctx.progress)
 
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
         return compare(dense, graph, folder, threads=request.threads)
@@ -247,20 +259,21 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
 
 def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dict[str, Any]:
     """Lower the converted model, hold it against its graph, and time it beside the dense one; the graphs are let go on the way."""
-    from dyncomp.deploy import check_parity, dense_artifacts, lower_ort, measure, with_cache
+    from dyncomp.deploy import check_parity, dense_artifacts, lower_artifact, measure, with_cache
 
     release_memory()
-    artifact, source = done.folder / "artifacts" / "ort", done.manifest.source
+    backend, source = request.backend, done.manifest.source
+    artifact = done.folder / "artifacts" / backend
     if done.artifact is None:
-        lowered, refused = lower_ort(done.models.pop("converted"), artifact, progress)
+        lowered, refused = lower_artifact(done.models.pop("converted"), artifact, progress, backend=backend)
     else:
         lowered, refused = with_cache(done.models.pop("converted"))
         artifact.parent.mkdir(parents=True)
         os.replace(done.artifact, artifact)
-    parity = check_parity(lowered, artifact, threads=request.threads)
+    parity = check_parity(lowered, artifact, threads=request.threads, backend=backend)
     del lowered
     release_memory()
-    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, passes=done.passes)
+    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, passes=done.passes, backend=backend)
     release_memory()
-    bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads)
+    bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads, backend=backend)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

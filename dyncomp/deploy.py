@@ -7,16 +7,14 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from dyncomp.backends.ort.decoder import decoder_for
-from dyncomp.backends.ort.lower import SCHEMA, lower
-from dyncomp.backends.ort.parity import parity
-from dyncomp.backends.ort.run import OrtModel
+from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
 from dyncomp.errors import PassError, RequestError
@@ -27,6 +25,52 @@ from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Variant, bench
 from dyncomp.runtime.session import DecoderSession
+
+
+class Artifact(Protocol):
+    """A backend's artifact, opened: ``OrtModel`` or ``TvmModel``."""
+
+    threads: int
+    inputs: tuple[str, ...]
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def precision(self) -> str: ...
+    def run(self, **inputs: Any) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What makes and runs a backend's artifacts.
+
+    Args:
+        label: for people.
+        schema: of its ``config.json``; artifacts in the cache folder are kept apart by it.
+        lower: (graph, folder, progress=…) writes an artifact.
+        open: (folder, threads=…) opens it.
+        session: generates tokens with it.
+    """
+
+    name: str
+    label: str
+    schema: int
+    lower: Callable[..., Any]
+    open: Callable[..., Any]
+    session: Callable[[Any], Any]
+
+
+def backend_of(name: str) -> Backend:
+    """The backend ``ort`` or ``tvm``; what it needs is imported only now."""
+    if name == "tvm":
+        from dyncomp.backends.tvm import decoder as tvm_decoder
+        from dyncomp.backends.tvm import lower as tvm_lower
+        from dyncomp.backends.tvm import run as tvm_run
+
+        return Backend("tvm", "TVM", tvm_lower.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for)
+    from dyncomp.backends.ort import decoder, lower, run
+
+    return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for)
 
 
 def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
@@ -41,15 +85,17 @@ def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
     return cached, result.refused
 
 
-def lower_ort(graph: Graph, folder: Path, progress: Progress = no_progress) -> tuple[Graph, list[Refusal]]:
-    """Lower a graph for ONNX Runtime; returns the graph that was lowered and what was refused on the way."""
+def lower_artifact(graph: Graph, folder: Path, progress: Progress = no_progress, *, backend: str = "ort") -> tuple[Graph, list[Refusal]]:
+    """Lower a graph; returns the graph that was lowered and what was refused on the way."""
     lowered, refused = with_cache(graph)
     folder.mkdir(parents=True, exist_ok=True)
-    lower(lowered, folder, progress=progress)
+    backend_of(backend).lower(lowered, folder, progress=progress)
     return lowered, refused
 
 
-def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None = None) -> Path:
+def dense_artifact(
+    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None = None, backend: str = "ort"
+) -> Path:
     """The dense model's artifact for comparisons, made once per model and precision and kept in the cache folder.
 
     Args:
@@ -58,7 +104,7 @@ def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress, 
     from dyncomp import __version__
 
     precision = "" if quantize is None else f"-int{quantize.bits}-{quantize.block}-{quantize.symmetric}-{quantize.head_bits}"
-    folder = cache_folder() / "dense-ort" / f"{fingerprint[:24]}-{__version__}-{SCHEMA}{precision}"
+    folder = cache_folder() / f"dense-{backend}" / f"{fingerprint[:24]}-{__version__}-{backend_of(backend).schema}{precision}"
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -66,7 +112,7 @@ def dense_ort(graph: Graph, fingerprint: str, progress: Progress = no_progress, 
         if quantize is not None:
             graph = graph.copy()
             dataclasses.replace(quantize, method="rtn").run(graph, Context())
-        lower_ort(graph, part, progress)
+        lower_artifact(graph, part, progress, backend=backend)
         (part / "done").touch()
         os.replace(part, folder)
     return folder
@@ -78,49 +124,58 @@ float becomes a step of 1/127 here and there, and thirty layers magnify it: two 
 logit. A wrong one differs by about 1; each kernel alone is held to 1e-5 in the tests."""
 
 
-def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None) -> dict[str, Any]:
+def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, backend: str = "ort") -> dict[str, Any]:
     """Hold the artifact against its graph; the result belongs into the report.
 
     Raises:
         PassError: they differ by more than :data:`TOLERANCE`: the artifact must not be used.
     """
-    allowed = TOLERANCE[lowered.precision]
-    entry = parity(lowered, OrtModel(folder, threads=threads), good=allowed)
+    allowed, used = TOLERANCE[lowered.precision], backend_of(backend)
+    entry = parity(lowered, used.open(folder, threads=threads), used.session, backend=backend, good=allowed)
     if not entry["relative_error"] <= allowed:
         raise PassError(
-            f"the ONNX Runtime artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed {allowed:g}",
+            f"the {used.label} artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed {allowed:g}",
             hint="this is a defect: please report the model and the recipe",
         )
     return entry
 
 
 def measure(
-    artifacts: Sequence[tuple[str, Path]], *, task: str, threads: int | None = None, prefill_tokens: int = 512, batch: int = 1
+    artifacts: Sequence[tuple[str, Path]],
+    *,
+    task: str,
+    threads: int | None = None,
+    prefill_tokens: int = 512,
+    batch: int = 1,
+    backend: str = "ort",
 ) -> list[dict[str, Any]]:
     """Speed of artifacts, interleaved in this process; entries as in a report's ``bench``.
 
     Args:
         artifacts: (``dense`` or ``converted``, folder) of each.
     """
-    models = [(variant, OrtModel(folder, threads=threads)) for variant, folder in artifacts]
+    used = backend_of(backend)
+    models = [(variant, used.open(folder, threads=threads)) for variant, folder in artifacts]
     if task != "causal-lm":
-        return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch)
-    variants = [Variant(decoder_for(model), variant, model.precision) for variant, model in models]
+        return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch, engine=f"dyncomp-{backend}")
+    variants = [Variant(used.session(model), variant, model.precision) for variant, model in models]
     context = min(v.session.context_length or 1 << 30 for v in variants)
     tokens = max(1, min(prefill_tokens, context - 1))
     decode = max(8, min(96, (context - 64) // 2))
-    vocabulary = int(models[0][1].session.get_outputs()[0].shape[-1])
+    vocabulary = int(variants[0].session.prefill(np.zeros((1, 1), np.int64), np.ones(1, np.int64), 1).shape[-1])
     start = min(64, tokens, context // 4)
     return bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
 
 
-def dense_artifacts(graph: Graph, fingerprint: str, progress: Progress = no_progress, *, passes: Sequence[Pass]) -> list[tuple[str, Path]]:
+def dense_artifacts(
+    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, passes: Sequence[Pass], backend: str = "ort"
+) -> list[tuple[str, Path]]:
     """What the model that ``passes`` made is timed beside: the dense model in fp32, and in the same precision, unless that is what
     the passes made."""
-    found = [("dense", dense_ort(graph, fingerprint, progress))]
+    found = [("dense", dense_artifact(graph, fingerprint, progress, backend=backend))]
     quantize = quantize_of(passes)
     if quantize is not None and not all(isinstance(p, Quantize) for p in passes):
-        found.append(("dense", dense_ort(graph, fingerprint, progress, quantize=quantize)))
+        found.append(("dense", dense_artifact(graph, fingerprint, progress, quantize=quantize, backend=backend)))
     return found
 
 
@@ -132,7 +187,7 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
         None for encoders.
     """
     task = str(graph.info["task"])
-    lower_ort(graph, folder)
+    lower_artifact(graph, folder)
     before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
     prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"]
     if task != "causal-lm":
@@ -140,7 +195,9 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
     return {"speed": after["decode_tokens_per_s"] / before["decode_tokens_per_s"], "prefill": prefill}
 
 
-def _measure_encoders(models: Sequence[tuple[str, OrtModel]], *, tokens: int, batch: int, rounds: int = 15) -> list[dict[str, Any]]:
+def _measure_encoders(
+    models: Sequence[tuple[str, Artifact]], *, tokens: int, batch: int, engine: str, rounds: int = 15
+) -> list[dict[str, Any]]:
     ids = np.random.default_rng(0).integers(100, 1000, (batch, tokens))
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     seconds: list[list[float]] = [[] for _ in models]
@@ -152,7 +209,7 @@ def _measure_encoders(models: Sequence[tuple[str, OrtModel]], *, tokens: int, ba
                 seconds[index].append(time.perf_counter() - start)
     return [
         {
-            "engine": "dyncomp-ort", "variant": variant, "precision": model.precision, "threads": model.threads, "batch": batch,
+            "engine": engine, "variant": variant, "precision": model.precision, "threads": model.threads, "batch": batch,
             "decode_tokens_per_s": None, "prefill_tokens_per_s": batch * tokens / statistics.median(times), "prefill_tokens": tokens,
         }
         for (variant, model), times in zip(models, seconds, strict=True)
@@ -170,8 +227,10 @@ def open_session(opened: Bundle, backend: str, *, threads: int | None = None) ->
         raise RequestError(
             f"{opened.path} holds {opened.manifest.source.task} model: it does not generate text", hint="evaluate and bench work on it"
         )
-    if backend == "ort":
-        return decoder_for(OrtModel(opened.artifact("ort"), threads=threads))
+    if backend != "torch":
+        used = backend_of(backend)
+        session: DecoderSession = used.session(used.open(opened.artifact(backend), threads=threads))
+        return session
     import torch
 
     from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for

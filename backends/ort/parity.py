@@ -1,86 +1,16 @@
-"""Hold a lowered model against the graph it was lowered from."""
+"""Hold a model lowered for ONNX Runtime against the graph it was lowered from."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
+from dyncomp.backends import parity as general
 from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.run import OrtModel
-from dyncomp.backends.recompute import Array
-from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 
 from dyncomp.graph import Graph
-from dyncomp.regions.tokens import random_inputs, vocabulary_size
 
 
-def parity(
-    graph: Graph, model: OrtModel, *, prompt_tokens: int = 48, steps: int = 64, attempts: int = 3, seed: int = 0, good: float = 1e-4
-) -> dict[str, Any]:
-    """Run both on the same random inputs.
-
-    A decoder is prefilled with two rows of different lengths and decoded for ``steps`` steps, both backends fed the tokens
-    that the graph finds likeliest; other models run once, with a padded row.
-
-    Args:
-        good: a relative error that ends the attempts.
-        attempts: how many inputs to try at most. A router whose score is within rounding of its threshold may choose either way
-            in either program, and from there on they legitimately differ; a wrong program differs on every input.
-
-    Returns:
-        a ``parity`` entry of a report: ``relative_error`` is the largest absolute difference over the largest absolute value
-        of the graph's outputs; ``greedy_tokens_equal`` the fraction of steps whose likeliest token agrees (None for others);
-        ``attempts`` the number of inputs it took.
-    """
-    best: tuple[float, float | None] = (float("inf"), 0.0)
-    attempt = 0
-    for attempt in range(attempts):
-        random = np.random.default_rng(seed + attempt)
-        if graph.info.get("task") == "causal-lm" or "kv_cache" in graph.info:
-            found = _decode(graph, model, random, prompt_tokens, steps)
-        else:
-            found = _once(graph, model, seed + attempt), None
-        best = min(best, found, key=lambda f: f[0])
-        if best[0] <= good:
-            break
-    return {
-        "backend": "ort",
-        "precision": model.precision,
-        "relative_error": best[0],
-        "greedy_tokens_equal": best[1],
-        "attempts": attempt + 1,
-    }
-
-
-def _decode(graph: Graph, model: OrtModel, random: np.random.Generator, prompt_tokens: int, steps: int) -> tuple[float, float | None]:
-    sessions = torch_decoder_for(graph), decoder_for(model)
-    context = min((s.context_length for s in sessions if s.context_length), default=1 << 30)
-    prompt_tokens = max(2, min(prompt_tokens, context // 2))
-    steps = max(1, min(steps, context - prompt_tokens))
-    ids = random.integers(0, vocabulary_size(graph), (2, prompt_tokens))
-    lengths = np.array([prompt_tokens, prompt_tokens // 2 + 1])
-    expected, actual = (s.prefill(ids, lengths, steps) for s in sessions)
-    worst, equal = _error(actual, expected), 0
-    for _ in range(steps):
-        tokens = expected.argmax(-1)
-        equal += int((actual.argmax(-1) == tokens).sum())
-        expected, actual = (s.step(tokens) for s in sessions)
-        worst = max(worst, _error(actual, expected))
-    return worst, equal / (steps * len(lengths))
-
-
-def _once(graph: Graph, model: OrtModel, seed: int) -> float:
-    sizes = {d: 8 for s in graph.inputs for d in s.shape if isinstance(d, str)} | {"batch": 2, "sequence": 24}
-    inputs = random_inputs(graph, sizes, seed)
-    with torch.no_grad():
-        expected = graph(**inputs)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    actual = model.run(**inputs)
-    return max(_error(actual[name], value.numpy()) for name, value in zip(graph.outputs, expected, strict=True))
-
-
-def _error(actual: Array, expected: Array) -> float:
-    if actual.shape != expected.shape or not np.isfinite(actual).all():
-        return float("inf")
-    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+def parity(graph: Graph, model: OrtModel, **options: Any) -> dict[str, Any]:
+    """:func:`dyncomp.backends.parity.parity` with an ONNX Runtime session."""
+    return general.parity(graph, model, decoder_for, backend="ort", **options)

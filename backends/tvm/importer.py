@@ -14,6 +14,7 @@ from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
 from dyncomp.backends.tvm.kernels.linear import linear as linear_kernel
 from dyncomp.backends.tvm.kernels.norm import norm as norm_kernel
 from dyncomp.backends.tvm.kernels.routed_ffn import routed_ffn as ffn_kernel
+from dyncomp.backends.tvm.kernels.sdpa import attention as sdpa_kernel
 from dyncomp.backends.tvm.kernels.tile import Tile
 from torch import fx
 from tvm import relax, te, tirx
@@ -60,6 +61,8 @@ class _Converters:
             "tvm_norm.default": self.norm,
             "tvm_routed_ffn.default": self.routed_ffn,
             "tvm_cached_attention.default": self.cached_attention,
+            "scaled_dot_product_attention.default": self.attention,
+            "to.device": self.to_device,
             "threshold_gates.default": self.threshold_gates,
             "topk_gates.default": self.topk_gates,
             "gelu.default": self.gelu,
@@ -91,7 +94,7 @@ class _Converters:
         return self.on_rows(importer, kernel, x, [scale, shift], list(x.ty.shape)[:-1], features)
 
     def routed_ffn(self, node: fx.Node, importer: Any) -> Any:
-        builder, arguments = importer.block_builder, [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        builder, arguments = importer.block_builder, _arguments(node, importer)
         x, gates, up, bias, down, neurons, rows, activation, gated = arguments
         experts, depth = int(up.ty.shape[0]), int(x.ty.shape[-1])
         kernel = self.kernel(
@@ -111,7 +114,7 @@ class _Converters:
         return y if len(lead) == 1 else builder.emit(relax.op.reshape(y, relax.ShapeExpr([*lead, width])))
 
     def cached_attention(self, node: fx.Node, importer: Any) -> Any:
-        builder, arguments = importer.block_builder, [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        builder, arguments = importer.block_builder, _arguments(node, importer)
         query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved = arguments
         batch, tokens = list(query.ty.shape)[:2]
         kv_heads, head_dim = int(key_cache.ty.shape[1]), int(key_cache.ty.shape[3])
@@ -127,6 +130,35 @@ class _Converters:
         made = builder.emit(relax.op.call_tir_inplace(kernel, operands, [6, 7, -1], [key_cache.ty, value_cache.ty, out]))
         key_cache, value_cache, result = (builder.emit(relax.TupleGetItem(made, i)) for i in range(3))
         return [result, key_cache, value_cache]
+
+    def attention(self, node: fx.Node, importer: Any) -> Any:
+        builder = importer.block_builder
+        q, k, v, found, dropout, causal = [*_arguments(node, importer), *[None] * 3][:6]
+        if isinstance(given := node.kwargs.get("attn_mask"), fx.Node):
+            found = importer.env[given]
+        features = int(q.ty.shape[3])
+        if (
+            causal
+            or node.kwargs.get("is_causal")
+            or dropout
+            or node.kwargs.get("dropout_p")
+            or int(v.ty.shape[3]) != features
+            or len(q.ty.shape) != 4
+        ):
+            raise BackendError(f"{node.name}: this form of scaled_dot_product_attention has no TVM kernel", hint="use --backend ort")
+        kind = "none" if found is None else str(found.ty.dtype)
+        if found is None:
+            found = builder.emit(relax.op.zeros([1, 1, 1, 1], "float32"))
+        while len(found.ty.shape) < 4:
+            found = builder.emit(relax.op.expand_dims(found, 0))
+        scale = cast(float | None, node.kwargs.get("scale")) or features**-0.5
+        kernel = self.kernel(importer, f"attention_{features}", (scale, kind), lambda: sdpa_kernel(features, scale, kind, self.tile))
+        return builder.emit(relax.call_tir(kernel, [q, k, v, found], q.ty))
+
+    def to_device(self, node: fx.Node, importer: Any) -> Any:
+        """``x.to(device, dtype)``: there is one device."""
+        dtype = cast(torch.dtype, node.args[2] if len(node.args) > 2 else node.kwargs["dtype"])
+        return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], str(dtype).removeprefix("torch.")))
 
     # ---- pointwise -------------------------------------------------------------------------------------------------
     def pointwise(self, name: str) -> Converter:
@@ -168,6 +200,10 @@ class _Converters:
             return te.compute(t.shape, lambda *at: tirx.Cast("float32", rank(*at) < k), name="topk_gates")
 
         return importer.block_builder.emit_te(gates, scores, primfunc_name_hint="topk_gates")
+
+
+def _arguments(node: fx.Node, importer: Any) -> list[Any]:
+    return [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
 
 
 def _size(shape: list[Any]) -> Any:

@@ -59,6 +59,10 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     from dyncomp.backends.tvm.kernels.tile import Tile
     from dyncomp.backends.tvm.select import select
 
+    if graph.quantized:
+        raise BackendError(
+            f"{len(graph.quantized)} weights are quantized, for which there are no TVM kernels yet", hint="use --backend ort"
+        )
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
     tile = Tile(machine.lanes, machine.vectors, machine.rows, machine.threads)

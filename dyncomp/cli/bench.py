@@ -13,9 +13,10 @@ from dyncomp.cli import options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt that is timed.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--backend", type=click.Choice(["ort", "tvm"]), default="ort", show_default=True)
 @options.threads
 @options.as_json
-def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: bool) -> None:
+def command(bundle: Path, prefill: int, batch: int, backend: str, threads: int | None, json_: bool) -> None:
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import dense_artifacts, measure
@@ -25,12 +26,14 @@ def command(bundle: Path, prefill: int, batch: int, threads: int | None, json_: 
     from dyncomp.trace import trace_model
 
     opened = open_bundle(bundle)
-    artifact = opened.artifact("ort")
+    artifact = opened.artifact(backend)
     loaded = opened.dense()
     with ProgressReporter() as progress:
         passes = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
-        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, passes=passes)
-        entries = measure([*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch)
+        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, passes=passes, backend=backend)
+        entries = measure(
+            [*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch, backend=backend
+        )
     if json_:
         options.print_json({"schema": 1, "model": loaded.name, "recipe": opened.manifest.recipe, "bench": entries})
     else:

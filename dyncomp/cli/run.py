@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at work at a time.")
 @click.option("--speculate", is_flag=True, help="Guess tokens that repeat earlier text and check them in one pass; the text is the same.")
-@click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
+@click.option("--backend", type=click.Choice(["ort", "tvm", "torch"]), default="ort", show_default=True)
 @options.threads
 @options.seed
 @options.as_json
@@ -99,7 +99,7 @@ def _speculation(session: Any, requests: int) -> Any:
     if not hasattr(session, "extend"):
         raise RequestError(
             f"--speculate: {session.engine} cannot check several tokens in one pass here",
-            hint="use --backend ort on a model with a KV cache",
+            hint="use --backend ort or tvm on a model with a KV cache",
         )
     if requests > 1:
         raise RequestError("--speculate is for one prompt at a time", hint="several prompts share their passes already")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dyncomp.backends.tvm.kernels.functions import exp, tanh
-from dyncomp.backends.tvm.kernels.tile import Tile, product
+from dyncomp.backends.tvm.kernels.flash import HIDDEN, KEYS, flash
+from dyncomp.backends.tvm.kernels.functions import tanh
+from dyncomp.backends.tvm.kernels.tile import Tile
 from tvm.script import tirx as T
 
-_HIDDEN = -1e30
-_KEYS = 64  # keys of a block
 _SERIAL = 8  # tokens below which the other threads are not woken for the rotary embedding
 
 
@@ -44,16 +43,12 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
     ``2 * tile.rows`` flops for each key it loads; the keys are transposed once for all tiles.
     """
     heads, groups, d, half = a.heads, a.kv_heads, a.head_dim, a.half
-    lanes = next(n for n in (tile.lanes, 8, 4, 2, 1) if n <= tile.lanes and d % n == 0)
-    vectors, parts, high = _KEYS // tile.lanes, d // lanes, tile.rows
-    wide = tile.lanes
-    at_once = next(n for n in (tile.vectors, 3, 2, 1) if n <= tile.vectors and parts % n == 0)  # vectors of the output at a time
+    high, shared, attend = tile.rows, a.heads // a.kv_heads, flash(d, tile)
     width = (heads + 2 * groups if a.packed else heads) * d
     kv_width = width if a.packed else groups * d
     key_at, value_at = (heads * d, (heads + groups) * d) if a.packed else (0, 0)
     table = max(half, 1)
-    scale, softcap, window, interleaved, capped = a.scale, a.softcap, a.window, a.interleaved, a.softcap > 0
-    scores_of, values_of = product(wide), product(lanes)
+    scale, softcap, window, interleaved = a.scale, a.softcap, a.window, a.interleaved
 
     def angle(i: Any) -> Any:
         return i // 2 if interleaved else T.if_then_else(i < half, i, i - half)
@@ -65,12 +60,6 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
 
     def first(i: Any) -> Any:
         return i % 2 == 0 if interleaved else i < half
-
-    def visible(key: Any, position: Any) -> Any:
-        return T.And(key <= position, key > position - window) if window else key <= position
-
-    def first_block(position: Any) -> Any:
-        return T.max(position - window + 1, T.int64(0)) // _KEYS if window else T.int64(0)
 
     @T.macro
     def rotate(target, source, cos, sin, position):
@@ -100,100 +89,35 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
             for i in range(d):
                 value_cache[b, g, past[b] + s, i] = v[b, s, value_at + g * d + i]
 
+    def adjust(position: Any) -> Any:
+        def adjusted(score: Any, _m: Any, key: Any) -> Any:
+            score = score * T.float32(scale)
+            if softcap:
+                score = T.float32(softcap) * tanh(score / T.float32(softcap))
+            seen = T.And(key <= position(_m), key > position(_m) - window) if window else key <= position(_m)
+            return T.if_then_else(seen, score, T.float32(HIDDEN))
+
+        return adjusted
+
+    def first_block(position: Any) -> Any:
+        return T.max(position - window + 1, T.int64(0)) // KEYS if window else T.int64(0)
+
     @T.macro
-    def attend(turned, keys, key_cache, value_cache, past, out, b, h, start, tokens, high, direct):
+    def run(turned, keys, key_cache, value_cache, past, out, b, h, start, tokens, high, direct):
         """The queries start … start + high - 1 of one head."""
-        o = T.alloc_buffer((high, parts, lanes), "float32", scope="local")
-        p = T.alloc_buffer((high, _KEYS), "float32", scope="local")
-        best = T.alloc_buffer((high,), "float32", scope="local")
-        total = T.alloc_buffer((high,), "float32", scope="local")
-        top = T.alloc_buffer((2,), "float32", scope="local")
-        for m in T.unroll(high):
-            best[m] = T.float32(_HIDDEN)
-            total[m] = T.float32(0)
-            for r in T.unroll(parts):
-                for n in T.vectorized(lanes):
-                    o[m, r, n] = T.float32(0)
-        end = T.min(past[b] + start + high, past[b] + tokens)
-        begin = first_block(past[b] + start)
-        for block_ in range((end + _KEYS - 1) // _KEYS - begin):
-            block = begin + block_
-            if direct:
-                for j in range(T.min(T.int64(_KEYS), end - block * _KEYS)):
-                    part = T.alloc_buffer((lanes,), "float32", scope="local")
-                    for n in T.vectorized(lanes):
-                        part[n] = T.float32(0)
-                    for r in T.unroll(parts):
-                        for n in T.vectorized(lanes):
-                            part[n] = part[n] + turned[b, start, h, r * lanes + n] * key_cache[
-                                b, h // (heads // groups), block * _KEYS + j, r * lanes + n]  # fmt: skip
-                    top[0] = part[0]
-                    for n in T.unroll(lanes - 1):
-                        top[0] = top[0] + part[n + 1]
-                    p[0, j] = top[0]
-            else:
-                acc = T.alloc_buffer((high, vectors, wide), "float32", scope="local")
-                for m in T.unroll(high):
-                    for r in T.unroll(vectors):
-                        for n in T.vectorized(wide):
-                            acc[m, r, n] = T.float32(0)
-                scores_of(
-                    acc,
-                    lambda m, i: turned[b, T.min(start + m, tokens - 1), h, i],
-                    lambda i, r, n: keys[b, h // (heads // groups), block, i, r * wide + n],
-                    d,
-                    high,
-                    vectors,
-                )
-                for m in T.unroll(high):
-                    for r in T.unroll(vectors):
-                        for n in T.vectorized(wide):
-                            p[m, r * wide + n] = acc[m, r, n]
-            for m in range(high):
-                position = past[b] + T.min(start + m, tokens - 1)
-                for j in T.vectorized(_KEYS):
-                    p[m, j] = p[m, j] * T.float32(scale)
-                if capped:
-                    for j in T.vectorized(_KEYS):
-                        p[m, j] = T.float32(softcap) * tanh(p[m, j] / T.float32(softcap))
-                for j in T.vectorized(_KEYS):
-                    p[m, j] = T.if_then_else(visible(block * _KEYS + j, position), p[m, j], T.float32(_HIDDEN))
-                top[0] = best[m]
-                for j in range(_KEYS):
-                    top[0] = T.if_then_else(p[m, j] <= top[0], top[0], p[m, j])  # NaN wins
-                top[1] = exp(best[m] - top[0])
-                best[m] = top[0]
-                for j in T.vectorized(_KEYS):
-                    p[m, j] = exp(p[m, j] - top[0])
-                total[m] = total[m] * top[1]
-                for j in range(_KEYS):
-                    total[m] = total[m] + p[m, j]
-                for r in range(parts):
-                    for n in T.vectorized(lanes):
-                        o[m, r, n] = o[m, r, n] * top[1]
-            for c in range(parts // at_once):
-                sums = T.alloc_buffer((high, at_once, lanes), "float32", scope="local")
-                for m in T.unroll(high):
-                    for r in T.unroll(at_once):
-                        for n in T.vectorized(lanes):
-                            sums[m, r, n] = o[m, c * at_once + r, n]
-                values_of(
-                    sums,
-                    lambda m, j: p[m, j],
-                    lambda j, r, n: value_cache[b, h // (heads // groups), block * _KEYS + j, (c * at_once + r) * lanes + n],
-                    T.min(T.int64(_KEYS), end - block * _KEYS),
-                    high,
-                    at_once,
-                )
-                for m in T.unroll(high):
-                    for r in T.unroll(at_once):
-                        for n in T.vectorized(lanes):
-                            o[m, c * at_once + r, n] = sums[m, r, n]
-        for m in T.unroll(high):
-            if start + m < tokens:
-                for r in range(parts):
-                    for n in T.vectorized(lanes):
-                        out[b, start + m, h * d + r * lanes + n] = o[m, r, n] / total[m]
+        attend(
+            lambda m, i: turned[b, T.min(start + m, tokens - 1), h, i],
+            lambda j, i: key_cache[b, h // shared, j, i],
+            lambda block, i, j: keys[b, h // shared, block, i, j],
+            lambda j, i: value_cache[b, h // shared, j, i],
+            adjust(lambda m: past[b] + T.min(start + m, tokens - 1)),
+            lambda m: start + m < tokens,
+            lambda m, i, value: T.buffer_store(out, value, [b, start + m, h * d + i]),
+            first_block(past[b] + start),
+            T.min(past[b] + start + high, past[b] + tokens),
+            high,
+            direct,
+        )
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
@@ -223,17 +147,17 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
                 enter(q, k, v, cos, sin, past, key_cache, value_cache, turned, t // tokens, t % tokens)
         if tokens == 1:
             for t in T.parallel(batch * heads):
-                attend(turned, turned, key_cache, value_cache, past, out, t // heads, t % heads, T.int64(0), tokens, 1, True)
+                run(turned, turned, key_cache, value_cache, past, out, t // heads, t % heads, T.int64(0), tokens, 1, True)
         else:
-            keys = T.alloc_buffer((batch, T.int64(groups), (capacity + _KEYS - 1) // _KEYS, T.int64(d), T.int64(_KEYS)), "float32")
+            keys = T.alloc_buffer((batch, T.int64(groups), (capacity + KEYS - 1) // KEYS, T.int64(d), T.int64(KEYS)), "float32")
             for t in T.parallel(batch * groups):
-                for block in range((past[t // groups] + tokens + _KEYS - 1) // _KEYS):
+                for block in range((past[t // groups] + tokens + KEYS - 1) // KEYS):
                     for i in range(d):
-                        for j in range(_KEYS):
+                        for j in range(KEYS):
                             keys[t // groups, t % groups, block, i, j] = key_cache[
-                                t // groups, t % groups, T.min(block * _KEYS + j, past[t // groups] + tokens - 1), i]  # fmt: skip
+                                t // groups, t % groups, T.min(block * KEYS + j, past[t // groups] + tokens - 1), i]  # fmt: skip
             for t in T.parallel(batch * ((tokens + high - 1) // high) * heads):
-                attend(
+                run(
                     turned, keys, key_cache, value_cache, past, out, t // (((tokens + high - 1) // high) * heads), t % heads,
                     t // heads % ((tokens + high - 1) // high) * high, tokens, high, False,
                 )  # fmt: skip
