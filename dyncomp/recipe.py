@@ -39,6 +39,9 @@ class Recipe(BaseModel):
         Raises:
             RequestError: an unknown pass or option.
         """
+        for option, value in (("active", active), ("experts", experts)):
+            if value is not None and f"{{{option}}}" not in self.passes and self.passes:
+                raise RequestError(f"the recipe {self.name!r} fixes what --{option} says", hint=f"leave out --{option}: {self.passes}")
         spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(experts or self.experts))
         spec = spec.replace("{shared}", str((experts or self.experts) // 4))
         passes = parse_passes(spec)
@@ -53,13 +56,33 @@ class Recipe(BaseModel):
         return [*passes, PRECISIONS[quantize]]
 
 
+_UNBIASED = "fit-router{active={active} gates=topk bias=false}, refit-down{bias=false}"
+
+
+def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "") -> Recipe:
+    """Experts in the numbers of a system people know: ``k`` of ``experts`` run, ``shared`` of them for every token."""
+    carve = f"carve-experts{{experts={experts} shared={shared} keep-dense={keep_dense}}}"
+    return Recipe(name=name, passes=f"{carve}, fit-router{{gates=topk k={k} bias=false}}, refit-down{{bias=false}}")
+
+
 RECIPES = {
-    "experts": Recipe(name="experts", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active}}, refit-down"),
-    "experts-topk": Recipe(
-        name="experts-topk", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down"
-    ),
-    "dense": Recipe(name="dense", passes=""),
-    "static": Recipe(name="static", passes="prune-static{active={active}}"),
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="experts", passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active}}, refit-down"),
+        Recipe(
+            name="experts-topk",
+            passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down",
+        ),
+        Recipe(name="dense", passes=""),
+        Recipe(name="static", passes="prune-static{active={active}}"),
+        # What checkpoints of stock architectures can hold (`dyncomp export --backend hf`): top-k, no biases.
+        Recipe(name="granite-moe", passes="carve-experts{experts={experts} shared={shared} keep-dense=}, " + _UNBIASED),
+        Recipe(name="qwen-moe", passes="carve-experts{experts={experts} shared={shared}}, " + _UNBIASED),
+        _preset("mixtral-8x2", experts=8, k=2),
+        _preset("gpt4-16x2", experts=16, k=2),
+        _preset("qwen-moe-64x8", experts=64, shared=4, k=8),
+        _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0"),
+    )
 }
 DEFAULT = "experts"
 

@@ -39,6 +39,11 @@ class FitRouter(LayerwisePass):
     """What is regressed: ``energy`` (its logarithm) or ``norm`` of an expert's output."""
     ridge: float = 1e-2
     """Regularisation, as a fraction of the mean diagonal of XᵀX."""
+    k: int = 0
+    """With ``topk``: how many experts each token runs, shared ones included, whatever ``active`` says; 0 is what ``active`` gives."""
+    bias: bool = True
+    """With ``topk``: false fits scores without a bias, by each expert's energy beside the token's mean over experts: most servers'
+    routers have none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= 1:
@@ -47,8 +52,19 @@ class FitRouter(LayerwisePass):
             raise RequestError(f"fit-router: unknown gates {self.gates!r}", hint="use threshold or topk")
         if self.target not in ("energy", "norm"):
             raise RequestError(f"fit-router: unknown target {self.target!r}", hint="use energy or norm")
+        if self.gates == "threshold" and (self.k or not self.bias):
+            raise RequestError("fit-router: k and bias=false are for gates=topk; a threshold is a bias", hint="add gates=topk")
 
     def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
+        if self.k:
+            for region in find_routed(graph):
+                shared = routing_facts(graph, region.name).get("shared", 0)
+                if not shared < self.k <= region.experts:
+                    raise RequestError(
+                        f"fit-router: k={self.k} of {region.experts} experts, {shared} of them shared", hint="shared < k <= experts"
+                    )
+                routing_facts(graph, region.name)["active"] = self.k / region.experts
+            return {"k": self.k}
         share = active_share(graph, self.active, who=self.name)
         for region in find_routed(graph):
             routing_facts(graph, region.name)["active"] = share
@@ -56,7 +72,7 @@ class FitRouter(LayerwisePass):
 
     def visit(self, graph: Graph, layer: Layer) -> None:
         view = layer.view
-        weight, bias = _fit(layer, self.target, self.ridge)
+        weight, bias = _fit(layer, self.target, self.ridge, bias=self.bias)
         weight[view.shared], bias[view.shared] = 0, 1
         if self.gates == "topk":
             bias[view.shared] = 1e4  # above every score, so that top-k takes them first
@@ -67,7 +83,7 @@ class FitRouter(LayerwisePass):
             set_threshold(graph, layer)
 
 
-def _fit(layer: Layer, target: str, ridge: float) -> tuple[Tensor, Tensor]:
+def _fit(layer: Layer, target: str, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor]:
     """Ridge regression of what each expert gives on x: (weight [E, d], bias [E])."""
     view = layer.view
     gram = view.w_down.transpose(1, 2) @ view.w_down  # [E, F, F]: ||W h||² = hᵀ (WᵀW) h, cheaper than W h when F < d
@@ -78,6 +94,9 @@ def _fit(layer: Layer, target: str, ridge: float) -> tuple[Tensor, Tensor]:
     floor = 1e-3 * torch.stack([e.mean() for e in energies]).mean()
     problem = LeastSquares(view.d_model, view.experts)
     for x, energy in zip(layer.inputs, energies, strict=True):
-        problem.add(x.reshape(-1, view.d_model), (energy + floor).log() if target == "energy" else energy.sqrt())
-    weight, bias = problem.solve(ridge)
-    return weight.T.contiguous(), bias
+        wanted = (energy + floor).log() if target == "energy" else energy.sqrt()
+        if not bias:  # the order of a token's experts is all that counts: what they have in common need not be explained
+            wanted = wanted - wanted[:, ~view.shared].mean(1, keepdim=True)
+        problem.add(x.reshape(-1, view.d_model), wanted)
+    weight, constant = problem.solve(ridge, bias=bias)
+    return weight.T.contiguous(), constant

@@ -30,9 +30,16 @@ class LeastSquares:
         self.rows += len(a)
         self.gram[-1, -1] = self.rows
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """(X [columns, targets], bias [targets]); λ is ``ridge`` times the mean diagonal of AᵀA, the bias is not penalised."""
+    def solve(self, ridge: float, *, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """(X [columns, targets], bias [targets]); λ is ``ridge`` times the mean diagonal of AᵀA, the bias is not penalised.
+
+        Args:
+            bias: whether there may be one; without, it comes back as zeros and X is the best there is without it.
+        """
         gram = self.gram.double()
         gram.diagonal()[:-1] += ridge * gram.diagonal()[:-1].mean()
+        if not bias:
+            solution = torch.linalg.solve(gram[:-1, :-1], self.cross[:-1].double()).float()
+            return solution, torch.zeros(solution.shape[1])
         solution = torch.linalg.solve(gram, self.cross.double()).float()
         return solution[:-1], solution[-1]

@@ -35,6 +35,8 @@ class RefitDown(LayerwisePass):
     follow_dense: float = 0.5
     """0 aims at what this FFN gives with every expert on; 1 at the dense model's residual stream, so that a layer also makes
     good for what the layers before it lost (the asymmetric target of GPTAQ, 2504.02692); between them, a blend."""
+    bias: bool = True
+    """Whether b may be added; servers' mixtures of experts have no place for one."""
 
     @property
     def follows_dense(self) -> bool:
@@ -44,10 +46,10 @@ class RefitDown(LayerwisePass):
         if layer.view.gates.target is torch.ops.dyncomp.threshold_gates.default:
             set_threshold(graph, layer)
             layer.view = ExpertView(graph, layer.view.region)
-        _refit(graph, layer, self.ridge, self.follow_dense)
+        _refit(graph, layer, self.ridge, self.follow_dense, bias=self.bias)
 
 
-def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
+def _refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool) -> None:
     view = layer.view
     down = view.w_down.permute(0, 2, 1).flatten(0, 1)  # [E * F, d_out]
     problem = LeastSquares(down.shape[0], view.d_out)
@@ -60,10 +62,11 @@ def _refit(graph: Graph, layer: Layer, ridge: float, follow: float) -> None:
         if blend > 0 and layer.wanted is not None:
             missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
         problem.add(active, missing)
-    delta, bias = problem.solve(ridge)
+    delta, constant_change = problem.solve(ridge, bias=bias)
     experts = (down + delta).unflatten(0, (view.experts, -1)).transpose(1, 2).contiguous()
     graph.add_tensor(view.region.w_down, experts)
-    add_bias(graph, view, bias)
+    if bias:
+        add_bias(graph, view, constant_change)
 
 
 def add_bias(graph: Graph, view: ExpertView, bias: Tensor) -> None:

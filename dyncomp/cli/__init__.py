@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "Show a model's regions or graph, or what a bundle rewrote.",
     "evaluate": "Quality of a bundle beside its dense model, on any text.",
     "run": "Generate text (or embeddings) with a bundle.",
+    "export": "A bundle as a checkpoint that other programs load.",
     "bench": "Speed of a bundle beside its dense model, in one run.",
 }
 

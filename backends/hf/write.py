@@ -1,0 +1,66 @@
+"""Writing a checkpoint that ``from_pretrained`` of a stock class loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from dyncomp.backends.hf.architectures import ARCHITECTURES, TOPK, Architecture
+from dyncomp.backends.hf.shape import Shape, shape_of
+from dyncomp.backends.hf.tensors import configuration, tensors
+
+from dyncomp.errors import BackendError, RequestError
+from dyncomp.graph import Graph
+from dyncomp.models.extras import quiet
+from dyncomp.regions.decoder import Decoder, find_decoder
+from dyncomp.regions.refusal import Refusal
+
+SHARD = "4GB"
+
+
+def explain(graph: Graph) -> tuple[Decoder | None, Shape | None, dict[str, list[str]]]:
+    """The decoder that a graph is, its shape, and for each architecture why it cannot hold it (nothing when it can)."""
+    decoder = find_decoder(graph)
+    if isinstance(decoder, Refusal):
+        return None, None, {name: [f"{decoder.where}: {decoder.reason}"] for name in ARCHITECTURES}
+    shape, problems = shape_of(decoder)
+    if shape is None:
+        return decoder, None, {name: problems if a.routed else ["it has no experts, the model has"] for name, a in ARCHITECTURES.items()}
+    return decoder, shape, {name: [*problems, *a.reasons(shape)] for name, a in ARCHITECTURES.items()}
+
+
+def choose(graph: Graph, name: str) -> tuple[Architecture, Decoder, Shape]:
+    """The architecture of that name, or the first that fits for ``auto``.
+
+    Raises:
+        RequestError: there is no such architecture.
+        BackendError: it cannot hold the model, or none can; says why.
+    """
+    if name != "auto" and name not in ARCHITECTURES:
+        raise RequestError(f"hf: there is no architecture {name!r}", hint=f"architectures: auto, {', '.join(ARCHITECTURES)}")
+    decoder, shape, reasons = explain(graph)
+    wanted = list(ARCHITECTURES) if name == "auto" else [name]
+    for candidate in wanted:
+        if not reasons[candidate] and decoder is not None and shape is not None:
+            return ARCHITECTURES[candidate], decoder, shape
+    lines = "".join(f"\n  {candidate}: {'; '.join(reasons[candidate])}" for candidate in wanted)
+    raise BackendError(f"hf: no architecture of transformers holds this model:{lines}", hint=TOPK)
+
+
+def write(
+    decoder: Decoder, shape: Shape, architecture: Architecture, folder: Path, *, source: dict[str, Any], temper: int, dtype: torch.dtype
+) -> None:
+    """Write configuration, generation configuration and weights (sharded above :data:`SHARD`) into ``folder``.
+
+    The stock class writes them itself, in the layout its published checkpoints have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = configuration(architecture, decoder, shape, source, dtype)
+    with quiet():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.load_state_dict(tensors(architecture, decoder, shape, temper, dtype), strict=True, assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder, max_shard_size=SHARD)

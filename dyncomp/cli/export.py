@@ -1,0 +1,49 @@
+"""``dyncomp export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dyncomp.cli import options
+
+
+@click.command("export")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--backend", default="hf", show_default=True, help="hf (a checkpoint that stock classes of transformers load).")
+@click.option("--architecture", default="auto", show_default=True, help="Of the checkpoint; auto is the first that can hold the model.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the checkpoint's weights: float32 or bfloat16.")
+@click.option("--temper", type=int, help="p of tempered routers, 10 to 14. [default: what suits the architecture]")
+@click.option("--explain", is_flag=True, help="Write nothing; say for each architecture what it cannot express.")
+@options.as_json
+def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choices: Any) -> None:
+    """Write BUNDLE's model in a form that other programs run, and hold it against the graph.
+
+    A checkpoint needs routers that choose the same number of experts for every token, without biases where the architecture has none:
+    the recipes granite-moe and qwen-moe make such models.
+    """
+    from dyncomp.errors import RequestError
+    from dyncomp.export import ExportRequest, export
+    from dyncomp.export import explain as reasons
+
+    if explain:
+        found = reasons(bundle)
+        if json_:
+            options.print_json(found)
+            return
+        for name, why in found.items():
+            click.echo(f"{name}: " + ("; ".join(why) if why else "can hold it"))
+        return
+    if out is None:
+        raise RequestError("there is nowhere to write to", hint="give a folder with -o")
+    record = export(ExportRequest(bundle, out, **choices))
+    if json_:
+        options.print_json(record)
+        return
+    what = " ".join(str(record[key]) for key in ("architecture", "dtype") if key in record)
+    click.echo(f"{out}: {record['backend']} {what}".rstrip())
+    for key, value in record.get("check", {}).items():
+        click.echo(f"  {key.replace('_', ' ')}: {f'{value:.1e}' if isinstance(value, float) else value}")

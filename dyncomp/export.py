@@ -1,0 +1,143 @@
+"""A bundle's model in a form that other programs run, written whole or not at all, and held against the graph before it is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyncomp.bundle import Bundle, disk_errors, open_bundle, versions
+from dyncomp.errors import PassError, RequestError
+from dyncomp.graph import Graph
+from dyncomp.models.extras import require
+from dyncomp.report.card import model_card
+
+RECORD = "dyncomp-export.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TEMPER = range(6, 21)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Args:
+        bundle: a folder that ``dyncomp convert`` wrote.
+        out: the folder to write; absent, empty, or an earlier export.
+        backend: a key of :data:`BACKENDS`.
+        architecture: of the checkpoint; ``auto`` is the first that can hold the model.
+        dtype: of the checkpoint's weights, a key of :data:`DTYPES`.
+        temper: p of the tempered routers (see :mod:`dyncomp.backends.hf.architectures`); None is what suits the architecture.
+    """
+
+    bundle: Path
+    out: Path
+    backend: str = "hf"
+    architecture: str = "auto"
+    dtype: str = "float32"
+    temper: int | None = None
+
+    def validate(self) -> None:
+        """Raises:
+        RequestError: an option is out of range, or the destination is taken.
+        """
+        if self.backend not in BACKENDS:
+            raise RequestError(f"unknown backend {self.backend!r}", hint=f"backends: {', '.join(BACKENDS)}")
+        if self.dtype not in DTYPES:
+            raise RequestError(
+                f"--dtype {self.dtype} is not supported", hint=f"one of {', '.join(DTYPES)}; tempered routers vanish in float16"
+            )
+        if self.temper is not None and self.temper not in TEMPER:
+            raise RequestError(f"--temper {self.temper} is not between {TEMPER[0]} and {TEMPER[-1]}", hint="10 to 14 are good values")
+        check_destination(self.out)
+
+
+def check_destination(out: Path) -> None:
+    """Raises:
+    RequestError: ``out`` holds something that is no earlier export, or its parent does not exist.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file()):
+        raise RequestError(f"{out} exists and is not an earlier export", hint="give another folder with -o")
+    if not out.absolute().parent.is_dir():
+        raise RequestError(f"the folder {out.absolute().parent} does not exist", hint="make it first")
+
+
+def export(request: ExportRequest) -> dict[str, Any]:
+    """Export a bundle; returns what was written and how far it is from the graph.
+
+    Raises:
+        BackendError: the format cannot hold the model; says why.
+        PassError: what was written does not compute what the graph does; nothing is kept.
+    """
+    request.validate()
+    opened = open_bundle(request.bundle)
+    with disk_errors(request.out), _beside(request.out) as folder:
+        record = {"backend": request.backend, **BACKENDS[request.backend](request, opened, opened.graph(), folder)}
+        record |= {"source": opened.manifest.source.name, "passes": [p.spec for p in opened.manifest.passes], "versions": versions()}
+        (folder / "README.md").write_text(model_card(opened.report(), record))
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` when all went well."""
+    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        if out.exists():
+            out.rename(old)
+        part.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+# ---- checkpoints of transformers -----------------------------------------------------------------------------------
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
+"""Largest relative error of a checkpoint's logits, median over positions; in bfloat16 every weight is rounded to 8 bits."""
+
+
+def _hf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    require("transformers", needed_for="exporting a checkpoint")
+    from dyncomp.backends.hf.check import compare
+    from dyncomp.backends.hf.write import choose, write
+
+    architecture, decoder, shape = choose(graph, request.architecture)
+    temper = architecture.temper if request.temper is None else request.temper
+    write(decoder, shape, architecture, folder, source=opened.manifest.source.config, temper=temper, dtype=DTYPES[request.dtype])
+    tokenizer = opened.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    found = compare(graph, folder, tokenizer)
+    allowed = TOLERANCE[request.dtype]
+    if not found["median_error"] <= allowed:
+        raise PassError(
+            f"the {architecture.name} checkpoint's logits differ from the graph's by {found['median_error']:.1e} (relative, median); "
+            f"allowed {allowed:g}",
+            hint="if --temper was given, try one nearer to 12; otherwise this is a defect: please report the model and the recipe",
+        )
+    routed = {"temper": temper} if shape.routing is not None else {}
+    return {"architecture": architecture.name, "dtype": request.dtype, **routed, "check": found}
+
+
+BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf}
+"""Name -> writes a bundle's graph into a folder, checks it, and returns facts for the record."""
+
+
+def explain(bundle: Path) -> dict[str, list[str]]:
+    """For each architecture of a checkpoint why it cannot hold a bundle's model; nothing when it can."""
+    require("transformers", needed_for="exporting a checkpoint")
+    from dyncomp.backends.hf.write import explain as reasons
+
+    return reasons(open_bundle(bundle).graph())[2]

@@ -1,0 +1,60 @@
+"""The router of a routed FFN, where it is one linear layer and the same number of experts for every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+from dyncomp.regions.linear import NO_OPS, aten, constant
+from dyncomp.regions.routed import RoutedFFN
+
+
+@dataclass(frozen=True)
+class TopK:
+    """``gates = 1`` for the ``shared`` first experts and for the ``k`` of the others that score highest, ``scores = x Wᵀ + b``.
+
+    Attributes:
+        weight: [E - shared, d]. bias: [E - shared], or None where it does not change the order of the experts.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    k: int
+    shared: int
+
+
+def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
+    """The router of a region, or why it is none of this kind."""
+    gates = region.gates
+    if gates.target is torch.ops.dyncomp.threshold_gates.default:
+        return "how many experts run depends on the token (threshold gates)"
+    if gates.target is not torch.ops.dyncomp.topk_gates.default:
+        return f"its gates are not the k highest scores, but come from {gates.name}"
+    scores, k = gates.args
+    assert isinstance(scores, fx.Node)
+    assert isinstance(k, int)
+    if scores.target is not aten.linear.default or _source(scores.args[0]) is not _source(region.input):
+        return "its scores are not one linear layer of the FFN's input"
+    found = [constant(graph, argument) for argument in scores.args[1:]]
+    if None in found:
+        return "its router's weights are computed"
+    weight, *rest = (graph.tensor(name).detach() for name, _ in found)  # type: ignore[misc]
+    bias = rest[0] if rest else torch.zeros(len(weight))
+    # Shared experts score the same for every token, and more than any other can: see fit-router.
+    always = ~weight.any(1) & (bias >= 1e3)
+    shared = int(always.sum())
+    if shared and not bool(always[:shared].all()):
+        return "its shared experts are not the first ones"
+    if not shared < k:
+        return f"every token runs {k} experts, and {shared} of them are shared: there is nothing to route"
+    routed = bias[shared:]
+    return TopK(weight[shared:], None if bool((routed == routed[0]).all()) else routed, k - shared, shared)
+
+
+def _source(node: object) -> object:
+    while isinstance(node, fx.Node) and node.target in NO_OPS:
+        node = node.args[0]
+    return node

@@ -1,0 +1,175 @@
+"""Exports: stock programs load what is written and compute what the graph computes; what a format cannot hold is said."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import dyncomp.backends.hf.write
+import dyncomp.passes  # registers the passes
+import pytest
+import torch
+from dyncomp.backends.hf.architectures import ARCHITECTURES
+from dyncomp.backends.hf.check import compare
+from dyncomp.backends.hf.write import choose, explain, write
+from tiny import VOCAB, trace_tiny
+
+from dyncomp import bundle
+from dyncomp.bundle import Manifest, Source
+from dyncomp.calibrate import Calibration, calibrate
+from dyncomp.errors import BackendError, PassError, RequestError
+from dyncomp.export import ExportRequest, export
+from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.regions import find_regions
+from dyncomp.regions.decoder import Decoder, find_decoder
+
+SHARED = "carve-experts{experts=8 shared=2 keep-dense=}, fit-router{gates=topk k=4 bias=false}, refit-down{bias=false}"
+UNSHARED = "carve-experts{experts=8 keep-dense=}, fit-router{gates=topk k=3 bias=false}, refit-down{bias=false}"
+FIRST_DENSE = "carve-experts{experts=8 shared=2}, fit-router{gates=topk k=4}, refit-down{bias=false}"
+THRESHOLDS = "carve-experts{experts=8}, fit-router{active=75%}, refit-down"
+
+
+@functools.cache
+def converted(name: str, passes: str) -> Graph:
+    """A tiny model after some passes, calibrated on random tokens."""
+    graph, dense = trace_tiny(name), trace_tiny(name)
+    batches = [{"input_ids": torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    calibration = Calibration(batches, name)
+    calibrate(dense, find_regions(dense).ffns, calibration)
+    Pipeline(parse_passes(passes)).run(graph, Context(calibration, dense=dense))
+    return graph
+
+
+def written(graph: Graph, architecture: str, folder: Path, temper: int | None = None) -> dict:
+    found, decoder, shape = choose(graph, architecture)
+    temper = found.temper if temper is None else temper
+    write(decoder, shape, found, folder, source={}, temper=temper, dtype=torch.float32)
+    return compare(graph, folder, None)
+
+
+CASES = [
+    ("llama", SHARED, "granite-moe"), ("llama", FIRST_DENSE, "glm4-moe"), ("llama", SHARED, "qwen2-moe"),
+    ("qwen3", UNSHARED, "qwen3-moe"), ("llama", UNSHARED, "mixtral"), ("llama", UNSHARED, "granite-moe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "passes", "architecture"), CASES)
+def test_stock_classes_load_experts_and_write_the_same_text(model: str, passes: str, architecture: str, tmp_path) -> None:
+    graph = converted(model, passes)
+    found = written(graph, architecture, tmp_path)
+    assert found["class"].lower().startswith(ARCHITECTURES[architecture].model_type.replace("_", ""))
+    assert found["median_error"] < 2e-3
+    if architecture == "granite-moe":  # chooses by scores, not by probabilities: no ties
+        assert found["relative_error"] < 2e-4
+        assert found["greedy_equal"] == found["greedy_tokens"] > 40
+
+
+@pytest.mark.parametrize(("model", "passes", "architecture"), CASES[:2])
+def test_a_colder_router_is_closer(model: str, passes: str, architecture: str, tmp_path) -> None:
+    early, late = (written(converted(model, passes), architecture, tmp_path / str(p), p)["median_error"] for p in (8, 14))
+    assert late < 2e-4
+    assert early > 8 * late
+
+
+@pytest.mark.parametrize(
+    ("model", "passes", "class_name"),
+    [
+        ("llama", "", "LlamaForCausalLM"), ("qwen2", "", "Qwen2ForCausalLM"), ("qwen3", "", "Qwen3ForCausalLM"),
+        ("llama", "prune-static{active=50% keep-dense=}", "LlamaForCausalLM"), ("llama", "quantize", "LlamaForCausalLM"),
+    ],
+)  # fmt: skip
+def test_what_is_not_routed_is_a_stock_dense_model(model: str, passes: str, class_name: str, tmp_path) -> None:
+    found = written(converted(model, passes), "auto", tmp_path)
+    assert found["class"] == class_name
+    assert found["relative_error"] < 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mlp_bias" if "prune" in passes else "rms_norm_eps"]
+    assert "prune" not in passes or config["intermediate_size"] == 32
+
+
+def test_what_an_architecture_cannot_hold_is_said() -> None:
+    _, _, first = explain(converted("llama", FIRST_DENSE))
+    assert "router has no bias" in first["granite-moe"][0]
+    assert "every layer has experts" in first["granite-moe"][1]
+    assert first["glm4-moe"] == []
+    assert any("no shared experts" in reason for reason in first["mixtral"])
+    assert "threshold gates" in explain(converted("llama", THRESHOLDS))[2]["granite-moe"][0]
+    assert any(
+        "no biases" in r for r in explain(converted("llama", SHARED.replace("refit-down{bias=false}", "refit-down")))[2]["qwen2-moe"]
+    )
+    widths = explain(converted("llama", "prune-static{active=75%}"))[2]["llama"]
+    assert any("widths" in reason and "keep-dense" in reason for reason in widths)
+    with pytest.raises(BackendError, match="threshold gates") as error:
+        choose(converted("llama", THRESHOLDS), "auto")
+    assert "granite-moe" in str(error.value)
+    with pytest.raises(RequestError, match="no architecture 'gpt5'"):
+        choose(trace_tiny("llama"), "gpt5")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma2", "what follows the embedding is no layer"), ("phi3", "found slice"), ("gptj", "parallel"),
+        ("bert", "not token ids alone"),
+    ],
+)  # fmt: skip
+def test_other_decoders_are_refused_by_what_they_do(name: str, reason: str) -> None:
+    found = find_decoder(trace_tiny(name))
+    assert not isinstance(found, Decoder)
+    assert reason in found.reason
+
+
+def make_bundle(folder: Path, graph: Graph) -> Path:
+    part = folder / "made.part"
+    part.mkdir()
+    report = {"versions": {"dyncomp": "x"}, "quality": {"held out": {"perplexity": {"dense": 10.0, "converted": 12.5, "windows": 2}}}}
+    bundle.save_bundle_files(part, graph, None, report)
+    source = Source(name="tiny", kind="factory", task="causal-lm", fingerprint="f", context_length=64, output_name="logits", config={})
+    bundle.seal(part, folder / "made", Manifest(source=source, recipe="none", passes=[], refusals=[], versions={}))
+    return folder / "made"
+
+
+def test_an_export_is_whole_with_a_card_or_not_there(tmp_path, monkeypatch) -> None:
+    made, out = make_bundle(tmp_path, converted("llama", SHARED)), tmp_path / "out"
+    record = export(ExportRequest(made, out))
+    assert record["architecture"] == "granite-moe"
+    assert record["temper"] == 14
+    assert record["check"]["relative_error"] < 2e-4
+    card = (out / "README.md").read_text()
+    assert "| held out | 10.00 | 12.50 |" in card
+    assert "GraniteMoeSharedForCausalLM" in card
+    assert json.loads((out / "dyncomp-export.json").read_text())["check"] == record["check"]
+    before = sorted(f.name for f in out.iterdir())
+    monkeypatch.setattr(dyncomp.backends.hf.write, "tensors", spoiled(dyncomp.backends.hf.write.tensors))
+    with pytest.raises(PassError, match="logits differ from the graph's"):
+        export(ExportRequest(made, out))
+    assert sorted(f.name for f in out.iterdir()) == before
+    assert not list(tmp_path.glob("out.*"))
+
+
+def spoiled(tensors):
+    """``tensors`` with the rows of one router in another order: what a wrong mapping would be."""
+
+    def wrong(architecture, decoder, shape, temper, dtype):
+        found = tensors(architecture, decoder, shape, temper, dtype)
+        name = f"model.layers.1.{architecture.router}"
+        return found | {name: found[name].flip(0).contiguous()}
+
+    return wrong
+
+
+def test_requests_that_cannot_be_served_are_named(tmp_path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("years of work")
+    for options, words in (
+        ({"out": taken}, "not an earlier export"),
+        ({"dtype": "float16"}, "float16"),
+        ({"temper": 40}, "--temper 40"),
+        ({"backend": "tarot"}, "unknown backend"),
+        ({"out": tmp_path / "a" / "b"}, "does not exist"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            ExportRequest(**{"bundle": tmp_path, "out": tmp_path / "new", **options}).validate()
