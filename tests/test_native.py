@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dyncomp.activations import ACTIVATIONS
 from dyncomp.errors import BackendError
-from dyncomp.ops import cached_attention, rotary, routed_ffn_reference
+from dyncomp.ops import cached_attention, rotary, routed_ffn_reference, threshold_gates, topk_gates
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -282,7 +282,7 @@ class Experts:
         self.down = Quantized(rng, (experts, rows, neurons), bits, block, asymmetric)
         self.bias = rng.standard_normal(self.up.values.shape[:2], np.float32) if biased else None
 
-    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1, **more: Array) -> Array:
+    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1, k: int = 0, **more: Array) -> Array:
         experts, rows, neurons = self.down.values.shape
         code = ACTIVATION_CODES.get(self.activation, 99)
         constants = {**self.up.packed("up_"), "up_bias": self.bias, **self.down.packed("down_")}
@@ -290,6 +290,7 @@ class Experts:
         return native.run(
             "QuantizedFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.values.shape[2],
             neurons=neurons, rows=rows, gated=self.gated, activation=code, bits=self.up.bits, block=self.up.block,
+            k=k,
         )  # fmt: skip
 
     def reference(self, x: Array, gates: Array | None) -> Array:
@@ -364,6 +365,70 @@ def test_a_router_inside_chooses_as_gates_would(native: Native, tokens: int) -> 
     y = ffn.run(native, x, None, 2, router=router, router_bias=bias, down_bias=down)
     assert error(y, ffn.run(native, x, gates) + down).max() < 1e-6
     assert (ffn.run(native, x, None, router=router, router_bias=bias * 0 - 1e9, down_bias=down) == down).all()
+
+
+class Router:
+    """A router whose scores are exact in float32, and no two of which are equal for a token."""
+
+    def __init__(self, rng: np.random.Generator, tokens: int, experts: int, d: int) -> None:
+        self.x = rng.integers(-4, 5, (tokens, d)).astype(np.float32)
+        self.router = rng.integers(-4, 5, (experts, d)).astype(np.float32)
+        self.bias = rng.permutation(experts).astype(np.float32) / experts
+
+    def gates(self, k: int) -> Array:
+        scores = torch.nn.functional.linear(*(torch.from_numpy(a).double() for a in (self.x, self.router, self.bias)))
+        gates = topk_gates(scores, k) if k else threshold_gates(scores)
+        return gates.float().numpy()
+
+    def check(self, native: Native, ffn: Any, k: int, threads: int = 1) -> None:
+        y = ffn.run(native, self.x, None, threads, k, router=self.router, router_bias=self.bias)
+        assert np.array_equal(y, ffn.run(native, self.x, self.gates(k), threads))
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 16), (2, 5), (7, 9), (13, 64), (100, 256)])
+def test_a_router_inside_opens_the_best_as_torch_would(native: Native, tokens: int, experts: int) -> None:
+    rng = np.random.default_rng(experts)
+    ffn, router = Experts(rng, experts=experts, d=64, neurons=32, rows=16), Router(rng, tokens, experts, 64)
+    for k in sorted({0, 1, experts // 4, experts - 1, experts}):
+        router.check(native, ffn, k, threads=2)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_a_router_of_any_shape(best: Native, data: st.DataObject) -> None:
+    rng, experts, d = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(st.integers(1, 40)), 32 * data.draw(st.integers(1, 4))
+    ffn = Experts(rng, experts=experts, d=d, neurons=32, rows=16)
+    Router(rng, data.draw(st.integers(1, 30)), experts, d).check(best, ffn, data.draw(st.integers(0, experts)))
+
+
+def test_equal_scores_open_as_many_experts_the_first_of_them(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x, router = Experts(rng, experts=6), rng.standard_normal((3, 128), np.float32), np.zeros((6, 128), np.float32)
+    for bias, k, opened in [
+        ([0, 0, 0, 0, 0, 0], 4, [0, 1, 2, 3]),
+        ([0, 2, -0.0, 2, 0, 1], 3, [1, 3, 5]),
+        ([-0.0, -1, 0, 5, -0.0, 0], 3, [0, 2, 3]),
+        ([1, np.nan, np.inf, 3, -np.inf, 2], 2, [1, 2]),  # a NaN is the highest, as in torch.topk
+        ([np.nan, 1, np.nan, np.nan, 2, 3], 2, [0, 2]),
+        ([-np.inf] * 6, 1, [0]),
+    ]:
+        gates = np.zeros((3, 6), np.float32)
+        gates[:, opened] = 1
+        y = ffn.run(native, x, None, k=k, router=router, router_bias=np.array(bias, np.float32))
+        assert np.array_equal(y, ffn.run(native, x, gates)), (bias, k)
+
+
+def test_a_score_that_is_no_number_is_not_positive(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x, router = Experts(rng), rng.standard_normal((2, 128), np.float32), np.zeros((3, 128), np.float32)
+    y = ffn.run(native, x, None, router=router, router_bias=np.array([np.nan, 1, -1], np.float32))
+    assert np.array_equal(y, ffn.run(native, x, np.array([[0, 1, 0]] * 2, np.float32)))
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_a_k_that_cannot_be_is_refused(best: Native, k: int) -> None:
+    with pytest.raises(Exception, match="k is negative, or there are not so many experts"):
+        Experts(np.random.default_rng(0)).run(best, np.zeros((2, 128), np.float32), None, k=k)
 
 
 def test_a_router_beside_gates_or_without_bias_is_refused(best: Native) -> None:

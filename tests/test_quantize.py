@@ -20,6 +20,7 @@ from dyncomp.passes.gptq import gptq
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ort import carve
 from tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations, round_activations
 from dyncomp.pipeline import Context, Pass, Pipeline
 from dyncomp.quantized import Quantized, join, pack_nibbles, round_to_nearest, unpack_nibbles
-from dyncomp.regions import find_linears, find_regions
+from dyncomp.regions import find_linears, find_regions, find_routed
 from dyncomp.serialize import load_graph, save_graph
 from dyncomp.trace import trace
 
@@ -281,6 +282,21 @@ def test_routed_experts_in_native_kernels(bits: int, tmp_path: Path) -> None:
     assert lower(graph, tmp_path).operators["dyncomp.QuantizedFFN"] == 2
     entry = parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)
     assert entry["relative_error"] <= 2e-2
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [0, 1])
+def test_routers_in_native_kernels(k: int, tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    carve(graph, 2, k=k)
+    for routed in find_routed(graph):
+        for name in (routed.w_up, routed.w_down):
+            graph.add_quantized(name, round_to_nearest(graph.tensor(name).detach(), 8, 32))
+    graph = cached(graph)
+    operators = lower(graph, tmp_path).operators
+    assert operators["dyncomp.QuantizedFFN"] == 2
+    assert not {"TopK", "OneHot", "Greater"} & operators.keys(), "the router is inside"
+    assert parity(graph, OrtModel(tmp_path, threads=1), good=2e-2)["relative_error"] <= 2e-2
 
 
 @needs_compiler

@@ -163,8 +163,8 @@ def quantized_ffn(
     """``dyncomp.routed_ffn`` on packed weights.
 
     Args:
-        gates: [..., E]; or None: ``router`` (weight [E, d] and bias [E]) opens the experts whose score is positive, and without one
-            every gate is 1.
+        gates: [..., E]; or None: ``router`` (weight [E, d] and bias [E]) opens the experts whose score is positive, or the ``k`` best
+            where that attribute is not 0, and without one every gate is 1.
         up, down: codes, scales, offsets.
     """
     values = dict(attributes)

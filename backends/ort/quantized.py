@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
 from dyncomp.interpret import activation_terms
-from dyncomp.ops import threshold_gates
+from dyncomp.ops import threshold_gates, topk_gates
 from dyncomp.quantized import Quantized, join, pack_nibbles
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
-_THRESHOLD = threshold_gates._opoverload
+_THRESHOLD, _TOPK = threshold_gates._opoverload, topk_gates._opoverload
 _ROWS = 16  # the native layout's tiles
 
 
@@ -95,21 +95,24 @@ def _select_routed(graph: Graph, routed: RoutedFFN) -> None:
     packed = _packed(graph, routed.w_up, up), _packed(graph, routed.w_down, down)
     up_bias = graph.read(routed.b_up) if routed.b_up is not None else None
     down_bias = graph.read(routed.b_down) if routed.b_down is not None else None
-    router = _threshold_router(routed)
+    router, k = _router(routed)
     gates = routed.gates if router == (None, None) else None
     with graph.inserting(before=routed.output, path=routed.name) as b:
-        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes)
+        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, (*attributes, ("k", k)))
     routed.output.replace_all_uses_with(y)
 
 
-def _threshold_router(routed: RoutedFFN) -> tuple[fx.Node | None, fx.Node | None]:
-    """Weight and bias of a linear router whose positive scores open experts, for the operator to compute; or Nones."""
-    scores = routed.gates.args[0] if routed.gates.target is _THRESHOLD else None
+def _router(routed: RoutedFFN) -> tuple[tuple[fx.Node | None, fx.Node | None], int]:
+    """Weight and bias of a linear router for the operator to compute, or Nones; and how many experts it opens, 0 for those of
+    positive scores."""
+    scores = routed.gates.args[0] if routed.gates.target in (_THRESHOLD, _TOPK) else None
     if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
-        return None, None
+        return (None, None), 0
     x, weight, bias = scores.args
-    constant = all(isinstance(n, fx.Node) and n.op == "get_attr" for n in (weight, bias))
-    return (weight, bias) if x is routed.input and constant else (None, None)  # type: ignore[return-value]
+    if x is not routed.input or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in (weight, bias)):
+        return (None, None), 0
+    k = int(routed.gates.args[1]) if routed.gates.target is _TOPK else 0  # type: ignore[arg-type]
+    return (weight, bias), k  # type: ignore[return-value]
 
 
 def _attributes(

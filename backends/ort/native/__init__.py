@@ -7,9 +7,9 @@ Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs
 ``QuantizedFFN(x f32 [.., d], gates f32 [.., E]?, up_codes, up_scales, up_offsets?, up_bias f32 [E, F or 2F]?, down_codes, down_scales,
 down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?) -> f32 [.., d_out]``
     the sum over the experts of ``gate * FFN_e(x)``, like ``dyncomp::routed_ffn``; an expert whose gate is 0 costs nothing. Without
-    gates ``router`` opens the experts whose score is positive, and without a router every gate is 1. With ``experts`` (E), ``columns``
-    (d), ``neurons`` (F, a multiple of the block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``,
-    ``block``.
+    gates ``router`` opens the experts whose score is positive, or with ``k`` > 0 the k of the highest scores (the earlier of equal ones;
+    a NaN is the highest), and without a router every gate is 1. With ``experts`` (E), ``columns`` (d), ``neurons`` (F, a multiple of the
+    block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``, ``block``, and ``k`` (0 when absent).
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?)

@@ -68,6 +68,7 @@ struct OrtApi {
   OrtStatus* KernelContext_GetOutput(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank, OrtValue** out) const {
     return slot<OrtStatus* (*)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, shape, rank, out);
   }
+  void ReleaseStatus(OrtStatus* status) const { slot<void (*)(OrtStatus*)>(93)(status); }
   void ReleaseTensorTypeAndShapeInfo(OrtTensorTypeAndShapeInfo* info) const {
     slot<void (*)(OrtTensorTypeAndShapeInfo*)>(99)(info);
   }

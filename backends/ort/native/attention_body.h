@@ -1,5 +1,4 @@
 // The kernels of attention. Included after kernel_body.h by the file of each instruction set, which has also defined
-//   kRows, kColumns   rows, and vectors of 16 columns, of a matrix product that are computed together: as many as the registers hold sums for
 //   transpose         16 floats of each of 16 rows -> 16 columns
 //   largest           of the 16 floats of a V
 

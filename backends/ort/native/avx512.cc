@@ -32,6 +32,7 @@ inline V load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si25
 inline V to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
 inline float largest(V x) { return _mm512_reduce_max_ps(x); }
+inline float total(V x) { return _mm512_reduce_add_ps(x); }
 inline void transpose(const float* const* rows, int64_t at, float* to, int64_t stride) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {

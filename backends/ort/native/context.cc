@@ -162,6 +162,14 @@ OrtStatus* attribute(const OrtApi& api, const OrtKernelInfo* info, const char* n
   return api.KernelInfoGetAttribute_int64(info, name, out);  // its error names the attribute
 }
 
+int64_t attribute_or(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t absent) {
+  int64_t value = absent;
+  OrtStatus* status = api.KernelInfoGetAttribute_int64(info, name, &value);
+  if (status == nullptr) return value;
+  api.ReleaseStatus(status);
+  return absent;
+}
+
 OrtStatus* check_format(const OrtApi& api, const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t block) {
   char text[128];
   const auto show = [](int64_t x) { return static_cast<long long>(x); };

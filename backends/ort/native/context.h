@@ -73,6 +73,7 @@ void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t to
 
 // An integer attribute, which must be there. Functions that return a status return null when all is well.
 OrtStatus* attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* out);
+int64_t attribute_or(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t absent);
 OrtStatus* check_format(const OrtApi& api, const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t block);
 OrtStatus* error(const OrtApi& api, const char* op, const char* what);
 

@@ -5,6 +5,8 @@
 //   kSplit       whether there is load4_unshifted, whose upper codes are 16 times too large
 //   kOffset8     what Weights8 has subtracted from the codes (0, or 128 where products are of signed numbers)
 //   kTiles, kTokens   tiles of rows and tokens that share a pass over the weights: as many as the registers hold sums for
+//   kRows, kColumns   the same for products of floats: rows, and vectors of 16 columns
+//   total        the sum of the 16 floats of a V
 // No library function is called here: this is compiled with flags that other code must not see.
 
 #include "activations.h"
@@ -223,19 +225,49 @@ void contract(const FfnJob& job, int64_t first, int64_t last) {
   }
 }
 
-void route(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* gates) {
-  for (int64_t e = 0; e < experts; e++) {
-    const float* row = router + e * columns;
-    V even = set(0.0f), odd = set(0.0f);
-    for (int64_t j = 0; j < columns; j += kBlock) {
-      even = fma(load(x + j), load(row + j), even);
-      odd = fma(load(x + j + kTile), load(row + j + kTile), odd);
+// Scores of M tokens for R experts. Each is summed in the same order whatever R and M are: a choice does not depend on what is beside it.
+template <int R, int M>
+void scores_of(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* scores) {
+  V sum[R][M];
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int t = 0; t < M; t++) sum[r][t] = set(0.0f);
+  }
+  const int64_t whole = columns / kTile * kTile;
+  for (int64_t j = 0; j < whole; j += kTile) {
+    V row[R];
+    UNROLL for (int r = 0; r < R; r++) row[r] = load(router + r * columns + j);
+    UNROLL for (int t = 0; t < M; t++) {
+      const V v = load(x + t * columns + j);
+      UNROLL for (int r = 0; r < R; r++) sum[r][t] = fma(v, row[r], sum[r][t]);
     }
-    alignas(64) float parts[kTile];
-    store(parts, even + odd);
-    float score = bias[e];
-    for (int i = 0; i < kTile; i++) score += parts[i];
-    gates[e] = score > 0.0f ? 1.0f : 0.0f;
+  }
+  for (int r = 0; r < R; r++) {
+    for (int t = 0; t < M; t++) {
+      float score = total(sum[r][t]);
+      for (int64_t j = whole; j < columns; j++) score += x[t * columns + j] * router[r * columns + j];
+      scores[t * experts + r] = score + bias[r];
+    }
+  }
+}
+
+void route(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, int64_t tokens, float* scores) {
+  constexpr int R = kColumns, M = kRows, kAlone = 4;  // a token alone needs several sums in flight
+  constexpr int64_t kNear = 2 * M;                    // tokens that stay in the first-level cache while the router passes by
+  for (int64_t from = 0; from < tokens; from += kNear) {
+    const int64_t to = least(from + kNear, tokens);
+    for (int64_t e = 0, r; e < experts; e += r) {
+      r = experts - e >= kAlone ? kAlone : 1;
+      for (int64_t t = from, m; t < to; t += m) {
+        m = to - t >= M ? M : 1;
+        const float* at = x + t * columns;
+        float* out = scores + t * experts;
+        for (int64_t i = 0, n; i < r; i += n) {
+          n = m == 1 ? r : r - i >= R ? R : 1;
+          const auto f = m == 1 ? (n == 1 ? scores_of<1, 1> : scores_of<kAlone, 1>) : n == 1 ? scores_of<1, M> : scores_of<R, M>;
+          f(at, router + (e + i) * columns, bias + e + i, experts, columns, out + e + i);
+        }
+      }
+    }
   }
 }
 

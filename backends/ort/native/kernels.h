@@ -90,8 +90,8 @@ struct Kernels {
   void (*expand)(const FfnJob& job, int64_t expert, int64_t chunk);
   // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
   void (*contract)(const FfnJob& job, int64_t first, int64_t last);
-  // Gates of one token: 1 where router [experts, columns] times x plus bias [experts] is positive, 0 elsewhere.
-  void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, float* gates);
+  // scores [tokens, experts] = x [tokens, columns] times router [experts, columns] plus bias [experts].
+  void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, int64_t tokens, float* scores);
   // One row of a matrix as floats [columns].
   void (*decode)(const Matrix& matrix, int64_t row, float* output);
   // Writes the keys, rotated, and values of the tokens first .. last - 1 (of batch * length) into the caches.

@@ -59,6 +59,11 @@ inline float largest(V x) {
   for (int i = 1; i < kTile; i++) y = x[i] > y ? x[i] : y;
   return y;
 }
+inline float total(V x) {
+  float y = 0.0f;
+  for (int i = 0; i < kTile; i++) y += x[i];
+  return y;
+}
 inline void transpose(const float* const* rows, int64_t at, float* to, int64_t stride) {
   for (int i = 0; i < kTile; i++) {
     for (int j = 0; j < kTile; j++) to[j * stride + i] = rows[i][at + j];
