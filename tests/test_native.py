@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from dyncomp.backends.ort.native import ACTIVATION_CODES, library, pack_codes, pack_scales, unavailable_reason, unpack_codes
+from dyncomp.backends.ort.native import (
+    ACTIVATION_CODES,
+    library,
+    pack_codes,
+    pack_floats,
+    pack_scales,
+    unavailable_reason,
+    unpack_codes,
+)
 from dyncomp.backends.ort.native.build import available
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -367,6 +375,119 @@ def test_a_router_inside_chooses_as_gates_would(native: Native, tokens: int) -> 
     assert (ffn.run(native, x, None, router=router, router_bias=bias * 0 - 1e9, down_bias=down) == down).all()
 
 
+# ---- FloatFFN ----------------------------------------------------------------------------------------------------
+class FloatExperts:
+    """Random experts with float weights, how to run them, and what they should give."""
+
+    def __init__(
+        self, rng: np.random.Generator, *, experts: int = 3, d: int = 100, neurons: int = 72, rows: int = 60, gated: bool = True,
+        activation: str = "silu", biased: bool = False,
+    ) -> None:  # fmt: skip
+        self.gated, self.activation, self.neurons = gated, activation, neurons
+        self.up = rng.standard_normal((experts, neurons * (2 if gated else 1), d), np.float32) / np.float32(d**0.5)
+        self.down = rng.standard_normal((experts, rows, neurons), np.float32) / np.float32(neurons**0.5)
+        self.bias = rng.standard_normal(self.up.shape[:2], np.float32) if biased else None
+
+    def run(self, native: Native, x: Array, gates: Array | None, threads: int = 1, k: int = 0, **more: Array) -> Array:
+        experts, rows, neurons = self.down.shape
+        up = pack_floats(self.up.reshape(experts, -1, neurons, self.up.shape[2]))
+        constants = {"up": up, "up_bias": self.bias, "down": pack_floats(self.down)}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")}
+        return native.run(
+            "FloatFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.shape[2], neurons=neurons,
+            rows=rows, gated=self.gated, activation=ACTIVATION_CODES.get(self.activation, 99), k=k,
+        )  # fmt: skip
+
+    def reference(self, x: Array, gates: Array | None) -> Array:
+        gates = np.ones((len(x), len(self.up))) if gates is None else gates
+        tensors = [torch.from_numpy(np.asarray(a, np.float64)) for a in (x, gates, self.up, self.down)]
+        bias = None if self.bias is None else torch.from_numpy(self.bias.astype(np.float64))
+        return routed_ffn_reference(*tensors[:3], bias, tensors[3], self.activation).numpy()
+
+    def check(self, native: Native, x: Array, gates: Array | None, threads: int = 1) -> None:
+        assert error(self.run(native, x, gates, threads), self.reference(x, gates)).max() < 5e-6
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_float_ffn(native: Native, gated: bool, biased: bool) -> None:
+    rng = np.random.default_rng(0)
+    for tokens, d, neurons, rows in [
+        (1, 576, 96, 576),
+        (1, 5, 3, 1),
+        (2, 33, 17, 40),
+        (7, 16, 64, 100),
+        (13, 300, 65, 31),
+        (120, 260, 40, 72),
+    ]:
+        ffn = FloatExperts(rng, d=d, neurons=neurons, rows=rows, gated=gated, biased=biased)
+        x = rng.standard_normal((tokens, d), np.float32)
+        ffn.check(native, x, random_gates(rng, tokens, 3) if tokens != 2 else None)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_float_ffn_of_any_shape(best: Native, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    sizes = {name: data.draw(st.integers(1, 150)) for name in ("d", "neurons", "rows")}
+    experts, tokens = data.draw(st.integers(1, 6)), data.draw(st.one_of(st.integers(1, 8), st.integers(40, 110)))
+    ffn = FloatExperts(
+        rng, experts=experts, **sizes, gated=data.draw(st.booleans()), activation=data.draw(st.sampled_from(["silu", "gelu", "relu"])),
+        biased=data.draw(st.booleans()),
+    )  # fmt: skip
+    x = rng.standard_normal((tokens, sizes["d"]), np.float32)
+    ffn.check(best, x, random_gates(rng, tokens, experts) if data.draw(st.booleans()) else None, data.draw(st.integers(1, 2)))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_float_ffn_with_each_activation(best: Native, activation: str) -> None:
+    rng = np.random.default_rng(0)
+    FloatExperts(rng, activation=activation, gated=len(activation) % 2 == 0, biased=True).check(
+        best, rng.standard_normal((9, 100), np.float32), None
+    )
+
+
+def test_float_ffn_with_a_router_and_a_bias(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    for tokens in (1, 50):
+        ffn, router, bias = FloatExperts(rng, experts=9), Router(rng, tokens, 9, 100), rng.standard_normal(60, np.float32)
+        for k in (0, 2, 9):
+            y = ffn.run(native, router.x, None, 2, k, router=router.router, router_bias=router.bias, down_bias=bias)
+            assert error(y, ffn.reference(router.x, router.gates(k)) + bias).max() < 5e-6
+        assert (ffn.run(native, router.x, np.zeros((tokens, 9), np.float32), down_bias=bias) == bias).all()
+
+
+def test_float_ffn_threads_and_neighbours_change_nothing(native: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn = FloatExperts(rng, experts=8, rows=200)
+    for tokens in (1, 70):
+        x, gates = rng.standard_normal((tokens, 100), np.float32), random_gates(rng, tokens, 8)
+        y = ffn.run(native, x, gates)
+        assert np.array_equal(ffn.run(native, x, gates, threads=2), y)
+        assert np.array_equal(ffn.run(native, x[None, :1], gates[None, :1]), y[None, :1])
+    x[2], gates[2] = np.nan, 0
+    assert (ffn.run(native, x, gates)[2] == 0).all()
+    assert ffn.run(native, x[:0], gates[:0]).shape == (0, 200)
+
+
+def test_wrong_float_ffns_are_refused(best: Native) -> None:
+    rng = np.random.default_rng(0)
+    ffn, x = FloatExperts(rng), np.zeros((2, 100), np.float32)
+    with pytest.raises(Exception, match="FloatFFN: the input gates has 8 elements; it should have 6"):
+        ffn.run(best, x, np.ones((2, 4), np.float32))
+    with pytest.raises(Exception, match="the last dimension of x is 64; it should be 100"):
+        ffn.run(best, x[:, :64], None)
+    with pytest.raises(Exception, match="a router comes with its bias"):
+        ffn.run(best, x, None, router=np.zeros((3, 100), np.float32))
+    ffn.gated = False
+    with pytest.raises(Exception, match="the input up has 48000 elements; it should have 24000"):
+        ffn.run(best, x, None)
+    ffn.activation = "other"
+    with pytest.raises(Exception, match="the activation has no function of that code"):
+        ffn.run(best, x, None)
+
+
+# ---- routers inside ----------------------------------------------------------------------------------------------
 class Router:
     """A router whose scores are exact in float32, and no two of which are equal for a token."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from dyncomp.backends.ort.decoder import OrtDecoder, decoder_for
 from dyncomp.backends.ort.lower import Lowered, lower
+from dyncomp.backends.ort.native import available
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache
@@ -176,19 +177,28 @@ class Routed(nn.Module):
         return tuple(routed_ffn(x, gates(scores), self.up, self.bias, self.down, self.activation) + x for gates in GATES.values())
 
 
+BACKENDS = [False, pytest.param(True, marks=pytest.mark.skipif(not available(), reason="no C++ compiler here"))]
+
+
+@pytest.mark.parametrize("native", BACKENDS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("activation", "gated", "operator"),
     [("silu", True, True), ("silu", False, True), ("relu", False, True), ("gelu_tanh", False, True), ("quick_gelu", True, True),
      ("gelu", False, False), ("gelu", True, False), ("relu2", False, False), ("mish", True, False)],
 )  # fmt: skip
-def test_routed_ffn(activation: str, gated: bool, operator: bool, bias: bool, tmp_path: Path) -> None:
+def test_routed_ffn(activation: str, gated: bool, operator: bool, bias: bool, native: bool, tmp_path: Path) -> None:
     module = Routed(activation, gated, bias)
     x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))
     graph = trace(module, {"x": x}, {"x": {0: "batch", 1: "sequence"}})
-    lowered = lower(graph, tmp_path)
-    assert lowered.operators.get("com.microsoft.MoE", 0) == (4 if operator else 0), "not for gates that may be negative"
+    lowered = lower(graph, tmp_path, native=native)
+    if native:
+        assert lowered.operators["dyncomp.FloatFFN"] == len(GATES)
+        assert not {"com.microsoft.MoE", "If"} & lowered.operators.keys()
+    else:
+        assert lowered.operators.get("com.microsoft.MoE", 0) == (4 if operator else 0), "not for gates that may be negative"
     model = OrtModel(tmp_path, threads=1)
+    assert model.config["kernels"] == ("dyncomp" if native else "onnxruntime")
     with torch.no_grad():
         expected = dict(zip(graph.outputs, graph(x), strict=True))
     for gates, y in zip(GATES, expected.values(), strict=True):
@@ -198,23 +208,30 @@ def test_routed_ffn(activation: str, gated: bool, operator: bool, bias: bool, tm
             assert_close(torch.as_tensor(actual), expected[name][: part.shape[0], : part.shape[1]], rel=1e-6)
 
 
+@pytest.mark.parametrize("native", BACKENDS)
 @pytest.mark.parametrize(("k", "threshold"), [(2, 0.0), (0, 0.3)])
-def test_routed_decoder(k: int, threshold: float, tmp_path: Path) -> None:
+def test_routed_decoder(k: int, threshold: float, native: bool, tmp_path: Path) -> None:
     """Inside a whole model: alone, the MoE operator hides that it is wrong when it runs in place."""
     graph = _llama16(False).copy()
     assert carve(graph, 8, k=k, threshold=threshold) == 3
     graph = with_cache(graph)
-    lowered = lower(graph, tmp_path)
-    assert lowered.operators["com.microsoft.MoE"] == 3
+    operators = lower(graph, tmp_path, native=native).operators
+    if native:
+        assert (operators["dyncomp.FloatFFN"], operators["dyncomp.CachedAttention"]) == (3, 3)
+        assert not {"TopK", "OneHot", "Greater", "com.microsoft.MoE", "com.microsoft.GroupQueryAttention"} & operators.keys()
+    else:
+        assert (operators["com.microsoft.MoE"], operators["com.microsoft.GroupQueryAttention"]) == (3, 3)
     entry = parity(graph, OrtModel(tmp_path, threads=1))
     assert entry["relative_error"] <= 1e-5
     assert entry["greedy_tokens_equal"] == 1
 
 
-def test_routed_encoder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", BACKENDS)
+def test_routed_encoder(native: bool, tmp_path: Path) -> None:
     graph = trace_tiny("bert")
     assert carve(graph, 8, threshold=0.3) == 2
-    assert lower(graph, tmp_path).operators["If"] == 16
+    operators = lower(graph, tmp_path, native=native).operators
+    assert (operators.get("If", 0), operators.get("dyncomp.FloatFFN", 0)) == ((0, 2) if native else (16, 0))
     model = OrtModel(tmp_path, threads=1)
     for batch, sequence in ((2, 24), (1, 1)):
         inputs = random_inputs(graph, {"batch": batch, "sequence": sequence})
@@ -222,12 +239,15 @@ def test_routed_encoder(tmp_path: Path) -> None:
             assert_close(torch.as_tensor(model.run(**inputs)["output"]), graph(**inputs), rel=1e-5)
 
 
-def test_all_experts_active_equals_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", BACKENDS)
+def test_all_experts_active_equals_dense(native: bool, tmp_path: Path) -> None:
     dense = _llama16(False)
     routed = dense.copy()
     carve(routed, FFN // 8, threshold=-1e9)
     for name, graph in (("dense", dense), ("routed", routed)):
-        lower(graph, tmp_path / name)
+        lower(graph, tmp_path / name, native=native)
+    kernels = [OrtModel(tmp_path / n, threads=1).config["kernels"] for n in ("dense", "routed")]
+    assert kernels == ["onnxruntime", "dyncomp" if native else "onnxruntime"]
     ids = np.random.default_rng(0).integers(0, 96, (2, 30))
     a, b = (torch.as_tensor(OrtModel(tmp_path / n, threads=1).run(input_ids=ids)["logits"]) for n in ("dense", "routed"))
     assert relative_error(b, a) <= 1e-5
@@ -351,8 +371,9 @@ def test_smollm2(smollm: LoadedModel, routed: bool, tmp_path: Path) -> None:
         assert carve(graph, 16, threshold=-0.5, keep=1) == 29
     graph = with_cache(graph, context=512)
     lowered = lower(graph, tmp_path)
-    assert lowered.operators["com.microsoft.GroupQueryAttention"] == 30
-    assert lowered.operators.get("com.microsoft.MoE", 0) == (29 if routed else 0)
+    ours = routed and available()
+    assert lowered.operators["dyncomp.CachedAttention" if ours else "com.microsoft.GroupQueryAttention"] == 30
+    assert lowered.operators.get("dyncomp.FloatFFN" if ours else "com.microsoft.MoE", 0) == (29 if routed else 0)
     model = OrtModel(tmp_path)
     entry = parity(graph, model)
     assert entry["relative_error"] <= 1e-4

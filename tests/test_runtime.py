@@ -217,7 +217,7 @@ def test_bench_entries(sessions: dict[str, DecoderSession]) -> None:
 def test_a_profile_by_operator_and_by_region(tmp_path: Path) -> None:
     graph: Graph = trace_tiny("llama")
     carve(graph, 4, k=1)
-    lower(with_cache(graph), tmp_path)
+    lower(with_cache(graph), tmp_path, native=False)
     model = OrtModel(tmp_path, threads=1, profile=tmp_path / "profile")
     random_steps(decoder_for(model), context=1, steps=5, vocabulary=90)
     profile = model.end_profiling()

@@ -18,13 +18,15 @@ import torch
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
-from dyncomp.backends.ort.native.build import available, library
+from dyncomp.backends.ort.native import DOMAIN, available, library
 from dyncomp.backends.ort.norm import select_norms
 from dyncomp.backends.ort.program import exported_program
 from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
+from dyncomp.backends.ort.routed import select_routed_ffns
 
 from dyncomp.errors import BackendError, MissingExtraError
 from dyncomp.graph import Graph
+from dyncomp.regions import find_routed
 from dyncomp.regions.norm import fuse_rms_norms
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
@@ -59,8 +61,8 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
-        native: quantized weights, and attention beside them, run in dyncomp's own kernels (True), in ONNX Runtime's (False), or in ours
-            where they can be built (None). ``config.json`` says which.
+        native: quantized weights, routed FFNs, and attention beside them, run in dyncomp's own kernels (True), in ONNX Runtime's
+            (False), or in ours where they can be built (None). ``config.json`` says which. Dense float graphs have no use for ours.
         progress: ``progress(stage, done, total)``.
 
     Raises:
@@ -75,7 +77,7 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
     report("select", 0, 3)
-    native = bool(graph.quantized) and (available() if native is None else native)
+    native = bool(graph.quantized or find_routed(graph)) and (available() if native is None else native)
     selected = select(graph, native=native)
     report("export", 1, 3)
     model = _export(selected)
@@ -86,11 +88,12 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     directory.mkdir(parents=True, exist_ok=True)
     for name in (MODEL, DATA, CONFIG, LIBRARY):
         (directory / name).unlink(missing_ok=True)
-    if native:
+    operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
+    ours = any(name.startswith(f"{DOMAIN}.") for name in operators)
+    if ours:
         shutil.copyfile(library(), directory / LIBRARY)
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
-    operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
-    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, native), indent=1) + "\n")
+    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, ours), indent=1) + "\n")
     report("write", 3, 3)
     files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
@@ -104,6 +107,7 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
         graph.infer_shapes()
     if native:
         select_quantized_ffns(graph)
+        select_routed_ffns(graph)
     select_attention(graph, native=native)
     select_moe(graph)
     select_norms(graph)
@@ -156,7 +160,7 @@ def _operator_name(node: Any) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
 
 
-def _config(graph: Graph, operators: dict[str, int], native: bool) -> dict[str, Any]:
+def _config(graph: Graph, operators: dict[str, int], ours: bool) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": graph.info.get("name", "model"),
@@ -166,6 +170,6 @@ def _config(graph: Graph, operators: dict[str, int], native: bool) -> dict[str, 
         "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
         "outputs": list(graph.outputs),
         "precision": graph.precision,
-        "kernels": "dyncomp" if native else "onnxruntime",
+        "kernels": "dyncomp" if ours else "onnxruntime",
         "operators": dict(sorted(operators.items())),
     }

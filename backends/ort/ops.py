@@ -170,3 +170,12 @@ def quantized_ffn(
     values = dict(attributes)
     inputs = [x, gates, *up, up_bias, *down, *router, down_bias]
     return _one(f"{DOMAIN}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])
+
+
+def float_ffn(
+    x: Tensor, gates: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, router: Sequence[Tensor | None],
+    down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+) -> Tensor:  # fmt: skip
+    """As :func:`quantized_ffn`, on float32 weights in tiles (:func:`~dyncomp.backends.ort.native.pack.pack_floats`)."""
+    values = dict(attributes)
+    return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias], values, x, [*x.shape[:-1], values["rows"]])

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.native import ACTIVATION_CODES, pack_codes, pack_scales
+from dyncomp.backends.ort.routed import ffn_attributes, inner_router
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
 from dyncomp.interpret import activation_terms
-from dyncomp.ops import threshold_gates, topk_gates
 from dyncomp.quantized import Quantized, join, pack_nibbles
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
-_THRESHOLD, _TOPK = threshold_gates._opoverload, topk_gates._opoverload
 _ROWS = 16  # the native layout's tiles
 
 
@@ -71,9 +70,13 @@ def _fits(up: Quantized, down: Quantized, neurons: int, activation: str) -> bool
     return up.format == down.format and neurons % up.block == 0 and neurons % _ROWS == 0 and activation in ACTIVATION_CODES
 
 
+def _format(weight: Quantized) -> tuple[tuple[str, int], ...]:
+    return ("bits", weight.bits), ("block", weight.block)
+
+
 def _select_dense(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> None:
     weights = ffn.weights(graph)
-    attributes = _attributes(up, 1, ffn.d_model, ffn.d_ff, ffn.d_out, ffn.gated, ffn.activation)
+    attributes = (*ffn_attributes(1, ffn.d_model, ffn.d_ff, ffn.d_out, ffn.gated, ffn.activation), *_format(up))
     bias = _constant(graph, f"{ffn.name}.up_bias", weights.b_up)
     b_down = _constant(graph, f"{ffn.name}.down_bias", weights.b_down)
     packed = _packed(graph, f"{ffn.name}.up", up), _packed(graph, f"{ffn.name}.down", down)
@@ -91,37 +94,15 @@ def _select_routed(graph: Graph, routed: RoutedFFN) -> None:
     experts, d_out, neurons = down.codes.shape
     if not _fits(up, down, neurons, routed.activation):
         return
-    attributes = _attributes(up, experts, routed.d_model, neurons, d_out, routed.gated, routed.activation)
     packed = _packed(graph, routed.w_up, up), _packed(graph, routed.w_down, down)
     up_bias = graph.read(routed.b_up) if routed.b_up is not None else None
     down_bias = graph.read(routed.b_down) if routed.b_down is not None else None
-    router, k = _router(routed)
+    router, k = inner_router(routed)
     gates = routed.gates if router == (None, None) else None
+    attributes = (*ffn_attributes(experts, routed.d_model, neurons, d_out, routed.gated, routed.activation, k), *_format(up))
     with graph.inserting(before=routed.output, path=routed.name) as b:
-        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, (*attributes, ("k", k)))
+        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes)
     routed.output.replace_all_uses_with(y)
-
-
-def _router(routed: RoutedFFN) -> tuple[tuple[fx.Node | None, fx.Node | None], int]:
-    """Weight and bias of a linear router for the operator to compute, or Nones; and how many experts it opens, 0 for those of
-    positive scores."""
-    scores = routed.gates.args[0] if routed.gates.target in (_THRESHOLD, _TOPK) else None
-    if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
-        return (None, None), 0
-    x, weight, bias = scores.args
-    if x is not routed.input or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in (weight, bias)):
-        return (None, None), 0
-    k = int(routed.gates.args[1]) if routed.gates.target is _TOPK else 0  # type: ignore[arg-type]
-    return (weight, bias), k  # type: ignore[return-value]
-
-
-def _attributes(
-    up: Quantized, experts: int, columns: int, neurons: int, rows: int, gated: bool, activation: str
-) -> tuple[tuple[str, int], ...]:
-    return tuple({
-        "experts": experts, "columns": columns, "neurons": neurons, "rows": rows, "gated": int(gated),
-        "activation": ACTIVATION_CODES[activation], "bits": up.bits, "block": up.block,
-    }.items())  # fmt: skip
 
 
 # ---- constants -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operators for ONNX Runtime, on quantized weights and for attention: compiled on first use, registered with a session's options.
+"""Operators for ONNX Runtime, on quantized weights, experts and for attention: compiled on first use, registered with a session's options.
 
 Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs, attributes are integers where nothing else is said:
 
@@ -10,6 +10,9 @@ down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?)
     gates ``router`` opens the experts whose score is positive, or with ``k`` > 0 the k of the highest scores (the earlier of equal ones;
     a NaN is the highest), and without a router every gate is 1. With ``experts`` (E), ``columns`` (d), ``neurons`` (F, a multiple of the
     block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``, ``block``, and ``k`` (0 when absent).
+``FloatFFN(x f32 [.., d], gates f32 [.., E]?, up f32, up_bias f32 [E, F or 2F]?, down f32, router f32 [E, d]?, router_bias f32 [E]?,
+down_bias f32 [d_out]?) -> f32 [.., d_out]``
+    the same with float weights and any F: up [E, 1 or 2, F / 16, d, 16], down [E, d_out / 16, F, 16], both rounded up.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?)
@@ -25,7 +28,7 @@ down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?)
 from __future__ import annotations
 
 from dyncomp.backends.ort.native.build import available, library, unavailable_reason
-from dyncomp.backends.ort.native.pack import pack_codes, pack_scales, unpack_codes
+from dyncomp.backends.ort.native.pack import pack_codes, pack_floats, pack_scales, unpack_codes
 
 DOMAIN = "dyncomp"
 
@@ -36,5 +39,6 @@ ACTIVATION_CODES: dict[str, int] = {
 """The attribute ``activation`` for each name in :data:`dyncomp.activations.ACTIVATIONS`."""
 
 __all__ = [
-    "ACTIVATION_CODES", "DOMAIN", "available", "library", "pack_codes", "pack_scales", "unavailable_reason", "unpack_codes",
+    "ACTIVATION_CODES", "DOMAIN", "available", "library", "pack_codes", "pack_floats", "pack_scales", "unavailable_reason",
+    "unpack_codes",
 ]  # fmt: skip

@@ -1,54 +1,6 @@
-// The kernels of attention. Included after kernel_body.h by the file of each instruction set, which has also defined
+// The kernels of attention. Included after kernel_body.h and multiply.h by the file of each instruction set, which has also defined
 //   transpose         16 floats of each of 16 rows -> 16 columns
 //   largest           of the 16 floats of a V
-
-// ---- matrix product -----------------------------------------------------------------------------------------------
-// c [R, 16 N] = a [R, depth] b [depth, 16 N], or added to it; `lda`, `ldb`, `ldc` are the distances of rows.
-template <int N, int R>
-void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
-  V sum[R][N];
-  UNROLL for (int r = 0; r < R; r++) {
-    UNROLL for (int n = 0; n < N; n++) sum[r][n] = add ? load(c + r * ldc + n * kTile) : set(0.0f);
-  }
-  for (int64_t k = 0; k < depth; k++, b += ldb) {
-    V y[N];
-    UNROLL for (int n = 0; n < N; n++) y[n] = load(b + n * kTile);
-    UNROLL for (int r = 0; r < R; r++) {
-      const V x = set(a[r * lda + k]);
-      UNROLL for (int n = 0; n < N; n++) sum[r][n] = fma(x, y[n], sum[r][n]);
-    }
-  }
-  UNROLL for (int r = 0; r < R; r++) {
-    UNROLL for (int n = 0; n < N; n++) store(c + r * ldc + n * kTile, sum[r][n]);
-  }
-}
-
-typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool);
-
-template <int N>
-Multiply multiply_for(int64_t rows) {
-  switch (rows) {
-    case 1: return multiply<N, 1>;
-    case 2: return multiply<N, 2>;
-    case 3: return multiply<N, 3>;
-    case 4: return multiply<N, 4>;
-    case 5: return multiply<N, least(5, kRows)>;
-    default: return multiply<N, least(6, kRows)>;
-  }
-}
-
-// The same for `rows` <= kRows and any number of columns, a multiple of 16.
-inline void multiply_all(int64_t rows, int64_t columns, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                         int64_t depth, bool add) {
-  for (int64_t at = 0, n; at < columns; at += n * kTile) {
-    n = least(kColumns, (columns - at) / kTile);
-    const Multiply f = n == 1   ? multiply_for<1>(rows)
-                       : n == 2 ? multiply_for<least(2, kColumns)>(rows)
-                       : n == 3 ? multiply_for<least(3, kColumns)>(rows)
-                                : multiply_for<least(4, kColumns)>(rows);
-    f(a, lda, b + at, ldb, c + at, ldc, depth, add);
-  }
-}
 
 // ---- rotary embedding ---------------------------------------------------------------------------------------------
 // One head x [head_dim] at a position, times `factor`.
@@ -166,13 +118,15 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
       const int64_t low = job.window && first >= job.window ? first - job.window + 1 : 0, high = least(count, last + 1);
       if (low >= high) continue;
       const int64_t columns = (high + kTile - 1) / kTile * kTile;
-      multiply_all(n, columns, query + r * d, d, keys, kKeys, weights, kKeys, d, false);
+      const float *queries[kRows], *shares[kRows];
+      for (int64_t i = 0; i < n; i++) queries[i] = query + (r + i) * d, shares[i] = weights + i * kKeys + low;
+      multiply_all(n, columns, queries, keys, kKeys, weights, kKeys, d, false);
       for (int64_t i = 0; i < n; i++) {
         const int64_t at = past + (unit.from + r + i) / group - k;
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
         weigh(job, weights + i * kKeys, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
       }
-      multiply_all(n, d, weights + low, kKeys, value_cache + (k + low) * d, d, out + r * d, d, high - low, true);
+      multiply_all(n, d, shares, value_cache + (k + low) * d, d, out + r * d, d, high - low, true);
     }
   }
   for (int64_t r = 0; r < rows; r++) {

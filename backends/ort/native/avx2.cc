@@ -152,11 +152,13 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 }
 
 #include "kernel_body.h"
+#include "multiply.h"
+#include "float_body.h"
 #include "attention_body.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, route, decode, append, attend};
+const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend};
 
 }  // namespace dyncomp
 #endif

@@ -35,7 +35,7 @@ OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
 }
 
 struct Work {
-  FfnJob job;
+  QuantizedFfnJob job;
   const int32_t* used;  // experts with at least one token
   int64_t chunks;       // groups of 32 neurons of an expert
 };
@@ -46,7 +46,7 @@ void run_expand(const void* user, int64_t first, int64_t last) {
 }
 
 void run_contract(const void* user, int64_t first, int64_t last) {
-  const FfnJob& job = static_cast<const Work*>(user)->job;
+  const QuantizedFfnJob& job = static_cast<const Work*>(user)->job;
   active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
 }
 
@@ -55,7 +55,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   Call call(*op.api, context, kName);
   Shape shape;
   Work work = {};
-  FfnJob& job = work.job;
+  QuantizedFfnJob& job = work.job;
   const int64_t up_rows = op.neurons * (op.gated ? 2 : 1);
   job.input = call.input<float>(0, "x", false, &shape);
   check_last(call, shape, op.columns);
@@ -82,11 +82,9 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     fill_output(job.down_bias, tokens, op.rows, job.output);
     return call.status();
   }
+  describe(op, uses, &job);
   work.used = uses.used, work.chunks = op.neurons / kBlock;
-  job.starts = uses.starts, job.tokens_of = uses.tokens_of, job.gates = uses.gates;
-  job.up_tiles = tiles_of(up_rows), job.down_tiles = tiles_of(op.rows);
-  job.experts = op.experts, job.neurons = op.neurons;
-  job.gated = static_cast<int32_t>(op.gated), job.activation = static_cast<int32_t>(op.activation);
+  job.up_tiles = tiles_of(up_rows);
   quantize_tokens(call, job.up, job.input, tokens, job.blocks);
   call.parallel(uses.total(op) * up_rows * op.columns, uses.count * work.chunks, run_expand, &work);
   call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &work);

@@ -175,7 +175,7 @@ inline void add_bias(float* x, const float* bias) {
   for (int j = 0; j < kBlock; j++) x[j] += bias[j];
 }
 
-void expand(const FfnJob& job, int64_t expert, int64_t chunk) {
+void expand(const QuantizedFfnJob& job, int64_t expert, int64_t chunk) {
   const Matrix up = of_expert(job.up, job.up_tiles, expert);
   const int64_t tile = chunk * kGroup, second = job.neurons / kTile;
   const float* bias = job.bias ? job.bias + expert * up.rows + chunk * kBlock : nullptr;
@@ -201,8 +201,8 @@ void expand(const FfnJob& job, int64_t expert, int64_t chunk) {
   }
 }
 
-void contract(const FfnJob& job, int64_t first, int64_t last) {
-  const int64_t rows = job.down.rows;
+void contract(const QuantizedFfnJob& job, int64_t first, int64_t last) {
+  const int64_t rows = job.rows;
   alignas(64) float out[kTokens][kGroup * kTile];
   for (int64_t tile = first; tile < last; tile += kGroup) {
     const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, rows - column);

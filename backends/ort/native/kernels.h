@@ -10,6 +10,7 @@ enum {
   kTile = 16,   // rows of a tile of weights
   kGroup = 2,   // tiles that are computed together: work is handed out in multiples of it
   kBlock = 32,  // columns that share the scale of an activation
+  kWide = 4,    // tiles of floats that are computed together
 
   kMaxHeadDim = 256,   // of attention
   kKeys = 64,          // keys that are read together
@@ -46,19 +47,29 @@ struct LinearJob {
 
 // y[t] = sum of gate * FFN_e(x[t]). A use is one token of one expert; the uses of an expert lie side by side.
 struct FfnJob {
-  Matrix up, down;          // of the first expert; expert e begins e times so many tiles later
-  int64_t up_tiles, down_tiles;
-  const float* input;       // [tokens, up.columns]
-  Block* blocks;            // [tokens, up.columns / 32]
-  Block* hidden;            // [uses, neurons / 32]
-  const float* bias;        // [experts, up.rows] or null
-  const float* down_bias;   // [down.rows] or null
+  const float* input;       // [tokens, columns]
+  const float* bias;        // [experts, neurons or 2 * neurons] or null
+  const float* down_bias;   // [rows] or null
   const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1
   const int32_t* tokens_of; // [uses]
   const float* gates;       // [uses]
-  float* output;            // [tokens, down.rows]
-  int64_t tokens, experts, neurons;
+  float* output;            // [tokens, rows]
+  int64_t tokens, experts, columns, neurons, rows;
+  int64_t up_tiles, down_tiles;  // of one expert
   int32_t gated, activation;
+};
+
+struct QuantizedFfnJob : FfnJob {
+  Matrix up, down;  // of the first expert; expert e begins e times so many tiles later
+  Block* blocks;    // [tokens, columns / 32]
+  Block* hidden;    // [uses, neurons / 32]
+};
+
+// Weights as tiles of 16 rows, [columns, 16] each. The gate's rows and the rows they multiply begin with a tile each.
+struct FloatFfnJob : FfnJob {
+  const float *up, *down;  // [experts, up_tiles, columns, 16], [experts, down_tiles, neurons, 16]
+  float* hidden;           // [uses, neurons rounded up to whole chunks]
+  int64_t chunks;          // of neurons: what `expand` computes together
 };
 
 // Causal attention over a KV cache; see ops.py in dyncomp. Query s of a row stands at position past[row] + s.
@@ -87,9 +98,12 @@ struct Kernels {
   // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
   void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
   // The hidden activations of 32 neurons of an expert, for all its uses, with the gate, quantized.
-  void (*expand)(const FfnJob& job, int64_t expert, int64_t chunk);
+  void (*expand)(const QuantizedFfnJob& job, int64_t expert, int64_t chunk);
   // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
-  void (*contract)(const FfnJob& job, int64_t first, int64_t last);
+  void (*contract)(const QuantizedFfnJob& job, int64_t first, int64_t last);
+  // The same in floats. A chunk is 32 neurons of a gated FFN, 64 of another.
+  void (*expand_floats)(const FloatFfnJob& job, int64_t expert, int64_t chunk);
+  void (*contract_floats)(const FloatFfnJob& job, int64_t first, int64_t last);
   // scores [tokens, experts] = x [tokens, columns] times router [experts, columns] plus bias [experts].
   void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, int64_t tokens, float* scores);
   // One row of a matrix as floats [columns].

@@ -7,6 +7,8 @@ filled with rows of scale 0), its columns into blocks of 32:
 * 8 bits: 512 bytes a tile and block: 8 groups of [16 rows x 4 columns];
 * 4 bits: 256 bytes: 4 groups of 64 bytes, the low halves [16 rows x 4 columns], the high halves the next 4 columns;
 * scales and offsets: [tiles, K / block, 16].
+
+A matrix of floats is stored as tiles of 16 rows too: [tiles, K, 16].
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ def pack_scales(scales: Array) -> Array:
     if not np.isfinite(half).all():
         raise ValueError("a scale or offset is not finite as float16: scale the weights down")
     return _columns(half)
+
+
+def pack_floats(weights: Array) -> Array:
+    """Weights that are not quantized: float32 [..., N, K] -> [..., tiles, K, 16]."""
+    return _columns(weights)
 
 
 def _check(bits: int, columns: int) -> None:

@@ -118,6 +118,13 @@ Uses list_uses(Call& call, const Experts& op, const Routing& routing, const floa
   return {starts, tokens_of, gate_of, used, count};
 }
 
+void describe(const Experts& op, const Uses& uses, FfnJob* job) {
+  job->starts = uses.starts, job->tokens_of = uses.tokens_of, job->gates = uses.gates;
+  job->experts = op.experts, job->columns = op.columns, job->neurons = op.neurons, job->rows = op.rows;
+  job->gated = static_cast<int32_t>(op.gated), job->activation = static_cast<int32_t>(op.activation);
+  job->down_tiles = tiles_of(op.rows);
+}
+
 void fill_output(const float* bias, int64_t tokens, int64_t rows, float* output) {
   for (int64_t t = 0; t < tokens; t++, output += rows) {
     if (bias) {

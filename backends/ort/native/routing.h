@@ -38,6 +38,9 @@ struct Uses {
 // Computes gates where there is a router, and lists the uses by expert, each expert's in the order of the tokens.
 Uses list_uses(Call& call, const Experts& op, const Routing& routing, const float* x, void* memory);
 
+// What the operator and its uses tell of a job.
+void describe(const Experts& op, const Uses& uses, FfnJob* job);
+
 // The output of tokens no expert of which is open: the bias, or zeros.
 void fill_output(const float* bias, int64_t tokens, int64_t rows, float* output);
 

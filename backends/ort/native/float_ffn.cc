@@ -1,0 +1,82 @@
+// FloatFFN: y[t] = sum over the experts of gates[t, e] * FFN_e(x[t]) with weights of float32, computing only those whose gate is not 0.
+#include <algorithm>
+#include <new>
+
+#include "operators.h"
+#include "routing.h"
+
+namespace dyncomp {
+namespace {
+
+constexpr const char* kName = "FloatFFN";
+constexpr Input kInputs[] = {
+    {ORT_FLOAT, false}, {ORT_FLOAT, true},                      // x, gates
+    {ORT_FLOAT, false}, {ORT_FLOAT, true},                   // up, up_bias
+    {ORT_FLOAT, false}, {ORT_FLOAT, true},  {ORT_FLOAT, true},  // down, router, router_bias
+    {ORT_FLOAT, true},                                       // down_bias
+};
+
+OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
+  Experts op = {};
+  if (OrtStatus* status = read_experts(api, info, kName, &op)) return status;
+  *kernel = new (std::nothrow) Experts(op);
+  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+}
+
+struct Work {
+  FloatFfnJob job;
+  const int32_t* used;  // experts with at least one token
+};
+
+void run_expand(const void* user, int64_t first, int64_t last) {
+  const Work& work = *static_cast<const Work*>(user);
+  for (int64_t i = first; i < last; i++) active->expand_floats(work.job, work.used[i / work.job.chunks], i % work.job.chunks);
+}
+
+void run_contract(const void* user, int64_t first, int64_t last) {
+  const FloatFfnJob& job = static_cast<const Work*>(user)->job;
+  active->contract_floats(job, first * kWide, std::min(last * kWide, job.down_tiles));
+}
+
+OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+  const Experts& op = *static_cast<const Experts*>(kernel);
+  Call call(*op.api, context, kName);
+  Shape shape;
+  Work work = {};
+  FloatFfnJob& job = work.job;
+  const int64_t parts_of_up = op.gated ? 2 : 1, chunk = kWide / parts_of_up * kTile;
+  job.input = call.input<float>(0, "x", false, &shape);
+  check_last(call, shape, op.columns);
+  const int64_t tokens = job.tokens = call.failed() ? 0 : shape.leading();
+  job.up_tiles = parts_of_up * tiles_of(op.neurons);
+  job.up = call.input<float>(2, "up", false, op.experts * job.up_tiles * op.columns * kTile);
+  job.bias = call.input<float>(3, "up_bias", true, op.experts * parts_of_up * op.neurons);
+  job.down = call.input<float>(4, "down", false, op.experts * tiles_of(op.rows) * op.neurons * kTile);
+  job.down_bias = call.input<float>(7, "down_bias", true, op.rows);
+  const Routing routing = read_routing(call, op, tokens, 1, 5);
+  if (call.failed()) return call.status();
+  shape.sizes[shape.rank - 1] = op.rows;
+  job.output = call.output(shape);
+  if (call.failed() || tokens == 0) return call.status();
+
+  job.chunks = (op.neurons + chunk - 1) / chunk;
+  void* parts[2];
+  if (!call.scratch({routing.most * job.chunks * chunk * sizeof(float), routing.bytes(op)}, parts)) return call.status();
+  job.hidden = static_cast<float*>(parts[0]);
+  const Uses uses = list_uses(call, op, routing, job.input, parts[1]);
+  if (uses.count == 0) {
+    fill_output(job.down_bias, tokens, op.rows, job.output);
+    return call.status();
+  }
+  describe(op, uses, &job);
+  work.used = uses.used;
+  call.parallel(uses.total(op) * parts_of_up * op.neurons * op.columns, uses.count * job.chunks, run_expand, &work);
+  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kWide - 1) / kWide, run_contract, &work);
+  return call.status();
+}
+
+}  // namespace
+
+const Operator float_ffn = {kName, kInputs, 8, create, compute, [](void* kernel) { delete static_cast<Experts*>(kernel); }};
+
+}  // namespace dyncomp
