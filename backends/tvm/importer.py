@@ -63,6 +63,7 @@ class _Converters:
             "tvm_cached_attention.default": self.cached_attention,
             "scaled_dot_product_attention.default": self.attention,
             "to.device": self.to_device,
+            "index.Tensor": self.index,
             "threshold_gates.default": self.threshold_gates,
             "topk_gates.default": self.topk_gates,
             "gelu.default": self.gelu,
@@ -160,6 +161,27 @@ class _Converters:
         dtype = cast(torch.dtype, node.args[2] if len(node.args) > 2 else node.kwargs["dtype"])
         return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], str(dtype).removeprefix("torch.")))
 
+    def index(self, node: fx.Node, importer: Any) -> Any:
+        """``x[i, j, …]`` with an index tensor for each dimension (TVM's own converter loses the shape); others as TVM has them."""
+        x, indices = importer.env[node.args[0]], [importer.env[i] for i in cast(list[Any], node.args[1]) if i is not None]
+        if len(indices) != len(x.ty.shape) or any(str(i.ty.dtype) == "bool" for i in indices):
+            return importer._index_tensor(node)
+        rank = max(len(i.ty.shape) for i in indices)
+        shapes = [[1] * (rank - len(i.ty.shape)) + list(i.ty.shape) for i in indices]
+        out = [next((d for d in dims if not _is_one(d)), dims[0]) for dims in zip(*shapes, strict=True)]
+
+        def pick(t: Any, *positions: Any) -> Any:
+            def at(*where: Any) -> Any:
+                found = []
+                for position, shape in zip(positions, shapes, strict=True):
+                    mine = [0 if _is_one(d) else w for w, d in zip(where, shape, strict=True)]
+                    found.append(position(*mine[rank - len(position.shape) :]))
+                return t(*found)
+
+            return te.compute(out, at, name="index")
+
+        return importer.block_builder.emit_te(pick, x, *indices, primfunc_name_hint="index")
+
     # ---- pointwise -------------------------------------------------------------------------------------------------
     def pointwise(self, name: str) -> Converter:
         function = FUNCTIONS[name]
@@ -204,6 +226,10 @@ class _Converters:
 
 def _arguments(node: fx.Node, importer: Any) -> list[Any]:
     return [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int | tirx.IntImm) and int(size) == 1
 
 
 def _size(shape: list[Any]) -> Any:

@@ -134,10 +134,11 @@ def use_threads(configure: Any, threads: int) -> None:
 
 def aligned_zeros(shape: list[int] | tuple[int, ...], dtype: Any) -> Array:
     """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.lower.ALIGNMENT` bytes."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = np.zeros(count + ALIGNMENT, np.uint8)
+    count, size = int(np.prod(shape, dtype=np.int64)), np.dtype(dtype).itemsize
+    memory = np.zeros(max(count, 1) * size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + count].view(dtype).reshape(shape)
+    held = memory[start : start + max(count, 1) * size].view(dtype)
+    return held[:count].reshape(shape)  # an empty slice that did not begin at 0 would point to the unaligned memory
 
 
 def aligned_copy(array: Array) -> Array:

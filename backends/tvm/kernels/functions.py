@@ -19,15 +19,14 @@ def exp(x: Any) -> Any:
 
     2^n * 2^f with n the nearest integer to x / ln 2 and a polynomial (minimax, degree 6) for 2^f on [-1/2, 1/2].
     """
-    clamped = T.max(T.min(x, f32(88.0)), f32(-87.3))
+    clamped = T.Select(x > f32(88.0), f32(88.0), T.Select(x < f32(-87.3), f32(-87.3), x))  # min and max would lose NaN
     t = clamped * f32(1.4426950408889634)
     n = T.floor(t + f32(0.5))
     f = t - n
     p = f32(1.5353362e-4)
     for coefficient in (1.3398874e-3, 9.6184373e-3, 5.5503324e-2, 2.4022648e-1, 6.9314720e-1, 1.0):
         p = p * f + f32(coefficient)
-    scaled = T.reinterpret("float32", T.shift_left(T.Cast("int32", n) + 127, 23)) * p
-    return T.Select(x == x, scaled, x)
+    return T.reinterpret("float32", T.shift_left(T.Cast("int32", n) + 127, 23)) * p
 
 
 def sigmoid(x: Any) -> Any:
