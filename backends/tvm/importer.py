@@ -64,6 +64,7 @@ class _Converters:
             "scaled_dot_product_attention.default": self.attention,
             "to.device": self.to_device,
             "index.Tensor": self.index,
+            "slice.Tensor": self.slice,
             "threshold_gates.default": self.threshold_gates,
             "topk_gates.default": self.topk_gates,
             "gelu.default": self.gelu,
@@ -80,14 +81,14 @@ class _Converters:
 
     # ---- kernels ---------------------------------------------------------------------------------------------------
     def linear(self, node: fx.Node, importer: Any) -> Any:
-        x, weight, bias = (importer.env[n] for n in node.args[:3])
+        x, weight, bias = _arguments(node, importer)[:3]
         rows, depth = cast(int, node.args[3]), int(x.ty.shape[-1])
         kernel = self.kernel(importer, f"linear_{rows}_{depth}", None, lambda: linear_kernel(rows, depth, self.tile))
         lead = list(x.ty.shape)[:-1]
         return self.on_rows(importer, kernel, x, [weight, bias], lead, rows)
 
     def norm(self, node: fx.Node, importer: Any) -> Any:
-        x, scale, shift = (importer.env[n] for n in node.args[:3])
+        x, scale, shift = _arguments(node, importer)[:3]
         epsilon, centered = cast(float, node.args[3]), cast(bool, node.args[4])
         features = int(x.ty.shape[-1])
         name = f"{'layer' if centered else 'rms'}_norm_{features}"
@@ -136,7 +137,7 @@ class _Converters:
         builder = importer.block_builder
         q, k, v, found, dropout, causal = [*_arguments(node, importer), *[None] * 3][:6]
         if isinstance(given := node.kwargs.get("attn_mask"), fx.Node):
-            found = importer.env[given]
+            found = _value(given, importer)
         features = int(q.ty.shape[3])
         if (
             causal
@@ -161,9 +162,23 @@ class _Converters:
         dtype = cast(torch.dtype, node.args[2] if len(node.args) > 2 else node.kwargs["dtype"])
         return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], str(dtype).removeprefix("torch.")))
 
+    def slice(self, node: fx.Node, importer: Any) -> Any:
+        """A slice whose end is a symbol, from a constant start (TVM's own leaves its shape unknown); others as TVM has them."""
+        _, axis, start, _, step = [*_arguments(node, importer), *[None] * 4][:5]
+        plain = isinstance(start or 0, int) and (start or 0) >= 0 and step in (None, 1)
+        if not plain or all(isinstance(size, int) for size in node.meta["val"].shape):
+            return importer._slice(node)
+
+        def cut(t: Any) -> Any:
+            index, shift = (axis or 0) % len(t.shape), start or 0
+            return te.compute(shape, lambda *at: t(*at[:index], at[index] + shift, *at[index + 1 :]), name="slice")
+
+        shape = _traced_shape(node, importer)
+        return importer.block_builder.emit_te(cut, _value(node.args[0], importer), primfunc_name_hint="slice")
+
     def index(self, node: fx.Node, importer: Any) -> Any:
         """``x[i, j, …]`` with an index tensor for each dimension (TVM's own converter loses the shape); others as TVM has them."""
-        x, indices = importer.env[node.args[0]], [importer.env[i] for i in cast(list[Any], node.args[1]) if i is not None]
+        x, indices = _value(node.args[0], importer), [_value(i, importer) for i in cast(list[Any], node.args[1]) if i is not None]
         if len(indices) != len(x.ty.shape) or any(str(i.ty.dtype) == "bool" for i in indices):
             return importer._index_tensor(node)
         rank = max(len(i.ty.shape) for i in indices)
@@ -187,13 +202,13 @@ class _Converters:
         function = FUNCTIONS[name]
 
         def convert(node: fx.Node, importer: Any) -> Any:
-            return self.map(importer, importer.env[node.args[0]], function, name)
+            return self.map(importer, _value(node.args[0], importer), function, name)
 
         return convert
 
     def gelu(self, node: fx.Node, importer: Any) -> Any:
         name = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-        return self.map(importer, importer.env[node.args[0]], FUNCTIONS[name], name)
+        return self.map(importer, _value(node.args[0], importer), FUNCTIONS[name], name)
 
     def map(self, importer: Any, x: Any, function: Any, name: str) -> Any:
         return importer.block_builder.emit_te(
@@ -207,7 +222,7 @@ class _Converters:
 
     def topk_gates(self, node: fx.Node, importer: Any) -> Any:
         """1 for a score that fewer than k scores precede: larger ones, and equal ones before it."""
-        scores, k = importer.env[node.args[0]], cast(int, node.args[1])
+        scores, k = _value(node.args[0], importer), cast(int, node.args[1])
         experts = int(scores.ty.shape[-1])
 
         def gates(t: Any) -> Any:
@@ -225,7 +240,38 @@ class _Converters:
 
 
 def _arguments(node: fx.Node, importer: Any) -> list[Any]:
-    return [importer.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+    return [_value(a, importer) if isinstance(a, fx.Node) else a for a in node.args]
+
+
+def _value(node: Any, importer: Any) -> Any:
+    """What a node became, with the shape and dtype that the export knows where TVM lost them."""
+    value, traced = importer.env[node], node.meta.get("val")
+    if not isinstance(traced, torch.Tensor):
+        return value
+    if str(value.ty.dtype) != (dtype := str(traced.dtype).removeprefix("torch.")):
+        value = importer.env[node] = importer.block_builder.emit(relax.op.astype(value, dtype))
+    if getattr(value.ty, "shape", ()) is not None:
+        return value
+    shape = _traced_shape(node, importer)
+    importer.env[node] = importer.block_builder.match_cast(value, relax.TensorType(shape, value.ty.dtype))
+    return importer.env[node]
+
+
+def _traced_shape(node: fx.Node, importer: Any) -> list[Any]:
+    """The shape that the export found, in the module's symbols.
+
+    Raises:
+        BackendError: a size is neither constant nor one of the inputs' sizes.
+    """
+    symbols = {}
+    for other, made in importer.env.items():
+        if other.op == "placeholder" and isinstance(known := other.meta.get("val"), torch.Tensor):
+            symbols.update({str(size): dim for size, dim in zip(known.shape, made.ty.shape, strict=True)})
+    shape = node.meta["val"].shape
+    try:
+        return [size if isinstance(size, int) else symbols[str(size)] for size in shape]
+    except KeyError as error:
+        raise BackendError(f"{node.name}: TVM cannot compute its shape {list(shape)}", hint="use --backend ort") from error
 
 
 def _is_one(size: Any) -> bool:
