@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import resource
+import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ class ConvertRequest:
     """What to convert and how.
 
     Args:
-        model: anything :func:`dyncomp.models.load_model` takes.
+        model: anything :func:`dyncomp.models.load_model` takes, or a model that is loaded.
         out: folder of the bundle.
         recipe: name or file. When neither it nor ``active``, ``experts`` or ``quantize`` is given, recipes are searched.
         active: mean fraction of active FFN neurons, in (0, 1]; None leaves it to the recipe.
@@ -59,7 +61,7 @@ class ConvertRequest:
         dump: folder for the graph's text after each pass.
     """
 
-    model: str
+    model: str | LoadedModel
     out: Path
     recipe: str | None = None
     active: float | None = None
@@ -162,7 +164,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     goal = request.searched
     recipe = Recipe(name="search", passes="") if goal is not None else load_recipe(request.recipe)
     passes = [] if goal is not None else recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
-    loaded = load_model(request.model)
+    loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
     require_ffns(regions)
@@ -277,3 +279,15 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
     release_memory()
     bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads, backend=backend)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}
+
+
+class _Callable(types.ModuleType):
+    """This module, so that ``dyncomp.convert(model)`` works whether or not ``dyncomp.convert`` was imported: see :mod:`dyncomp.api`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        from dyncomp.api import convert_model
+
+        return convert_model(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,4 +1,4 @@
-"""The steps of a conversion, from Python: trace, look, rewrite, check.
+"""A conversion from Python: a model in, something that generates and trains out.
 
 python examples/api.py [MODEL]
 """
@@ -6,26 +6,21 @@ python examples/api.py [MODEL]
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-import dyncomp.passes  # noqa: F401  registers the passes
 import torch
 
-from dyncomp.models import load_model
-from dyncomp.pipeline import Context, Pipeline, parse_passes, relative_error
-from dyncomp.regions import find_regions, find_routed
-from dyncomp.trace import trace_model
+import dyncomp
 
 
-def main(model: str = "minilm") -> None:
-    loaded = load_model(model)
-    dense = trace_model(loaded)
-    for ffn in find_regions(dense).ffns:
-        print(f"{ffn.name}: {ffn.d_model} -> {ffn.d_ff} {ffn.activation}, {ffn.parameters / 1e6:.2f} M parameters")
-    routed = dense.copy()
-    Pipeline(parse_passes("carve-experts{experts=8 cluster=weights}")).run(routed, Context(probe=loaded.example_inputs))
-    with torch.no_grad():
-        error = relative_error(routed(**loaded.example_inputs), dense(**loaded.example_inputs))
-    print(f"{len(find_routed(routed))} routed FFNs; with every expert on the outputs differ by {error:.1e} (relative)")
+def main(model: Any = "smollm2-135m", tokenizer: Any = None, **options: Any) -> None:
+    m = dyncomp.convert(model, tokenizer, **{"recipe": "experts", "active": 0.75, "backend": "torch"} | options)
+    print(f"{m.report['active_ffn']:.0%} of the FFN neurons active, perplexity {m.report['perplexity']['converted']:.2f}")
+    print(m.generate("The river", max_tokens=16))
+    ids = torch.randint(2, 90, (2, 12))
+    loss = m.module(ids).logsumexp(-1).mean()
+    loss.backward()
+    print(f"{sum(p.grad is not None for p in m.module.parameters())} tensors have gradients")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import assert_close
+
+import dyncomp.api
+from dyncomp.errors import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,9 +36,31 @@ def test_the_documented_pass_is_the_example() -> None:
     assert code.strip() in (ROOT / "examples" / "clamp_pass.py").read_text()
 
 
-@pytest.mark.slow
-def test_the_steps_from_python(capsys) -> None:
-    load("api").main()
+def test_the_example_in_python(tmp_path, capsys) -> None:
+    """On a model in memory; it generates, trains and compiles."""
+    from tiny_checkpoint import write_checkpoint, write_text
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, text = write_checkpoint(tmp_path / "model"), write_text(tmp_path / "text.txt")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    options = {"tokens": 1024, "windows": 1, "calibrate": str(text), "other": None, "experts": 4, "show": False, "out": tmp_path / "out"}
+    load("api").main(model, tokenizer, **options)
     out = capsys.readouterr().out
-    assert "384 -> 1536 gelu" in out
-    assert re.search(r"5 routed FFNs; .* differ by \d\.\de-0[678]", out)
+    assert re.search(r"\d+% of the FFN neurons active, perplexity \d", out)
+    assert "The river" not in out.splitlines()[0]
+    made = dyncomp.api.Converted(tmp_path / "out", "torch", {})
+    assert f"{len(list(made.module.parameters()))} tensors have gradients" in out
+    ids = torch.randint(2, 300, (2, 9))
+    with torch.no_grad():
+        assert_close(torch.compile(made.module, backend="eager")(ids), made.module(input_ids=ids), rel=1e-5)
+        assert_close(made.module(ids), made.bundle.graph()(ids), rel=1e-6)
+
+
+def test_a_module_that_does_not_say_what_it_takes_needs_examples() -> None:
+    with pytest.raises(ModelError, match="without example inputs"):
+        dyncomp.convert(torch.nn.Linear(3, 3), show=False)
+
+
+def test_importing_dyncomp_is_fast() -> None:
+    code = "import sys, dyncomp; print('torch' in sys.modules, callable(dyncomp.convert))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "True"]

@@ -32,7 +32,15 @@ def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMo
     Raises:
         ModelError: the function cannot be imported or called, or what it returns cannot be used; says which, and why.
     """
-    result = _call(source)
+    return describe(_call(source), source, kind="factory", dtype=dtype)
+
+
+def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> LoadedModel:
+    """What a factory returned (or a caller has in memory), checked; see :func:`load_factory`.
+
+    Args:
+        source: what to call it.
+    """
     if isinstance(result, LoadedModel):
         fields: dict[str, Any] = {key: getattr(result, key) for key in _KEYS}
     elif isinstance(result, Mapping):
@@ -40,7 +48,7 @@ def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMo
     elif isinstance(result, tuple) and len(result) == 2:
         fields = {"module": result[0], "example_inputs": result[1]}
     elif isinstance(result, nn.Module):
-        return _bare_module(source, result, dtype)
+        return _bare_module(source, result, dtype, kind)
     else:
         raise ModelError(f"{source} returned a {_kind(result)}", hint=_SHAPE)
     if unknown := sorted(set(fields) - set(_KEYS)):
@@ -58,7 +66,7 @@ def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMo
     outputs = {"causal-lm": "logits", "encoder": "last_hidden_state"}
     loaded = LoadedModel(
         name=source,
-        kind="factory",
+        kind=kind,
         module=finish(module.to(dtype)),
         task=task,
         tokenizer=fields.get("tokenizer"),
@@ -97,7 +105,7 @@ def _call(source: str) -> Any:
             sys.path.remove(here)
 
 
-def _bare_module(source: str, module: Any, dtype: torch.dtype) -> LoadedModel:
+def _bare_module(source: str, module: Any, dtype: torch.dtype, kind: str) -> LoadedModel:
     # Only a Hugging Face model says what it takes.
     if not hasattr(module, "main_input_name") or not hasattr(module, "config"):
         raise ModelError(f"{source} returned a module without example inputs", hint=_SHAPE)
@@ -105,7 +113,7 @@ def _bare_module(source: str, module: Any, dtype: torch.dtype) -> LoadedModel:
 
     has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings() is not None
     causal = has_head and is_causal_lm(module.config)
-    return wrap(module.to(dtype), name=source, kind="factory", tokenizer=None, causal=causal)
+    return wrap(module.to(dtype), name=source, kind=kind, tokenizer=None, causal=causal)
 
 
 def _inputs(source: str, module: nn.Module, given: Any) -> dict[str, Tensor]:
