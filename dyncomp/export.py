@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dyncomp.bundle import Bundle, disk_errors, open_bundle, versions
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.models.extras import require
+from dyncomp.models.gguf_file import GgufFile, read_gguf
 from dyncomp.report.card import model_card
 
 RECORD = "dyncomp-export.json"
@@ -131,7 +133,49 @@ def _hf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> d
     return {"architecture": architecture.name, "dtype": request.dtype, **routed, "check": found}
 
 
-BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf}
+def _gguf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    require("gguf", needed_for="writing a GGUF file")
+    from dyncomp.backends.gguf.check import compare
+    from dyncomp.backends.gguf.write import NAMES, write
+    from dyncomp.backends.hf.write import choose
+
+    if request.dtype != "float32":
+        raise RequestError(f"--dtype {request.dtype}: weights go into a GGUF file as the codes they have, or as float32")
+    architecture, decoder, shape = choose(graph, request.architecture, among=tuple(NAMES))
+    temper = architecture.temper if request.temper is None else request.temper
+    vocabulary = _gguf_source(opened)
+    file = folder / "model.gguf"
+    formats = write(decoder, shape, architecture, file, temper=temper, tokenizer=vocabulary)
+    notes = (
+        [] if vocabulary is not None else ["the file has no vocabulary: it takes and gives token ids (the model did not come from GGUF)"]
+    )
+    record: dict[str, Any] = {"architecture": architecture.name, "formats": formats, "notes": notes}
+    if shape.routing is not None:
+        record["temper"] = temper
+    if importlib.util.find_spec("llama_cpp") is None:
+        record["notes"].append("not run: the package llama-cpp-python, which would, is not installed")
+        return record
+    found = compare(graph, file)
+    allowed = 2e-3 if set(formats) == {"F32"} else 0.1  # llama.cpp rounds what it multiplies quantized weights with
+    if not found["median_error"] <= allowed:
+        raise PassError(
+            f"llama.cpp's logits differ from the graph's by {found['median_error']:.1e} (relative, median); allowed {allowed:g}"
+        )
+    return record | {"check": found}
+
+
+def _gguf_source(opened: Bundle) -> GgufFile | None:
+    """The header of the GGUF file a bundle's model came from, if it is still there."""
+    from gguf import GGML_QUANT_SIZES
+
+    from dyncomp.models import PACKAGED, packaged_path
+
+    name = opened.manifest.source.name
+    path = packaged_path(name) if name in PACKAGED else Path(name).expanduser()
+    return read_gguf(path, {int(k): v for k, v in GGML_QUANT_SIZES.items()}) if path.suffix == ".gguf" and path.is_file() else None
+
+
+BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf, "gguf": _gguf}
 """Name -> writes a bundle's graph into a folder, checks it, and returns facts for the record."""
 
 

@@ -10,6 +10,9 @@ import dyncomp.backends.hf.write
 import dyncomp.passes  # registers the passes
 import pytest
 import torch
+from dyncomp.backends.gguf.check import compare as gguf_compare
+from dyncomp.backends.gguf.write import encode
+from dyncomp.backends.gguf.write import write as gguf_write
 from dyncomp.backends.hf.architectures import ARCHITECTURES
 from dyncomp.backends.hf.check import compare
 from dyncomp.backends.hf.write import choose, explain, write
@@ -22,6 +25,7 @@ from dyncomp.errors import BackendError, PassError, RequestError
 from dyncomp.export import ExportRequest, export
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.quantized import round_to_nearest
 from dyncomp.regions import find_regions
 from dyncomp.regions.decoder import Decoder, find_decoder
 
@@ -173,3 +177,25 @@ def test_requests_that_cannot_be_served_are_named(tmp_path) -> None:
     ):
         with pytest.raises(RequestError, match=words):
             ExportRequest(**{"bundle": tmp_path, "out": tmp_path / "new", **options}).validate()
+
+
+@pytest.mark.parametrize(("model", "passes", "architecture"), [("llama", "", "llama"), ("qwen2", "", "qwen2"), CASES[0]])
+def test_llama_cpp_computes_the_same(model: str, passes: str, architecture: str, tmp_path) -> None:
+    pytest.importorskip("llama_cpp")
+    graph = converted(model, passes)
+    found, decoder, shape = choose(graph, architecture)
+    assert set(gguf_write(decoder, shape, found, tmp_path / "m.gguf", temper=found.temper, tokenizer=None)) == {"F32"}
+    assert gguf_compare(graph, tmp_path / "m.gguf")["median_error"] < 2e-3
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "name"), [(8, True, "Q8_0"), (4, False, "Q4_1")])
+def test_codes_are_in_a_gguf_file_as_they_are(bits: int, symmetric: bool, name: str) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    value = round_to_nearest(torch.randn(6, 96, generator=torch.Generator().manual_seed(0)), bits, 32, symmetric=symmetric)
+    data, form = encode(value)
+    assert form == name
+    assert torch.equal(torch.from_numpy(dequantize(data, GGMLQuantizationType[form])), value.decode())
+    assert encode(round_to_nearest(torch.randn(4, 64), bits, 64, symmetric=symmetric)) is None
+    assert encode(round_to_nearest(torch.randn(4, 64), bits, 32, symmetric=not symmetric)) is None

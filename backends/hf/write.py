@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,22 @@ def explain(graph: Graph) -> tuple[Decoder | None, Shape | None, dict[str, list[
     return decoder, shape, {name: [*problems, *a.reasons(shape)] for name, a in ARCHITECTURES.items()}
 
 
-def choose(graph: Graph, name: str) -> tuple[Architecture, Decoder, Shape]:
+def choose(graph: Graph, name: str, *, among: Sequence[str] = tuple(ARCHITECTURES)) -> tuple[Architecture, Decoder, Shape]:
     """The architecture of that name, or the first that fits for ``auto``.
 
     Raises:
         RequestError: there is no such architecture.
         BackendError: it cannot hold the model, or none can; says why.
     """
-    if name != "auto" and name not in ARCHITECTURES:
-        raise RequestError(f"hf: there is no architecture {name!r}", hint=f"architectures: auto, {', '.join(ARCHITECTURES)}")
+    if name != "auto" and name not in among:
+        raise RequestError(f"there is no architecture {name!r} here", hint=f"architectures: auto, {', '.join(among)}")
     decoder, shape, reasons = explain(graph)
-    wanted = list(ARCHITECTURES) if name == "auto" else [name]
+    wanted = list(among) if name == "auto" else [name]
     for candidate in wanted:
         if not reasons[candidate] and decoder is not None and shape is not None:
             return ARCHITECTURES[candidate], decoder, shape
     lines = "".join(f"\n  {candidate}: {'; '.join(reasons[candidate])}" for candidate in wanted)
-    raise BackendError(f"hf: no architecture of transformers holds this model:{lines}", hint=TOPK)
+    raise BackendError(f"no architecture holds this model:{lines}", hint=TOPK)
 
 
 def write(

@@ -13,7 +13,7 @@ from dyncomp.cli import options
 @click.command("export")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--backend", default="hf", show_default=True, help="hf (a checkpoint that stock classes of transformers load).")
+@click.option("--backend", default="hf", show_default=True, help="hf (a checkpoint that stock classes load) or gguf (llama.cpp).")
 @click.option("--architecture", default="auto", show_default=True, help="Of the checkpoint; auto is the first that can hold the model.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the checkpoint's weights: float32 or bfloat16.")
 @click.option("--temper", type=int, help="p of tempered routers, 10 to 14. [default: what suits the architecture]")
