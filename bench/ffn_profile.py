@@ -1,9 +1,9 @@
-"""Time in the FFNs of one decode step, dense and routed, from ONNX Runtime's own profile.
+"""Time in the FFNs of one decode step and of a prefill, dense and routed, from ONNX Runtime's own profile.
 
-    python -m bench.ffn_profile [--precision fp32|int8|int4]
+    python -m bench.ffn_profile [--precision fp32 int8 int4] [--threads 1]
 
-The routed model has the dense model's weights, carved into experts at random, and top-k gates of a random router: only speed is
-looked at. Both sessions take turns; the figure is the sum over FFN nodes of each node's median.
+The routed models have the dense model's weights, carved into experts at random, and top-k gates of a random router: only speed is
+looked at. The sessions take turns; the figure is the sum over FFN nodes of each node's median.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dyncomp.runtime.bench import random_steps
 from dyncomp.trace import trace_model
 
 FFN = re.compile(r"\.mlp|router|experts")
+_PROMPT, _STEPS = 128, 16  # of a session's turn: a prefill, then steps
 
 
 def routed(dense: Graph, experts: int, k: int) -> Graph:
@@ -50,40 +51,59 @@ def routed(dense: Graph, experts: int, k: int) -> Graph:
 
 def profile_ffn(
     model: str = "smollm2-135m",
-    choices: tuple[tuple[int, int], ...] = ((16, 4), (8, 2), (16, 8)),
+    choices: tuple[tuple[int, int], ...] = ((16, 4), (8, 2), (16, 8), (16, 12)),
     threads: int = 1,
     precision: str = "fp32",
+    rounds: int = 5,
 ) -> list[dict[str, Any]]:
-    """Milliseconds in FFN nodes of one decode step: the dense model first, then each (experts, k), all in one precision."""
+    """Milliseconds in FFN nodes of one decode step and of a prompt of 128 tokens: the dense model first, then each (experts, k), all
+    in one precision."""
     dense = trace_model(load_model(model))
     graphs = {"dense": dense.copy()} | {f"{k} of {e} experts": routed(dense, e, k) for e, k in choices}
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, graph in graphs.items():
+        runtimes: dict[str, OrtModel] = {}
+        for name in list(graphs):
+            graph, place = graphs.pop(name), Path(folder) / name.replace(" ", "-")
             if precision != "fp32":
                 Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
-            place = Path(folder) / name.replace(" ", "-")
             lower_artifact(graph, place)
-            runtime = OrtModel(place, threads=threads, profile=place / "profile")
-            random_steps(decoder_for(runtime), context=64, steps=80)
-            rows.append({"ffn": name, "precision": precision, "threads": threads, "ms_per_step": _ffn_time(runtime.end_profiling())})
+            runtimes[name] = OrtModel(place, threads=threads, profile=place / "profile")
+        decoders = [decoder_for(runtime) for runtime in runtimes.values()]
+        for _ in range(rounds + 1):
+            for decoder in decoders:
+                random_steps(decoder, context=_PROMPT, steps=_STEPS)
+        rows: list[dict[str, Any]] = []
+        for name, runtime in runtimes.items():
+            prefill, step = _ffn_times(runtime.end_profiling())
+            rows.append({"ffn": name, "precision": precision, "threads": threads, "ms_per_step": step, "ms_per_prefill": prefill})
     for row in rows:
-        row["speedup"] = float(rows[0]["ms_per_step"]) / float(row["ms_per_step"])
+        row["speedup"] = rows[0]["ms_per_step"] / row["ms_per_step"]
+        row["prefill_speedup"] = rows[0]["ms_per_prefill"] / row["ms_per_prefill"]
     return rows
 
 
-def _ffn_time(profile: Path) -> float:
+def _ffn_times(profile: Path) -> tuple[float, float]:
+    """(of a prefill, of a decode step), the first round left out."""
     times: dict[str, list[float]] = {}
     for event in json.loads(profile.read_text()):
         name = event.get("name", "")
         if event.get("cat") == "Node" and name.endswith("_kernel_time") and FFN.search(name):
             times.setdefault(name, []).append(event["dur"] / 1000)
-    return sum(statistics.median(t[len(t) // 4 :]) for t in times.values())
+    prefill = step = 0.0
+    for found in times.values():
+        rounds = [found[i : i + 1 + _STEPS] for i in range(1 + _STEPS, len(found), 1 + _STEPS)]
+        prefill += statistics.median(r[0] for r in rounds)
+        step += statistics.median(t for r in rounds for t in r[1:])
+    return prefill, step
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "int8", "int4"))
-    for row in profile_ffn(precision=parser.parse_args().precision):
-        speed = f"{row['ms_per_step']:7.2f} ms a step, {row['threads']} thread, {row['speedup']:.2f} x dense"
-        print(f"{row['ffn']:<20} {row['precision']} {speed}")
+    parser.add_argument("--precision", nargs="+", default=["int8", "int4"], choices=("fp32", "int8", "int4"))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print(f"{'':<20} {'':<5}   decode step          prefill of {_PROMPT}, {arguments.threads} thread(s)")
+    for precision in arguments.precision:
+        for row in profile_ffn(precision=precision, threads=arguments.threads):
+            step = f"{row['ms_per_step']:8.2f} ms {row['speedup']:5.2f} x"
+            print(f"{row['ffn']:<20} {precision:<5} {step}   {row['ms_per_prefill']:8.2f} ms {row['prefill_speedup']:5.2f} x", flush=True)

@@ -38,12 +38,14 @@ def results_markdown(results: dict[str, Any]) -> str:
         threads = results["ffn"][0]["threads"]
         lines += [
             "",
-            f"## FFNs of SmolLM2-135M, one decode step, {threads} thread, × the dense FFN of the same precision",
+            f"## FFNs of SmolLM2-135M, {threads} thread, × the dense FFN of the same precision",
             "",
-            "| FFNs | precision | ms | × dense |",
-            "|---|---|---|---|",
+            "| FFNs | precision | decode step, ms | × dense | prefill of 128, ms | × dense |",
+            "|---|---|---|---|---|---|",
         ]
-        lines += [f"| {row['ffn']} | {row['precision']} | {row['ms_per_step']:.2f} | {row['speedup']:.2f} |" for row in results["ffn"]]
+        for row in results["ffn"]:
+            times = f"{row['ms_per_step']:.2f} | {row['speedup']:.2f} | {row['ms_per_prefill']:.2f} | {row['prefill_speedup']:.2f}"
+            lines.append(f"| {row['ffn']} | {row['precision']} | {times} |")
     if results.get("peers"):
         lines += [
             "",

@@ -34,19 +34,12 @@ OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
   return *kernel ? nullptr : error(api, kName, "there is no memory left");
 }
 
-struct Work {
-  QuantizedFfnJob job;
-  const int32_t* used;  // experts with at least one token
-  int64_t chunks;       // groups of 32 neurons of an expert
-};
-
 void run_expand(const void* user, int64_t first, int64_t last) {
-  const Work& work = *static_cast<const Work*>(user);
-  for (int64_t i = first; i < last; i++) active->expand(work.job, work.used[i / work.chunks], i % work.chunks);
+  active->expand(*static_cast<const QuantizedFfnJob*>(user), first, last);
 }
 
 void run_contract(const void* user, int64_t first, int64_t last) {
-  const QuantizedFfnJob& job = static_cast<const Work*>(user)->job;
+  const QuantizedFfnJob& job = *static_cast<const QuantizedFfnJob*>(user);
   active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
 }
 
@@ -54,8 +47,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const auto& [op, bits, block] = *static_cast<const Ffn*>(kernel);
   Call call(*op.api, context, kName);
   Shape shape;
-  Work work = {};
-  QuantizedFfnJob& job = work.job;
+  QuantizedFfnJob job = {};
   const int64_t up_rows = op.neurons * (op.gated ? 2 : 1);
   job.input = call.input<float>(0, "x", false, &shape);
   check_last(call, shape, op.columns);
@@ -83,11 +75,11 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     return call.status();
   }
   describe(op, uses, &job);
-  work.used = uses.used, work.chunks = op.neurons / kBlock;
+  job.chunks = op.neurons / kBlock;
   job.up_tiles = tiles_of(up_rows);
   quantize_tokens(call, job.up, job.input, tokens, job.blocks);
-  call.parallel(uses.total(op) * up_rows * op.columns, uses.count * work.chunks, run_expand, &work);
-  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &work);
+  call.parallel(uses.total(op) * up_rows * op.columns, uses.count * job.chunks, run_expand, &job);
+  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
   return call.status();
 }
 

@@ -23,18 +23,12 @@ OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
   return *kernel ? nullptr : error(api, kName, "there is no memory left");
 }
 
-struct Work {
-  FloatFfnJob job;
-  const int32_t* used;  // experts with at least one token
-};
-
 void run_expand(const void* user, int64_t first, int64_t last) {
-  const Work& work = *static_cast<const Work*>(user);
-  for (int64_t i = first; i < last; i++) active->expand_floats(work.job, work.used[i / work.job.chunks], i % work.job.chunks);
+  active->expand_floats(*static_cast<const FloatFfnJob*>(user), first, last);
 }
 
 void run_contract(const void* user, int64_t first, int64_t last) {
-  const FloatFfnJob& job = static_cast<const Work*>(user)->job;
+  const FloatFfnJob& job = *static_cast<const FloatFfnJob*>(user);
   active->contract_floats(job, first * kWide, std::min(last * kWide, job.down_tiles));
 }
 
@@ -42,8 +36,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Experts& op = *static_cast<const Experts*>(kernel);
   Call call(*op.api, context, kName);
   Shape shape;
-  Work work = {};
-  FloatFfnJob& job = work.job;
+  FloatFfnJob job = {};
   const int64_t parts_of_up = op.gated ? 2 : 1, chunk = kWide / parts_of_up * kTile;
   job.input = call.input<float>(0, "x", false, &shape);
   check_last(call, shape, op.columns);
@@ -69,9 +62,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     return call.status();
   }
   describe(op, uses, &job);
-  work.used = uses.used;
-  call.parallel(uses.total(op) * parts_of_up * op.neurons * op.columns, uses.count * job.chunks, run_expand, &work);
-  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kWide - 1) / kWide, run_contract, &work);
+  call.parallel(uses.total(op) * parts_of_up * op.neurons * op.columns, uses.count * job.chunks, run_expand, &job);
+  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kWide - 1) / kWide, run_contract, &job);
   return call.status();
 }
 

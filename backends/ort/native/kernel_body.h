@@ -18,12 +18,17 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// Asks for memory that is read soon: from DRAM it comes while something else is computed.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- the inner loop -----------------------------------------------------------------------------------------------
-// out[t * stride + r * 16 ..] = rows of the tiles tile .. tile + R - 1 for the tokens rows[0 .. M - 1] of x.
+// out[t][r * 16 ..] = rows of the tiles tile .. tile + R - 1 for the tokens rows[0 .. M - 1] of x; or they are added to it.
 template <int BITS, bool OFFSETS, int R, int M>
-void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows, float* out, int64_t stride) {
+void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows, float* const* out, bool add) {
   const int64_t blocks = w.columns / kBlock, groups = w.columns / w.block, share = w.block / kBlock;
   const int64_t bytes = BITS * kTile * kBlock / 8;  // of a tile's block
   // With registers to spare, the upper codes of 4 bits are summed as they are, 16 times too large, which saves shifting them.
@@ -37,7 +42,7 @@ void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows,
     codes[r] = w.codes + (tile + r) * blocks * bytes;
     scales[r] = w.scales + (tile + r) * groups * kTile;
     offsets[r] = OFFSETS ? w.offsets + (tile + r) * groups * kTile : nullptr;
-    UNROLL for (int t = 0; t < M; t++) sum[r][t] = set(0.0f);
+    UNROLL for (int t = 0; t < M; t++) sum[r][t] = add ? load(out[t] + r * kTile) : set(0.0f);
   }
   UNROLL for (int t = 0; t < M; t++) a[t] = x + rows[t] * blocks;
   int64_t at = 0, b = 0;  // in bytes of a tile, and in blocks
@@ -98,11 +103,11 @@ void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows,
     }
   }
   UNROLL for (int t = 0; t < M; t++) {
-    UNROLL for (int r = 0; r < R; r++) store(out + t * stride + r * kTile, sum[r][t]);
+    UNROLL for (int r = 0; r < R; r++) store(out[t] + r * kTile, sum[r][t]);
   }
 }
 
-typedef void (*Product)(const Matrix&, int64_t, const Block*, const int32_t*, float*, int64_t);
+typedef void (*Product)(const Matrix&, int64_t, const Block*, const int32_t*, float* const*, bool);
 
 template <int BITS, bool OFFSETS, int R>
 Product product_for(int64_t tokens) {
@@ -122,11 +127,23 @@ Product product_for(const Matrix& w, int64_t tokens) {
 }
 
 // `count` <= kGroup tiles of rows for `tokens` <= kTokens tokens.
-inline void rows_of(const Matrix& w, int64_t tile, int64_t count, const Block* x, const int32_t* rows, int64_t tokens, float* out,
-                    int64_t stride) {
-  if (kTiles == kGroup && count == kGroup) return product_for<kTiles>(w, tokens)(w, tile, x, rows, out, stride);
-  for (int64_t r = 0; r < count; r++) product_for<1>(w, tokens)(w, tile + r, x, rows, out + r * kTile, stride);
+inline void rows_of(const Matrix& w, int64_t tile, int64_t count, const Block* x, const int32_t* rows, int64_t tokens, float* const* out,
+                    bool add) {
+  if (kTiles == kGroup && count == kGroup) return product_for<kTiles>(w, tokens)(w, tile, x, rows, out, add);
+  for (int64_t r = 0; r < count; r++) {
+    float* column[kTokens];
+    for (int64_t t = 0; t < tokens; t++) column[t] = out[t] + r * kTile;
+    product_for<1>(w, tokens)(w, tile + r, x, rows, column, add);
+  }
 }
+
+// The rows of a buffer for the results of kTokens tokens.
+struct Rows {
+  float* at[kTokens];
+  explicit Rows(float (*buffer)[kGroup * kTile]) {
+    for (int t = 0; t < kTokens; t++) at[t] = buffer[t];
+  }
+};
 
 // How many of the `left` tokens to take next: parts of nearly equal size.
 inline int64_t take(int64_t left) {
@@ -143,13 +160,14 @@ void quantize(const Matrix& w, const float* input, int64_t count, Block* output)
 void linear(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to) {
   const Matrix& w = job.weight;
   alignas(64) float out[kTokens][kGroup * kTile];
+  const Rows to_out(out);
   for (int64_t tile = first; tile < last; tile += kGroup) {
     const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, w.rows - column);
     for (int64_t t = from, n; t < to; t += n) {
       n = take(to - t);
       int32_t rows[kTokens];
       for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(t + i);
-      rows_of(w, tile, count, job.blocks, rows, n, out[0], kGroup * kTile);
+      rows_of(w, tile, count, job.blocks, rows, n, to_out.at, false);
       for (int64_t i = 0; i < n; i++) {
         float* y = job.output + (t + i) * w.rows + column;
         if (job.bias) {
@@ -175,51 +193,90 @@ inline void add_bias(float* x, const float* bias) {
   for (int j = 0; j < kBlock; j++) x[j] += bias[j];
 }
 
-void expand(const QuantizedFfnJob& job, int64_t expert, int64_t chunk) {
-  const Matrix up = of_expert(job.up, job.up_tiles, expert);
-  const int64_t tile = chunk * kGroup, second = job.neurons / kTile;
-  const float* bias = job.bias ? job.bias + expert * up.rows + chunk * kBlock : nullptr;
+// The part of `bytes` that is fetched beside `n` of `all` tokens, `done` of which are done.
+struct Share {
+  int64_t from, bytes;
+};
+inline Share share(int64_t bytes, int64_t done, int64_t n, int64_t all) {
+  const int64_t from = bytes * done / all / 64 * 64, to = done + n == all ? bytes : bytes * (done + n) / all / 64 * 64;
+  return {from, to - from};
+}
+
+void expand(const QuantizedFfnJob& job, int64_t first, int64_t last) {
+  const int64_t second = job.neurons / kTile, tile_bytes = job.up.columns * kTile * job.up.bits / 8;
   alignas(64) float h[kTokens][kBlock], u[kTokens][kBlock];
-  for (int64_t at = job.starts[expert], end = job.starts[expert + 1], n; at < end; at += n) {
-    n = take(end - at);
-    const int32_t* rows = job.tokens_of + at;
-    rows_of(up, tile, kGroup, job.blocks, rows, n, h[0], kBlock);
-    if (job.gated) rows_of(up, second + tile, kGroup, job.blocks, rows, n, u[0], kBlock);
-    for (int64_t i = 0; i < n && bias; i++) {
-      add_bias(h[i], bias);
-      if (job.gated) add_bias(u[i], bias + job.neurons);
-    }
-    activate(job.activation, h[0], static_cast<int>(n) * kBlock);
-    for (int64_t i = 0; i < n; i++) {
-      const V gate = set(job.gates[at + i]);
-      for (int j = 0; j < kBlock; j += kTile) {
-        V v = load(h[i] + j) * gate;
-        store(h[i] + j, job.gated ? v * load(u[i] + j) : v);
+  const Rows to_h(h), to_u(u);
+  for (int64_t unit = first; unit < last; unit++) {
+    const int64_t expert = job.used[unit / job.chunks], chunk = unit % job.chunks, tile = chunk * kGroup;
+    const int64_t next = unit + 1 < last ? unit + 1 : unit;
+    const int64_t next_tile = job.used[next / job.chunks] * job.up_tiles + next % job.chunks * kGroup;
+    const Matrix up = of_expert(job.up, job.up_tiles, expert);
+    const float* bias = job.bias ? job.bias + expert * up.rows + chunk * kBlock : nullptr;
+    const int64_t begin = job.starts[expert], end = job.starts[expert + 1];
+    for (int64_t at = begin, n; at < end; at += n) {
+      n = take(end - at);
+      if (next != unit) {
+        const Share part = share(kGroup * tile_bytes, at - begin, n, end - begin);
+        const uint8_t* from = job.up.codes + next_tile * tile_bytes + part.from;
+        fetch(from, part.bytes);
+        if (job.gated) fetch(from + second * tile_bytes, part.bytes);
       }
-      quantize(job.down, h[i], 1, job.hidden + (at + i) * (job.neurons / kBlock) + chunk);
+      const int32_t* rows = job.tokens_of + at;
+      rows_of(up, tile, kGroup, job.blocks, rows, n, to_h.at, false);
+      if (job.gated) rows_of(up, second + tile, kGroup, job.blocks, rows, n, to_u.at, false);
+      for (int64_t i = 0; i < n && bias; i++) {
+        add_bias(h[i], bias);
+        if (job.gated) add_bias(u[i], bias + job.neurons);
+      }
+      activate(job.activation, h[0], static_cast<int>(n) * kBlock);
+      for (int64_t i = 0; i < n; i++) {
+        const V gate = set(job.gates[at + i]);
+        for (int j = 0; j < kBlock; j += kTile) {
+          V v = load(h[i] + j) * gate;
+          store(h[i] + j, job.gated ? v * load(u[i] + j) : v);
+        }
+        quantize(job.down, h[i], 1, job.hidden + (at + i) * job.chunks + chunk);
+      }
     }
   }
 }
 
+inline void start_output(const FfnJob& job, int64_t column, int64_t width) {
+  for (int64_t t = 0; t < job.tokens; t++) {
+    for (int64_t j = 0; j < width; j++) job.output[t * job.rows + column + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;
+  }
+}
+
+inline void add_to(float* y, const float* x, int64_t width) {
+  int64_t j = 0;
+  for (; j + kTile <= width; j += kTile) store(y + j, load(y + j) + load(x + j));
+  for (; j < width; j++) y[j] += x[j];
+}
+
 void contract(const QuantizedFfnJob& job, int64_t first, int64_t last) {
-  const int64_t rows = job.rows;
+  const int64_t rows = job.rows, tile_bytes = job.down.columns * kTile * job.down.bits / 8;
   alignas(64) float out[kTokens][kGroup * kTile];
+  const Rows to_out(out);
   for (int64_t tile = first; tile < last; tile += kGroup) {
     const int64_t count = least(kGroup, last - tile), column = tile * kTile, width = least(count * kTile, rows - column);
-    for (int64_t t = 0; t < job.tokens; t++) {
-      for (int64_t j = 0; j < width; j++) job.output[t * rows + column + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;
-    }
-    for (int64_t e = 0; e < job.experts; e++) {
+    const bool whole = width == count * kTile;  // otherwise the output has no room for what is computed
+    start_output(job, column, width);
+    for (int64_t used = 0; used < job.used_count; used++) {
+      const int64_t e = job.used[used];
+      const bool same = used + 1 < job.used_count;  // the next expert's rows, or the next rows of the first
+      const int64_t next = job.used[same ? used + 1 : 0] * job.down_tiles + tile + (same ? 0 : count);
+      fetch(job.down.codes + next * tile_bytes, count * tile_bytes);
       const Matrix down = of_expert(job.down, job.down_tiles, e);
       for (int64_t at = job.starts[e], end = job.starts[e + 1], n; at < end; at += n) {
         n = take(end - at);
         int32_t rows_at[kTokens];
-        for (int64_t i = 0; i < n; i++) rows_at[i] = static_cast<int32_t>(at + i);
-        rows_of(down, tile, count, job.hidden, rows_at, n, out[0], kGroup * kTile);
+        float* y[kTokens];
         for (int64_t i = 0; i < n; i++) {
-          float* y = job.output + job.tokens_of[at + i] * rows + column;
-          for (int64_t j = 0; j < width; j++) y[j] += out[i][j];
+          rows_at[i] = static_cast<int32_t>(at + i);
+          y[i] = job.output + job.tokens_of[at + i] * rows + column;
         }
+        rows_of(down, tile, count, job.hidden, rows_at, n, whole ? y : to_out.at, whole);
+        for (int64_t i = 0; i < n && !whole; i++) add_to(y[i], out[i], width);
       }
     }
   }

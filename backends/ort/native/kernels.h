@@ -53,8 +53,10 @@ struct FfnJob {
   const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1
   const int32_t* tokens_of; // [uses]
   const float* gates;       // [uses]
+  const int32_t* used;      // experts that have uses, used_count of them
   float* output;            // [tokens, rows]
-  int64_t tokens, experts, columns, neurons, rows;
+  int64_t tokens, used_count, columns, neurons, rows;
+  int64_t chunks;           // of an expert's neurons: 32, or 64 in floats where there is no gate
   int64_t up_tiles, down_tiles;  // of one expert
   int32_t gated, activation;
 };
@@ -69,7 +71,6 @@ struct QuantizedFfnJob : FfnJob {
 struct FloatFfnJob : FfnJob {
   const float *up, *down;  // [experts, up_tiles, columns, 16], [experts, down_tiles, neurons, 16]
   float* hidden;           // [uses, neurons rounded up to whole chunks]
-  int64_t chunks;          // of neurons: what `expand` computes together
 };
 
 // Causal attention over a KV cache; see ops.py in dyncomp. Query s of a row stands at position past[row] + s.
@@ -97,12 +98,12 @@ struct Kernels {
   void (*quantize)(const Matrix& matrix, const float* input, int64_t count, Block* output);
   // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
   void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
-  // The hidden activations of 32 neurons of an expert, for all its uses, with the gate, quantized.
-  void (*expand)(const QuantizedFfnJob& job, int64_t expert, int64_t chunk);
+  // The hidden activations of the chunks first .. last - 1 of used_count * chunks, for all uses, with the gate, quantized.
+  void (*expand)(const QuantizedFfnJob& job, int64_t first, int64_t last);
   // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
   void (*contract)(const QuantizedFfnJob& job, int64_t first, int64_t last);
-  // The same in floats. A chunk is 32 neurons of a gated FFN, 64 of another.
-  void (*expand_floats)(const FloatFfnJob& job, int64_t expert, int64_t chunk);
+  // The same in floats.
+  void (*expand_floats)(const FloatFfnJob& job, int64_t first, int64_t last);
   void (*contract_floats)(const FloatFfnJob& job, int64_t first, int64_t last);
   // scores [tokens, experts] = x [tokens, columns] times router [experts, columns] plus bias [experts].
   void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, int64_t tokens, float* scores);

@@ -11,21 +11,30 @@ constexpr int64_t kActivations = 15;
 
 size_t aligned(size_t size) { return (size + 63) / 64 * 64; }
 
-// Larger for larger scores, and of equal scores for the earlier expert; a NaN counts as larger than all numbers, as in torch.topk.
-uint64_t rank_of(float score, int64_t expert) {
-  uint32_t bits;
-  score += 0.0f;  // -0 equals 0
+// In the order of the scores; -0 equals 0, and a NaN is larger than all numbers, as in torch.topk.
+int32_t rank_of(float score) {
+  int32_t bits;
+  score += 0.0f;
   std::memcpy(&bits, &score, sizeof bits);
-  const uint32_t order = score != score ? UINT32_MAX : bits >> 31 ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(order) << 32 | static_cast<uint32_t>(INT32_MAX - expert);
+  return score != score ? INT32_MAX : bits < 0 ? bits ^ INT32_MAX : bits;
 }
 
-// Scores -> gates, in place.
-void open_best(float* scores, int64_t experts, int64_t k, uint64_t* ranks) {
-  for (int64_t e = 0; e < experts; e++) ranks[e] = ranks[experts + e] = rank_of(scores[e], e);
-  std::nth_element(ranks, ranks + experts - k, ranks + experts);
-  const uint64_t least = ranks[experts - k];
-  for (int64_t e = 0; e < experts; e++) scores[e] = ranks[experts + e] >= least ? 1.0f : 0.0f;
+// Scores -> gates, in place: 1 for the k best, of equal ones the first. The k-th rank is found bit by bit, which has no branches to guess.
+void open_best(float* scores, int64_t experts, int64_t k, int32_t* ranks) {
+  for (int64_t e = 0; e < experts; e++) ranks[e] = rank_of(scores[e]);
+  const auto count = [&](int32_t from) {
+    int32_t n = 0;
+    for (int64_t e = 0; e < experts; e++) n += ranks[e] >= from;
+    return n;
+  };
+  uint32_t found = 0;
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+    if (count(static_cast<int32_t>((found | bit) ^ 1u << 31)) >= k) found |= bit;
+  }
+  const int32_t last = static_cast<int32_t>(found ^ 1u << 31);
+  int64_t equal = k;
+  for (int64_t e = 0; e < experts; e++) equal -= ranks[e] > last;
+  for (int64_t e = 0; e < experts; e++) scores[e] = ranks[e] > last || (ranks[e] == last && equal-- > 0) ? 1.0f : 0.0f;
 }
 
 struct Job {
@@ -61,7 +70,7 @@ OrtStatus* read_experts(const OrtApi& api, const OrtKernelInfo* info, const char
 }
 
 size_t Routing::bytes(const Experts& op) const {
-  const size_t ranks = op.k ? 2 * op.experts * sizeof(uint64_t) : 0, scores = router ? tokens * op.experts * sizeof(float) : 0;
+  const size_t ranks = op.k ? op.experts * sizeof(int32_t) : 0, scores = router ? tokens * op.experts * sizeof(float) : 0;
   return aligned((op.experts + 1) * sizeof(int64_t)) + aligned(op.experts * sizeof(int32_t)) + aligned(most * sizeof(int32_t)) +
          aligned(most * sizeof(float)) + aligned(scores) + aligned(ranks);
 }
@@ -91,7 +100,7 @@ Uses list_uses(Call& call, const Experts& op, const Routing& routing, const floa
     float* scores = reinterpret_cast<float*>(take(tokens * experts * sizeof(float)));
     const Job job = {x, routing.router, routing.bias, experts, op.columns, scores};
     call.parallel(tokens * experts * op.columns, tokens, run_route, &job);
-    for (int64_t t = 0; t < tokens && op.k; t++) open_best(scores + t * experts, experts, op.k, reinterpret_cast<uint64_t*>(at));
+    for (int64_t t = 0; t < tokens && op.k; t++) open_best(scores + t * experts, experts, op.k, reinterpret_cast<int32_t*>(at));
     for (int64_t i = 0; i < tokens * experts && !op.k; i++) scores[i] = scores[i] > 0.0f ? 1.0f : 0.0f;
     gates = scores;
   }
@@ -120,7 +129,8 @@ Uses list_uses(Call& call, const Experts& op, const Routing& routing, const floa
 
 void describe(const Experts& op, const Uses& uses, FfnJob* job) {
   job->starts = uses.starts, job->tokens_of = uses.tokens_of, job->gates = uses.gates;
-  job->experts = op.experts, job->columns = op.columns, job->neurons = op.neurons, job->rows = op.rows;
+  job->used = uses.used, job->used_count = uses.count;
+  job->columns = op.columns, job->neurons = op.neurons, job->rows = op.rows;
   job->gated = static_cast<int32_t>(op.gated), job->activation = static_cast<int32_t>(op.activation);
   job->down_tiles = tiles_of(op.rows);
 }
