@@ -42,7 +42,7 @@ def routed(dense: Graph, experts: int, k: int) -> Graph:
     generator = torch.Generator().manual_seed(0)
     for region in find_routed(graph):
         view = ExpertView(graph, region)
-        graph.add_tensor(view.router_weight, torch.randn(view.weight.shape, generator=generator))
+        graph.add_tensor(f"{region.name}.router.weight", torch.randn(experts, view.d_model, generator=generator))
         graph.add_tensor(view.router_bias, torch.zeros(experts))
         set_gates(graph, view, k=k)
     graph.clean()

@@ -96,6 +96,14 @@ class Sweep:
         for known, value in zip(self._values, values, strict=True):
             known[node] = value
 
+    def branch(self, batches: Sequence[int]) -> Sweep:
+        """Another sweep over some of the batches, from where this one is; this one stays there."""
+        other = Sweep(self.graph, [self._batches[i] for i in batches])
+        other._values = [dict(self._values[i]) for i in batches]
+        other._static = {shapes: dict(values) for shapes, values in self._static.items()}
+        other._static_nodes, other._done = set(self._static_nodes), set(self._done)
+        return other
+
     def has(self, node: fx.Node) -> bool:
         """Whether :meth:`values` can give this node."""
         return node in self._done and (node in self._static_nodes or all(node in values for values in self._values))

@@ -5,25 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from dyncomp.passes.layerwise import Layer, LayerwisePass, active_share, routing_facts, set_gates, set_threshold
-from dyncomp.passes.least_squares import LeastSquares
-from torch import Tensor
+from dyncomp.passes.layerwise import ExpertView, Layer, LayerwisePass, active_share, routing_facts, same_region, set_threshold
+from dyncomp.passes.routers import FAMILIES, RouterOptions, install
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_routed
 
+GATES = ("threshold", "relative", "topk")
+BUDGETS = ("uniform", "kl")
+
 
 @dataclass(frozen=True)
 class FitRouter(LayerwisePass):
-    """Fit ``scores = linear(x, router)`` so that the experts a token needs score high.
+    """Fit a router ``x -> scores`` so that the experts a token needs score high, and set the gates.
 
-    Ridge regression of the logarithm of each expert's output energy ||W_down[e] h_e||² on x (D2DMoE, 2310.04361, regresses the
-    norm with an MLP; in logarithms a few loud tokens do not decide the fit); then either the score threshold of each layer at
-    which the mean active fraction is the one asked for, or a fixed top-k. Layers are fitted in order, each on the inputs that
-    the routed layers before it give.
+    The router is one of :data:`dyncomp.passes.routers.FAMILIES`; then comes the score threshold of each layer at which the mean
+    active fraction is the one asked for, or a fixed top-k. Layers are fitted in order, each on the inputs that the routed layers
+    before it give.
 
     before:  scores = linear(x, 0, 1);  gates = dyncomp.threshold_gates(scores)      # every expert on
     after:   scores = linear(x, W, b - threshold);  gates = dyncomp.threshold_gates(scores)   # or topk_gates(scores, k)
@@ -34,7 +34,8 @@ class FitRouter(LayerwisePass):
     active: float = 0.75
     """Mean fraction of active neurons over all FFNs, those kept dense included."""
     gates: str = "threshold"
-    """``threshold`` (as many experts as a token needs) or ``topk`` (the same number for each token)."""
+    """``threshold`` (of the layer: as many experts as a token needs), ``relative`` to the best expert of the token (D2DMoE), or ``topk``
+    (the same number for each token)."""
     target: str = "energy"
     """What is regressed: ``energy`` (its logarithm) or ``norm`` of an expert's output."""
     ridge: float = 1e-2
@@ -42,18 +43,28 @@ class FitRouter(LayerwisePass):
     k: int = 0
     """With ``topk``: how many experts each token runs, shared ones included, whatever ``active`` says; 0 is what ``active`` gives."""
     bias: bool = True
-    """With ``topk``: false fits scores without a bias, by each expert's energy beside the token's mean over experts: most servers'
-    routers have none."""
+    """With ``topk`` and ``ridge``: false fits scores without a bias, by each expert's energy beside the token's mean over experts: most
+    servers' routers have none."""
+    router: str = "ridge"
+    """``ridge``, ``mlp``, ``neuron``, ``spectral``, ``mean-gate`` or ``representative``."""
+    rank: int = 32
+    """Hidden neurons of ``mlp``; directions of x that ``neuron`` keeps, or ``spectral`` over all experts."""
+    budgets: str = "uniform"
+    """``uniform``: every layer has the same active fraction; ``kl``: more where fewer neurons cost more, by the KL divergence from the
+    dense model's predictions (see :mod:`dyncomp.passes.budgets`)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= 1:
             raise RequestError(f"fit-router: the active fraction {self.active:g} is not in (0, 1]", hint="for example active=75%")
-        if self.gates not in ("threshold", "topk"):
-            raise RequestError(f"fit-router: unknown gates {self.gates!r}", hint="use threshold or topk")
-        if self.target not in ("energy", "norm"):
-            raise RequestError(f"fit-router: unknown target {self.target!r}", hint="use energy or norm")
-        if self.gates == "threshold" and (self.k or not self.bias):
+        for option, known in (("gates", GATES), ("target", ("energy", "norm")), ("router", tuple(FAMILIES)), ("budgets", BUDGETS)):
+            if (value := getattr(self, option)) not in known:
+                raise RequestError(f"fit-router: unknown {option} {value!r}", hint=f"use {', '.join(known[:-1])} or {known[-1]}")
+        if self.rank < 1:
+            raise RequestError(f"fit-router: rank={self.rank} must be at least 1")
+        if self.gates != "topk" and (self.k or not self.bias):
             raise RequestError("fit-router: k and bias=false are for gates=topk; a threshold is a bias", hint="add gates=topk")
+        if not self.bias and self.router != "ridge":
+            raise RequestError(f"fit-router: bias=false needs router=ridge, not {self.router}", hint="leave one of them out")
 
     def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
         if self.k:
@@ -66,37 +77,27 @@ class FitRouter(LayerwisePass):
                 routing_facts(graph, region.name)["active"] = self.k / region.experts
             return {"k": self.k}
         share = active_share(graph, self.active, who=self.name)
-        for region in find_routed(graph):
-            routing_facts(graph, region.name)["active"] = share
-        return {"active": self.active, "active_routed": share}
+        if self.budgets == "kl":
+            from dyncomp.passes.budgets import kl_budgets
+
+            budgets = kl_budgets(graph, ctx, share, lambda work, layer: self._install(work, layer, ctx.seed))
+        else:
+            budgets = {region.name: share for region in find_routed(graph)}
+        for name, value in budgets.items():
+            routing_facts(graph, name)["active"] = value
+        facts: dict[str, Any] = {"active": self.active, "active_routed": share}
+        return facts | ({"budgets": {n: round(v, 4) for n, v in budgets.items()}} if self.budgets != "uniform" else {})
 
     def visit(self, graph: Graph, layer: Layer) -> None:
+        self._install(graph, layer, 0)
+
+    def _install(self, graph: Graph, layer: Layer, seed: int) -> None:
+        """Fit the router of one layer and set its threshold; ``layer.view`` shows it."""
         view = layer.view
-        weight, bias = _fit(layer, self.target, self.ridge, bias=self.bias)
-        weight[view.shared], bias[view.shared] = 0, 1
-        if self.gates == "topk":
-            bias[view.shared] = 1e4  # above every score, so that top-k takes them first
-            set_gates(graph, view, k=max(1, round(routing_facts(graph, view.name)["active"] * view.experts)))
-        graph.add_tensor(view.router_weight, weight)
-        graph.add_tensor(view.router_bias, bias)
-        if self.gates == "threshold":
+        scores = FAMILIES[self.router](layer, RouterOptions(self.target, self.ridge, self.rank, seed, self.bias))
+        k = max(1, round(routing_facts(graph, view.name).get("active", 1.0) * view.experts))
+        install(graph, view, scores, gates=self.gates, k=k)
+        layer.view = ExpertView(graph, same_region(graph, view.region))
+        if self.gates != "topk":
             set_threshold(graph, layer)
-
-
-def _fit(layer: Layer, target: str, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor]:
-    """Ridge regression of what each expert gives on x: (weight [E, d], bias [E])."""
-    view = layer.view
-    gram = view.w_down.transpose(1, 2) @ view.w_down  # [E, F, F]: ||W h||² = hᵀ (WᵀW) h, cheaper than W h when F < d
-    energies = []
-    for hidden in layer.hidden():
-        h = hidden.transpose(0, 1)  # [E, n, F]
-        energies.append(((h @ gram) * h).sum(-1).clamp_min(0).T)  # [n, E]
-    floor = 1e-3 * torch.stack([e.mean() for e in energies]).mean()
-    problem = LeastSquares(view.d_model, view.experts)
-    for x, energy in zip(layer.inputs, energies, strict=True):
-        wanted = (energy + floor).log() if target == "energy" else energy.sqrt()
-        if not bias:  # the order of a token's experts is all that counts: what they have in common need not be explained
-            wanted = wanted - wanted[:, ~view.shared].mean(1, keepdim=True)
-        problem.add(x.reshape(-1, view.d_model), wanted)
-    weight, constant = problem.solve(ridge, bias=bias)
-    return weight.T.contiguous(), constant
+            layer.view = ExpertView(graph, layer.view.region)

@@ -23,24 +23,26 @@ _GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gate
 class ExpertView:
     """The tensors of one routed FFN and of its router, as they are in the graph now.
 
-    The router is what ``carve-experts`` puts there: ``scores = linear(x, weight, bias)``, then threshold or top-k gates.
+    A router is any sub-graph of ``x`` alone whose last node before the threshold or top-k gates adds a bias: ``linear(f, W, b)`` or
+    ``add(f, b)``. (``carve-experts`` makes ``linear(x, W, b)``, see :mod:`dyncomp.passes.routers` for others.)
     """
 
     def __init__(self, graph: Graph, region: RoutedFFN) -> None:
         gates = region.gates
         scores = gates.args[0] if gates.target in _GATES else None
-        if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
-            raise PassError(f"{region.name} has no linear router", hint="run carve-experts first")
+        if not isinstance(scores, fx.Node) or not ((scores.target is aten.linear.default and len(scores.args) == 3) or _adds_bias(scores)):
+            raise PassError(f"{region.name} has no router whose threshold can be set", hint="run carve-experts first")
         self.region, self.name = region, region.name
         self.gates = gates
-        self.router_weight, self.router_bias = (str(scores.args[i].target) for i in (1, 2))  # type: ignore[union-attr]
-        self.weight, self.bias = graph.tensor(self.router_weight).detach(), graph.tensor(self.router_bias).detach()
+        self.router_bias = str(scores.args[-1].target)  # type: ignore[union-attr]
+        self.bias = graph.tensor(self.router_bias).detach()
+        self._graph, self._router = graph, [n for n in region.router if n is not gates]
         self.w_up, self.w_down = graph.tensor(region.w_up).detach(), graph.tensor(region.w_down).detach()
         self.b_up = graph.tensor(region.b_up).detach() if region.b_up else None
         self.b_down = graph.tensor(region.b_down).detach() if region.b_down else None
         self.experts, self.d_out, self.neurons = self.w_down.shape
         self.d_model = self.w_up.shape[2]
-        self.activation = region.activation
+        self.activation, self.gated = region.activation, region.gated
         self._shared = routing_facts(graph, region.name).get("shared", 0)
 
     @property
@@ -54,9 +56,22 @@ class ExpertView:
         """[n, d] -> [n, E, F]."""
         return expert_hidden(x, self.w_up, self.b_up, self.neurons, self.activation)
 
-    def gate_values(self, x: Tensor) -> Tensor:
+    def scores(self, x: Tensor) -> Tensor:
         """[n, d] -> [n, E], with the router as it is in the graph now."""
-        return self.gates.target(torch.nn.functional.linear(x, self.weight, self.bias), *self.gates.args[1:])  # type: ignore[operator]
+        values: dict[fx.Node, Any] = {self.region.input: x}
+        for node in self._router:
+            read = lambda n: self._graph.tensor(n).detach() if n.op == "get_attr" else values[n]  # noqa: E731
+            args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[self.gates.args[0]]  # type: ignore[index]
+
+    def gate_values(self, x: Tensor) -> Tensor:
+        """[n, d] -> [n, E]."""
+        return self.gates.target(self.scores(x), *self.gates.args[1:])  # type: ignore[operator]
+
+
+def _adds_bias(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
 
 
 def routing_facts(graph: Graph, name: str) -> dict[str, Any]:
@@ -153,16 +168,16 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
                 layer.wanted = [t - r for t, r in zip(target, sweep.values(stream), strict=True)]
             for item, result in zip(passes, results, strict=True):
                 ctx.running = item
-                layer.view = ExpertView(graph, _same(graph, region))
+                layer.view = ExpertView(graph, same_region(graph, region))
                 item.visit(graph, layer)
                 result.changed.append(region.name)
-            layer.view = ExpertView(graph, _same(graph, region))
+            layer.view = ExpertView(graph, same_region(graph, region))
             sweep.provide(region.node, layer.outputs())
             ctx.progress(stage, position + 1, len(regions))
     return results
 
 
-def _same(graph: Graph, region: RoutedFFN) -> RoutedFFN:
+def same_region(graph: Graph, region: RoutedFFN) -> RoutedFFN:
     """The region as it is now: a pass may have given it a bias or other gates."""
     return next(r for r in find_routed(graph) if r.node is region.node)
 
@@ -202,14 +217,14 @@ def set_threshold(graph: Graph, layer: Layer) -> None:
     share = routing_facts(graph, view.name).get("active", 1.0)
     routed = ~view.shared
     wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
+    scores = torch.cat([view.scores(x.reshape(-1, view.d_model))[:, routed].flatten() for x in layer.inputs])
     bias = view.bias.clone()
-    bias[routed] -= _quantile(layer.inputs, view.weight[routed], bias[routed], wanted)
+    bias[routed] -= _quantile(scores, wanted)
     graph.add_tensor(view.router_bias, bias)
 
 
-def _quantile(inputs: list[Tensor], weight: Tensor, bias: Tensor, share: float) -> float:
-    """The score above which a fraction ``share`` of all (token, expert) pairs lies."""
-    scores = torch.cat([torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).flatten() for x in inputs])
+def _quantile(scores: Tensor, share: float) -> float:
+    """The score above which a fraction ``share`` of all lies."""
     rank = min(max(round((1 - share) * scores.numel()), 0), scores.numel())
     if rank == 0:
         return float(scores.min()) - 1.0

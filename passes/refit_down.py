@@ -46,10 +46,11 @@ class RefitDown(LayerwisePass):
         if layer.view.gates.target is torch.ops.dyncomp.threshold_gates.default:
             set_threshold(graph, layer)
             layer.view = ExpertView(graph, layer.view.region)
-        _refit(graph, layer, self.ridge, self.follow_dense, bias=self.bias)
+        refit(graph, layer, self.ridge, self.follow_dense, bias=self.bias)
 
 
-def _refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool) -> None:
+def refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool = True) -> None:
+    """Refit one layer with its gates as they are (see :class:`RefitDown`)."""
     view = layer.view
     down = view.w_down.permute(0, 2, 1).flatten(0, 1)  # [E * F, d_out]
     problem = LeastSquares(down.shape[0], view.d_out)

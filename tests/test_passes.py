@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
+from dyncomp.passes.budgets import allocate
 from dyncomp.passes.layerwise import ExpertView
+from dyncomp.passes.routers import FAMILIES
 from helpers import assert_close
 from tiny import ARCHITECTURES, built, sample, trace_tiny
 
@@ -119,10 +123,73 @@ def test_a_router_beats_a_random_choice_of_experts() -> None:
         for region in find_routed(shuffled):
             view = ExpertView(shuffled, region)
             order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
-            shuffled.add_tensor(view.router_weight, view.weight[order])
+            shuffled.add_tensor(f"{region.name}.router.weight", shuffled.tensor(f"{region.name}.router.weight").detach()[order])
             shuffled.add_tensor(view.router_bias, view.bias[order])
         errors.append(error(shuffled))
     assert error(graph) < min(errors)
+
+
+def _error(graph: Graph, ctx: Context) -> float:
+    return sum(float((graph(**b) - ctx.dense(**b)).square().mean()) for b in ctx.calibration.batches)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gated and not
+def test_every_router_gives_the_share_asked_for_and_the_graph_computes_what_was_fitted(name: str) -> None:
+    graph = trace_tiny(name)
+    ctx = context(name, graph, batches=12)
+    Pipeline([CarveExperts(experts=8, shared=2, keep_dense=())]).run(graph, ctx)
+    errors = {}
+    for router in FAMILIES:
+        for gates in ("threshold", "relative"):
+            routed = graph.copy()
+            routed.info = copy.deepcopy(graph.info)
+            Pipeline([FitRouter(active=0.6, router=router, gates=gates)]).run(routed, ctx)
+            region = find_routed(routed)[0]
+            used = []
+            for batch in ctx.calibration.batches:
+                Sweep(routed, [batch]).advance(routed.output_nodes[0], watch={region.gates: lambda _, g, seen=used: seen.append(g)})
+            used = torch.cat([g.flatten(0, -2) for g in used])
+            assert abs(float(used.mean()) - 0.6) < 0.02, (router, gates)
+            assert used[:, :2].eq(1).all()
+            if gates == "relative":
+                assert used[:, 2:].any(1).all(), "the best expert of a token is within any distance of itself"
+            errors[router, gates] = _error(routed, ctx)
+    assert errors["mlp", "threshold"] < errors["ridge", "threshold"] < errors["representative", "threshold"]
+    assert errors["neuron", "threshold"] < errors["ridge", "threshold"]
+
+
+def test_a_program_with_predicted_neurons(golden) -> None:
+    graph = trace_tiny("llama")
+    ctx = context("llama", graph)
+    Pipeline([CarveExperts(experts=4), FitRouter(active=0.8, router="neuron", rank=8, gates="relative")]).run(graph, ctx)
+    golden("llama_neuron_router.txt", graph.text())
+
+
+def test_budgets_go_where_neurons_matter() -> None:
+    """The second FFN's output is made ten times weaker: it must get fewer of the neurons, and the model come out better."""
+    graph = trace_tiny("llama")
+    graph.info["task"] = "causal-lm"
+    weak = find_regions(graph).ffns[1].down.weight
+    graph.add_tensor(weak, graph.tensor(weak).detach() / 10)
+    ctx = context("llama", graph, batches=12)
+    Pipeline([CarveExperts(experts=8, keep_dense=())]).run(graph, ctx)
+    errors = {}
+    for budgets in ("uniform", "kl"):
+        routed = graph.copy()
+        routed.info = copy.deepcopy(graph.info)
+        facts = Pipeline([FitRouter(active=0.6, budgets=budgets)]).run(routed, ctx)[0].result.facts
+        errors[budgets] = _error(routed, ctx)
+    first, second = facts["budgets"].values()
+    assert first > second + 0.2
+    assert (first + second) / 2 == pytest.approx(0.6, abs=1e-3)
+    assert errors["kl"] < 0.9 * errors["uniform"]
+
+
+def test_allocation_equalises_the_price_of_a_neuron() -> None:
+    curves = {"a": {0.8: 0.04, 0.5: 0.25}, "b": {0.8: 0.16, 0.5: 1.0}}  # (1 - x)² and 4 (1 - x)²: slopes 2t and 8t
+    shares = allocate(curves, {"a": 10, "b": 10}, 0.75, {"a": 0.0, "b": 0.0})
+    assert shares == pytest.approx({"a": 0.6, "b": 0.9}, abs=1e-6)
+    assert allocate(curves, {"a": 10, "b": 10}, 0.75, {"a": 0.7, "b": 0.0}) == pytest.approx({"a": 0.7, "b": 0.8}, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SOME)
