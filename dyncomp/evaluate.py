@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyncomp.bootstrap import interval
 from dyncomp.graph import Graph
 from dyncomp.regions import find_routed
 from dyncomp.sweep import Sweep
 
 _POSITIONS = 128
+NEIGHBOURS, PASSAGE = 10, 32
+"""Of how many nearest neighbours retrieval agreement is counted, among passages of how many tokens."""
 
 
 @dataclass
@@ -52,6 +55,9 @@ class Quality:
         kl: model -> mean KL(dense || model) per token, in nats.
         agreement: model -> fraction of tokens whose most likely next token is the dense model's.
         cosine: model -> mean cosine of the mean-pooled embedding to the dense model's (encoders).
+        retrieval: model -> mean share of a passage's :data:`NEIGHBOURS` nearest passages that it has in common with the dense model
+            (encoders).
+        by_item: figure (``kl``, ``agreement``, ``cosine`` by window, ``retrieval`` by passage) -> model -> its value for each [items].
         load: model -> expert use by routed FFN.
     """
 
@@ -61,6 +67,8 @@ class Quality:
     kl: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
+    retrieval: dict[str, float] = field(default_factory=dict)
+    by_item: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     load: dict[str, dict[str, RoutingLoad]] = field(default_factory=dict)
 
     def perplexity(self, model: str) -> float:
@@ -70,6 +78,14 @@ class Quality:
     def increase(self, model: str) -> float:
         """Relative rise of the perplexity over the dense model: 0.2 is +20 %."""
         return self.perplexity(model) / self.perplexity("dense") - 1
+
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """Figure -> model -> [low, high] (see :mod:`dyncomp.bootstrap`); ``increase`` is paired with the dense model by window."""
+        found: dict[str, dict[str, list[float] | None]] = {
+            "increase": {m: interval(v - self.nll["dense"], exponential=True) for m, v in self.nll.items() if m != "dense"}
+        }
+        found |= {figure: {m: interval(v) for m, v in models.items()} for figure, models in self.by_item.items()}
+        return {f: kept for f, models in found.items() if (kept := {m: v for m, v in models.items() if v is not None})}
 
     def active_ffn(self, model: str, widths: dict[str, int], dense_width: int) -> float:
         """Mean active fraction over all FFN neurons, ``dense_width`` of which are in FFNs that were kept dense."""
@@ -90,12 +106,13 @@ def evaluate(
     Args:
         models: by name; ``"dense"`` is the reference.
         windows: [n, length] token ids.
-        task: ``causal-lm`` (perplexity, KL, next-token agreement) or ``encoder`` (cosine of mean-pooled embeddings).
+        task: ``causal-lm`` (perplexity, KL, next-token agreement) or ``encoder`` (cosine of mean-pooled embeddings, agreement on
+            which passages are alike).
         batch: windows at once.
     """
     quality = Quality(len(windows), windows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
-    sums: dict[str, dict[str, float]] = {name: {"kl": 0.0, "agreement": 0.0, "cosine": 0.0} for name in models}
+    seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
     gates: dict[str, dict[str, list[Tensor]]] = {name: {r.name: [] for r in find_routed(graph)} for name, graph in models.items()}
     with torch.no_grad():
         for start in range(0, len(windows), batch):
@@ -106,42 +123,75 @@ def evaluate(
                 if task == "causal-lm":
                     losses, kl, agreement = _compare(output, reference, ids)
                     nll[name].append(losses)
-                    sums[name]["kl"] += kl
-                    sums[name]["agreement"] += agreement
+                    if reference is not None:
+                        seen["kl"][name].append(kl)
+                        seen["agreement"][name].append(agreement)
                     reference = output if reference is None else reference
                 else:
-                    pooled = F.normalize(output.float().mean(1), dim=-1)  # full windows: no padding to leave out
+                    pooled = _pooled(output)
+                    if reference is not None:
+                        seen["cosine"][name].append((pooled * reference).sum(-1))
                     reference = pooled if reference is None else reference
-                    sums[name]["cosine"] += float((pooled * reference).sum())
             if progress is not None:
                 progress("evaluate", min(start + batch, len(windows)), len(windows))
-    predicted = len(windows) * (windows.shape[1] - 1)
+        if task != "causal-lm" and "dense" in models:
+            quality.by_item["retrieval"] = _retrieval(models, windows)
+    quality.nll = {name: torch.cat(values) for name, values in nll.items() if values}
+    quality.by_item |= {f: kept for f, values in seen.items() if (kept := {m: torch.cat(v) for m, v in values.items() if v})}
+    for figure, values in quality.by_item.items():
+        setattr(quality, figure, {name: float(v.double().mean()) for name, v in values.items()})
     for name in models:
-        if task == "causal-lm":
-            quality.nll[name] = torch.cat(nll[name])
-            if name != "dense":
-                quality.kl[name], quality.agreement[name] = sums[name]["kl"] / predicted, sums[name]["agreement"] / predicted
-        elif name != "dense":
-            quality.cosine[name] = sums[name]["cosine"] / len(windows)
         quality.load[name] = {region: _load(torch.cat(seen)) for region, seen in gates[name].items()}
     return quality
 
 
-def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> tuple[Tensor, float, float]:
-    """(mean negative log-likelihood of each window [B], sum of KL(reference || logits), tokens whose likeliest next token agrees).
+def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(negative log-likelihood, KL(reference || logits), share of tokens whose likeliest next token agrees): the mean of each window [B].
 
     In pieces: the vocabulary makes these tensors larger than everything else in an evaluation.
     """
-    losses, kl, agreement = [], 0.0, 0.0
+    losses, kl, agreement = [], torch.zeros(len(ids)), torch.zeros(len(ids))
     for start in range(0, ids.shape[1] - 1, _POSITIONS):
         piece = slice(start, min(start + _POSITIONS, ids.shape[1] - 1))
         logp = F.log_softmax(logits[:, piece].float(), -1)
         losses.append(-logp.gather(-1, ids[:, piece.start + 1 : piece.stop + 1, None]).squeeze(-1))
         if reference is not None:
             expected = F.log_softmax(reference[:, piece].float(), -1)
-            kl += float(F.kl_div(logp, expected, log_target=True, reduction="sum"))
-            agreement += float((logp.argmax(-1) == expected.argmax(-1)).sum())
-    return torch.cat(losses, 1).mean(1), kl, agreement
+            kl += F.kl_div(logp, expected, log_target=True, reduction="none").sum((1, 2))
+            agreement += (logp.argmax(-1) == expected.argmax(-1)).sum(1)
+    predicted = ids.shape[1] - 1
+    return torch.cat(losses, 1).mean(1), kl / predicted, agreement / predicted
+
+
+def _pooled(output: Tensor) -> Tensor:
+    """Mean-pooled unit embeddings: [B, S, d] -> [B, d]; of full windows, so that there is no padding to leave out."""
+    return F.normalize(output.float().mean(1), dim=-1)
+
+
+def _retrieval(models: dict[str, Graph], windows: Tensor) -> dict[str, Tensor]:
+    """For each model but the dense one: the share of every passage's nearest neighbours that the dense model gives it too [passages]."""
+    ids = _passages(windows)
+    neighbours = {}
+    count = min(NEIGHBOURS, len(ids) // 3)
+    if count < 1:
+        return {}
+    for name, graph in models.items():
+        embedded = torch.cat([_pooled(graph(**model_inputs(graph, part))) for part in ids.split(16)])
+        likeness = (embedded @ embedded.T).fill_diagonal_(-2.0)
+        neighbours[name] = torch.zeros_like(likeness).scatter_(1, likeness.topk(count, dim=1).indices, 1.0)
+    return {name: (found * neighbours["dense"]).sum(1) / count for name, found in neighbours.items() if name != "dense"}
+
+
+def _passages(windows: Tensor) -> Tensor:
+    """Windows cut into passages of :data:`PASSAGE` tokens; the first and last token are repeated where every window has the same."""
+    framed = windows.shape[1] > 4 and bool((windows[:, [0, -1]] == windows[:1, [0, -1]]).all())
+    body = windows[:, 1:-1] if framed else windows
+    length = min(PASSAGE - 2 * framed, body.shape[1])
+    parts = body[:, : body.shape[1] // length * length].reshape(-1, length)
+    if not framed:
+        return parts
+    ends = windows[:1, [0, -1]].expand(len(parts), 2)
+    return torch.cat([ends[:, :1], parts, ends[:, 1:]], 1)
 
 
 def _run(graph: Graph, ids: Tensor, gates: dict[str, list[Tensor]]) -> Tensor:

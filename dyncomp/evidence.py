@@ -9,16 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from dyncomp.bundle import Bundle
+from dyncomp.calibrate import Calibration, fingerprint
 from dyncomp.cost import count
 from dyncomp.errors import RequestError
-from dyncomp.evaluate import Quality, evaluate, load_summary
+from dyncomp.evaluate import Quality, batches, evaluate, load_summary
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
 from dyncomp.passes import PruneStatic, Quantize
-from dyncomp.pipeline import Context, Pipeline, Progress, no_progress
+from dyncomp.passes.quantize import quantize_of
+from dyncomp.pipeline import Context, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import find_regions, find_routed
+from dyncomp.tasks import load_task, run_task
 from dyncomp.text import load_text, split, windows
 from dyncomp.trace import trace_model
+
+BASELINE_TOKENS = 16_384
+"""Calibration tokens of the baselines that ``evaluate`` makes."""
 
 
 @dataclass
@@ -89,7 +95,10 @@ def calibrated_share(graph: Graph) -> float:
 
 
 def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:
-    """Every model on every text: text -> figures, under the report's keys."""
+    """Every model on every text: text -> figures, under the report's keys.
+
+    ``intervals`` holds figure -> model -> [low, high] at 95 %, by bootstrap over windows (``retrieval``: over passages).
+    """
     figures = {}
     for name, ids in texts.items():
 
@@ -101,15 +110,41 @@ def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: st
 
 
 def evaluate_bundle(
-    opened: Bundle, texts: Sequence[str], *, count: int = 16, seed: int = 0, progress: Progress = no_progress
-) -> dict[str, Any]:
-    """Quality of a bundle and of its dense model on the same windows of each text."""
+    opened: Bundle,
+    texts: Sequence[str],
+    *,
+    count: int = 16,
+    tasks: Sequence[str] = (),
+    items: int = 200,
+    plain: bool = False,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Quality of a bundle and of its dense model on the same windows of each text, and on the same questions of each task.
+
+    Args:
+        tasks: as :func:`dyncomp.tasks.load_task` takes them, at most ``items`` questions of each.
+        plain: also of the dense model quantized alike and of static pruning at equal cost, both made here on the packaged text.
+
+    Returns:
+        (text -> figures, task -> figures).
+    """
     loaded = opened.dense()
     length = window_length(loaded.task, loaded.context_length)
     if loaded.tokenizer is None:
         raise RequestError(f"{loaded.name} came without a tokenizer: it cannot be evaluated on text")
+    if tasks and loaded.task != "causal-lm":
+        raise RequestError(f"{loaded.name} does not predict text: --task needs a model that does")
+    questions = [load_task(name, count=items, seed=seed) for name in tasks]
     ids = {text: windows(load_text(text), loaded.tokenizer, length=length, tokens=count * length, seed=seed) for text in texts}
-    return measure_quality({"dense": trace_model(loaded), "converted": opened.graph()}, ids, loaded.task, progress)
+    models = {"dense": trace_model(loaded), "converted": opened.graph()}
+    if plain:
+        fitted = batches(models["dense"], prepare_texts(loaded, None, None, tokens=BASELINE_TOKENS, count=1, seed=seed).calibration)
+        ctx = Context(Calibration(fitted, fingerprint(loaded.fingerprint, fitted)), progress=progress, seed=seed, dense=models["dense"])
+        passes = parse_passes(", ".join(entry.spec for entry in opened.manifest.passes))
+        models |= baselines(models["dense"], models["converted"], quantize_of(passes), ctx)
+    answers = {t.name: run_task(models, t, loaded.tokenizer, length=length, progress=progress) for t in questions}
+    return measure_quality(models, ids, loaded.task, progress), answers
 
 
 def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
@@ -122,6 +157,8 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
         figures["kl"], figures["agreement"] = quality.kl, quality.agreement
     if quality.cosine:
         figures["cosine"] = quality.cosine
+        figures["retrieval"] = quality.retrieval
+    figures["intervals"] = quality.intervals()
     loads = quality.load.get("converted", {})
     if loads:
         widths = {r.name: r.d_ff for r in find_routed(converted)}

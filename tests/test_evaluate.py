@@ -12,6 +12,7 @@ from dyncomp.passes.layerwise import ExpertView
 from helpers import assert_close
 from tiny import VOCAB, tokens, trace_tiny
 
+from dyncomp.bootstrap import interval
 from dyncomp.evaluate import evaluate, load_summary, model_inputs
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions import find_routed
@@ -71,3 +72,46 @@ def test_encoders_are_compared_by_the_cosine_of_their_mean() -> None:
     quality = evaluate({"dense": dense, "converted": other}, windows, task="encoder", batch=4)
     pooled = [F.normalize(g(**model_inputs(g, windows)).mean(1), dim=-1) for g in (dense, other)]
     assert_close(torch.tensor(quality.cosine["converted"]), (pooled[0] * pooled[1]).sum(-1).mean(), rel=1e-5)
+
+
+def test_intervals_cover_the_mean_and_pairing_narrows_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randn(64, generator=generator)  # how hard each window is, for both models alike
+    covered = 0
+    for _ in range(60):
+        values = torch.randn(40, generator=generator) + 1
+        low, high = interval(values)
+        covered += low <= 1 <= high
+    assert 49 <= covered <= 60  # 95 % of 60 is 57; an interval of half the width would cover 40
+    difference = 0.1 + 0.01 * torch.randn(64, generator=generator)
+    low, high = interval(difference, exponential=True)
+    assert low < math.expm1(0.1) < high
+    assert high - low < 0.1 * (interval(hard + difference)[1] - interval(hard + difference)[0])
+    assert interval(difference) == interval(difference)
+    assert interval(torch.ones(1)) is None
+
+
+def test_quality_figures_carry_intervals() -> None:
+    quality = evaluate({"dense": trace_tiny("llama"), "converted": with_closed_experts("llama", 2)}, tokens(6, 12), task="causal-lm")
+    ranges = quality.intervals()
+    for figure in ("increase", "kl", "agreement"):
+        value = quality.increase("converted") if figure == "increase" else getattr(quality, figure)["converted"]
+        low, high = ranges[figure]["converted"]
+        assert low <= value <= high
+        assert low < high
+    assert "dense" not in ranges["increase"]
+
+
+def test_retrieval_agreement_counts_common_neighbours() -> None:
+    dense, other = trace_tiny("bert"), with_closed_experts("bert", 3)
+    windows = tokens(40, 32, VOCAB)
+    quality = evaluate({"dense": dense, "converted": other, "same": dense}, windows, task="encoder", batch=8)
+    assert quality.retrieval["same"] == 1
+    nearest = []
+    for graph in (dense, other):
+        pooled = F.normalize(graph(**model_inputs(graph, windows)).mean(1), dim=-1)
+        likeness = pooled @ pooled.T - 9 * torch.eye(40)
+        nearest.append([set(row.topk(10).indices.tolist()) for row in likeness])
+    expected = sum(len(a & b) for a, b in zip(*nearest, strict=True)) / 400
+    assert quality.retrieval["converted"] == pytest.approx(expected)
+    assert expected < 1

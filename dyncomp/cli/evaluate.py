@@ -13,24 +13,40 @@ from dyncomp.cli import options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, help="Text to evaluate on: wikipedia, news, or a file; may be repeated. [default: news]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="At most this many windows of each text.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Questions: topics, or a .jsonl file of multiple-choice or exact-match questions; may be repeated.",
+)
+@click.option("--items", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many questions of each task.")
+@click.option("--baselines", is_flag=True, help="Also the dense model quantized alike, and static pruning at equal cost (takes minutes).")
 @options.seed
 @options.as_json
-def command(bundle: Path, texts: tuple[str, ...], windows: int, seed: int, json_: bool) -> None:
-    """Quality of BUNDLE beside its dense model, on the same windows of any text.
+def command(
+    bundle: Path, texts: tuple[str, ...], windows: int, tasks: tuple[str, ...], items: int, baselines: bool, seed: int, json_: bool
+) -> None:
+    """Quality of BUNDLE beside its dense model, on the same windows of any text, and on questions with known answers.
 
+    Intervals are of 95 %, by bootstrap over windows or questions, paired with the dense model.
     The dense model is loaded again from where the bundle says it came from, and must be the same one.
     """
     from dyncomp.bundle import open_bundle
     from dyncomp.evidence import evaluate_bundle
     from dyncomp.report.progress import ProgressReporter
-    from dyncomp.report.tables import quality_table
+    from dyncomp.report.tables import quality_table, task_table
 
     opened = open_bundle(bundle)
     with ProgressReporter() as progress:
-        quality = evaluate_bundle(opened, texts or ("news",), count=windows, seed=seed, progress=progress)
+        quality, answers = evaluate_bundle(
+            opened, texts or ("news",), count=windows, tasks=tasks, items=items, plain=baselines, seed=seed, progress=progress
+        )
     if json_:
-        options.print_json({"schema": 1, "model": opened.manifest.source.name, "recipe": opened.manifest.recipe, "quality": quality})
+        options.print_json(
+            {"schema": 1, "model": opened.manifest.source.name, "recipe": opened.manifest.recipe, "quality": quality, "tasks": answers}
+        )
         return
     from dyncomp.report.tables import show
 
-    show(quality_table(quality, opened.manifest.source.task))
+    show(quality_table(quality, opened.manifest.source.task), *([task_table(answers)] if answers else []))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dyncomp.report.tables import between
+
+_BESIDE = ("converted", "quantized", "static_pruned")
+
 
 def results_markdown(results: dict[str, Any]) -> str:
     """Tables of conversions and of the routed FFN."""
@@ -62,13 +66,17 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 def _quality_row(command: str, text: str, figures: dict[str, Any]) -> str:
     active = f"{figures['active_ffn']:.1%}" if "active_ffn" in figures else ""
+
+    def spread(figure: str, model: str, form: str) -> str:
+        return between(figures.get("intervals", {}).get(figure, {}).get(model), form)
+
     if "cosine" in figures:
         cosine = figures["cosine"]
-        cells = ["1", *(f"{cosine[m]:.4f}" if m in cosine else "" for m in ("converted", "quantized", "static_pruned")), active, "", ""]
+        cells = ["1", *(f"{cosine[m]:.4f}{spread('cosine', m, '.4f')}" if m in cosine else "" for m in _BESIDE), active, "", ""]
         return f"| `{command}` | {text}, cosine | " + " | ".join(cells) + " |"
     perplexity, rise = figures["perplexity"], figures["increase"]
     cells = [f"{perplexity['dense']:.2f}"]
-    cells += [f"{perplexity[m]:.2f} ({rise[m]:+.1%})" if m in rise else "" for m in ("converted", "quantized", "static_pruned")]
+    cells += [f"{perplexity[m]:.2f} ({rise[m]:+.1%}{spread('increase', m, '+.1%')})" if m in rise else "" for m in _BESIDE]
     cells += [active, f"{figures['kl']['converted']:.3f}", f"{figures['agreement']['converted']:.1%}"]
     return f"| `{command}` | {text}, perplexity | " + " | ".join(cells) + " |"
 

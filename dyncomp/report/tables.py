@@ -34,20 +34,52 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
     for text, figures in quality.items():
         size = f"{figures['windows']} x {figures['window_tokens']} tokens"
         result.add_column(f"{text}\n{size}\n{'perplexity' if causal else 'cosine to dense'}", justify="right")
-        if causal:
-            result.add_column("\n\nKL, nats", justify="right")
-            result.add_column("\n\nsame next token", justify="right")
+        for name in ("KL, nats", "same next token") if causal else ("same neighbours",):
+            result.add_column(f"\n\n{name}", justify="right")
     first = next(iter(quality.values()))
     for variant in [v for v in _VARIANTS if v in first.get("perplexity", first.get("cosine", {})) or v == "dense"]:
         cells = [_VARIANTS[variant]]
         for figures in quality.values():
+            ranges = figures.get("intervals", {})
+
+            def spread(figure: str, form: str, ranges: dict[str, Any] = ranges, variant: str = variant) -> str:
+                return between(ranges.get(figure, {}).get(variant), form)
+
             if not causal:
-                cells.append("1" if variant == "dense" else f"{figures['cosine'][variant]:.4f}")
+                same = figures.get("retrieval", {}).get(variant)
+                value = "1" if variant == "dense" else f"{figures['cosine'][variant]:.4f}{spread('cosine', '.4f')}"
+                cells += [value, "" if same is None else f"{same:.1%}{spread('retrieval', '.1%')}"]
                 continue
-            rise = "" if variant == "dense" else f" ({figures['increase'][variant]:+.1%})"
+            rise = "" if variant == "dense" else f" ({figures['increase'][variant]:+.1%}{spread('increase', '+.1%')})"
             cells.append(f"{figures['perplexity'][variant]:.2f}{rise}")
-            cells += ["", ""] if variant == "dense" else [f"{figures['kl'][variant]:.3f}", f"{figures['agreement'][variant]:.1%}"]
+            if variant == "dense":
+                cells += ["", ""]
+            else:
+                cells += [f"{figures['kl'][variant]:.3f}{spread('kl', '.3f')}", f"{figures['agreement'][variant]:.1%}"]
         result.add_row(*cells)
+    return result
+
+
+def between(ends: list[float] | None, form: str) -> str:
+    """`` [low, high]``, or nothing where there is no interval."""
+    return "" if ends is None else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def task_table(tasks: dict[str, dict[str, Any]]) -> Table:
+    """Accuracy on questions: one row a task and model."""
+    result = table("tasks", "task", ">questions", "", ">right", ">by length", ">against dense")
+    for name, figures in tasks.items():
+        ranges = figures["intervals"]
+        for variant in [v for v in _VARIANTS if v in figures["accuracy"]]:
+            cells = [f"{figures['accuracy'][variant]:.1%}{between(ranges.get('accuracy', {}).get(variant), '.1%')}"]
+            normalised = figures.get("accuracy_normalised", {}).get(variant)
+            cells.append("" if normalised is None else f"{normalised:.1%}")
+            difference = figures["difference"].get(variant)
+            if difference is None:
+                cells.append("" if "chance" not in figures else f"chance is {figures['chance']:.1%}")
+            else:
+                cells.append(f"{difference:+.1%}{between(ranges.get('difference', {}).get(variant), '+.1%')}")
+            result.add_row(name, str(figures["items"]), _VARIANTS[variant], *cells)
     return result
 
 
