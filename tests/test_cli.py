@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from dyncomp.backends.ort.native import available
 from dyncomp.passes import FitRouter
+from dyncomp.passes.routers import FAMILIES
 from helpers import own_cache
 from tiny_checkpoint import write_checkpoint, write_text
 
@@ -124,6 +125,31 @@ def test_run_takes_prompts_from_a_file(place) -> None:
     (place / "prompts.txt").write_text("The river\n\nA slow stone\n")
     text = run(place, "run", "out", "--input", "prompts.txt", "--max-tokens", "4")
     assert text.count("--- ") == 2
+
+
+def test_evaluate_on_questions(place) -> None:
+    (place / "mine.jsonl").write_text('{"question": "a", "choices": ["b", "c d"], "answer": 1}\n' * 3)
+    result = json.loads(run(place, "evaluate", "out", "--text", "other.txt", "--windows", "2", "--task", "mine.jsonl", "--json"))
+    figures = result["tasks"]["mine"]
+    assert figures["items"] == 3
+    assert figures["chance"] == 0.5
+    assert set(figures["accuracy"]) == {"dense", "converted"}
+    low, high = result["quality"]["other.txt"]["intervals"]["increase"]["converted"]
+    assert low <= result["quality"]["other.txt"]["increase"]["converted"] <= high
+    (place / "bad.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(DyncompError, match=r"bad\.jsonl, line 1"):
+        run(place, "evaluate", "out", "--task", "bad.jsonl")
+
+
+def test_inspect_compares_routers(place) -> None:
+    options = ["--routers", "--carve", "4", "--tokens", "2048", "--windows", "2", "--calibrate", "text.txt", "--json"]
+    rows = {row["router"]: row for row in json.loads(run(place, "inspect", "model", *options))["routers"]}
+    assert set(rows) == {"oracle", *FAMILIES, "static"}
+    assert rows["oracle"]["agreement"] > max(rows[name]["agreement"] for name in ("ridge", "mean-gate"))
+    assert rows["oracle"]["layer_error"] < min(rows[name]["layer_error"] for name in ("ridge", "mean-gate"))
+    assert rows["static"]["agreement"] is None
+    with pytest.raises(DyncompError, match="needs a dense model"):
+        run(place, "inspect", "out", "--routers")
 
 
 def test_evaluate_on_any_text(place) -> None:

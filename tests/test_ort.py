@@ -14,20 +14,25 @@ from dyncomp.backends.ort.lower import Lowered, lower
 from dyncomp.backends.ort.native import available
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
-from dyncomp.passes import AddKVCache
+from dyncomp.passes import AddKVCache, CarveExperts
+from dyncomp.passes.layerwise import ExpertView, Layer, routing_facts, set_threshold
+from dyncomp.passes.routers import FAMILIES, RouterOptions, install
 from helpers import assert_close, relative_error
-from tiny import FFN, enliven, trace_tiny
+from tiny import FFN, enliven, tokens, trace_tiny
 from torch import Tensor, nn
 
+from dyncomp import cost
+from dyncomp.calibrate import Calibration
 from dyncomp.errors import BackendError, ModelError, ProviderError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
-from dyncomp.pipeline import Context
-from dyncomp.regions import find_regions, replace_ffn
+from dyncomp.pipeline import Context, Pipeline
+from dyncomp.regions import find_regions, find_routed, replace_ffn
 from dyncomp.regions.tokens import random_inputs
 from dyncomp.runtime.generate import Generator
 from dyncomp.runtime.sampling import Sampling
+from dyncomp.sweep import Sweep
 from dyncomp.trace import trace, trace_model
 
 aten = torch.ops.aten
@@ -71,6 +76,27 @@ def carve(graph: Graph, experts: int, *, k: int = 0, threshold: float = 0.0, kee
         replace_ffn(graph, ffn, build)
     graph.clean()
     return len(ffns)
+
+
+@pytest.mark.parametrize("routers", [("mlp", "neuron"), ("spectral", "representative")])
+def test_routers_are_ordinary_nodes(routers, tmp_path: Path) -> None:
+    """Each FFN with a router of another family, lowered with a KV cache, against the graph."""
+    graph = trace_tiny("llama")
+    ctx = Context(Calibration([{"input_ids": tokens(2, 16)} for _ in range(4)], "test"))
+    Pipeline([CarveExperts(experts=8, shared=2, cluster="random", keep_dense=())]).run(graph, ctx)
+    for region, router in zip(find_routed(graph), routers, strict=True):
+        layer = Layer(ExpertView(graph, region), Sweep(graph, ctx.calibration.batches).advance(region.input))
+        gates = "relative" if router == "neuron" else "threshold"
+        install(graph, layer.view, FAMILIES[router](layer, RouterOptions(rank=16)), gates=gates)
+        layer.view = ExpertView(graph, next(r for r in find_routed(graph) if r.node is region.node))
+        routing_facts(graph, region.name)["active"] = 0.6
+        set_threshold(graph, layer)
+    graph.clean()
+    assert cost.count(graph).flops_per_token > cost.count(trace_tiny("llama")).flops_per_token, "a router is counted"
+    lowered = with_cache(graph)
+    lower(lowered, tmp_path)
+    entry = parity(lowered, OrtModel(tmp_path, threads=1))
+    assert entry["relative_error"] < 1e-4
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------

@@ -14,13 +14,23 @@ from dyncomp.cli import options
 @click.option("--graph", is_flag=True, help="Print the graph as a readable program.")
 @click.option("--diff", is_flag=True, help="Print what changed between the dense graph and the bundle's, as a unified diff.")
 @click.option("--experts", is_flag=True, help="Print how often each expert of each layer was used on the held-out text.")
+@click.option("--routers", is_flag=True, help="Fit every kind of router to the model and compare them (takes minutes).")
+@click.option("--active", type=options.Fraction(), default=0.75, show_default="75%", help="With --routers: active fraction.")
+@click.option("--carve", type=click.IntRange(min=2), default=16, show_default=True, help="With --routers: experts per FFN.")
+@click.option("--tokens", type=click.IntRange(min=512), default=8_192, show_default=True, help="With --routers: calibration tokens.")
+@click.option("--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows to measure on.")
+@click.option("--calibrate", metavar="TEXT", help="With --routers: text to calibrate on, a part held out. [default: wikipedia]")
 @options.as_json
-def command(target: str, graph: bool, diff: bool, experts: bool, json_: bool) -> None:
+def command(target: str, graph: bool, diff: bool, experts: bool, routers: bool, json_: bool, **choices: Any) -> None:
     """Show what dyncomp sees in a MODEL (its FFNs, attentions, head), or what it rewrote in a BUNDLE, where, and what it refused."""
     from dyncomp.bundle import is_bundle, open_bundle
     from dyncomp.errors import RequestError
 
-    if is_bundle(target):
+    if routers:
+        if is_bundle(target):
+            raise RequestError(f"{target} is a bundle, and --routers needs a dense model", hint="give the model it was made from")
+        _routers(target, json_=json_, **choices)
+    elif is_bundle(target):
         _bundle(open_bundle(target), graph=graph, diff=diff, experts=experts, json_=json_)
     elif diff or experts:
         raise RequestError(f"{target} is not a bundle, and --diff and --experts need one", hint="convert the model first")
@@ -44,6 +54,33 @@ def _model(source: str, *, graph: bool, json_: bool) -> None:
         options.print_json(regions_as_dict(traced, regions))
     else:
         show(*regions_tables(traced, regions))
+
+
+def _routers(source: str, *, active: float, carve: int, tokens: int, windows: int, calibrate: str | None, json_: bool) -> None:
+    from dataclasses import asdict
+
+    from dyncomp.models import load_model
+    from dyncomp.report.progress import ProgressReporter
+    from dyncomp.report.tables import router_table, show
+    from dyncomp.router_table import RouterRow, compare_routers
+
+    loaded = load_model(source)
+    with ProgressReporter() as progress:
+
+        def done(row: RouterRow) -> None:
+            progress.say(f"{row.router}: loss {row.loss:.4f}, {row.seconds:.0f} s")
+
+        rows = compare_routers(
+            loaded, active=active, experts=carve, tokens=tokens, count=windows, text=calibrate, progress=progress, done=done
+        )
+    plain = [asdict(row) for row in rows]
+    if json_:
+        options.print_json({"schema": 1, "model": loaded.name, "active": active, "experts": carve, "tokens": tokens, "routers": plain})
+        return
+    title = (
+        f"{loaded.name}: {active:.0%} active, {carve} experts, fitted to {tokens} tokens, measured on {windows} windows of held-out text"
+    )
+    show(router_table(plain, title, loaded.task))
 
 
 def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, json_: bool) -> None:

@@ -83,6 +83,21 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> Table:
     return result
 
 
+def router_table(rows: Iterable[dict[str, Any]], title: str, task: str) -> Table:
+    """One row a router; see :class:`dyncomp.router_table.RouterRow`."""
+    loss = "perplexity" if task == "causal-lm" else "1 - cosine"
+    result = table(title, "router", ">as the oracle", ">layer error", f">{loss}, refitted", ">active", ">s")
+    form = "+.1%" if task == "causal-lm" else ".4f"
+    for row in rows:
+        known = [
+            "" if row["agreement"] is None else f"{row['agreement']:.1%}",
+            "" if row["layer_error"] is None else f"{row['layer_error']:.4f}",
+        ]
+        value = f"{row['loss']:{form}}{between(row['interval'], form)}"
+        result.add_row(row["router"], *known, value, f"{row['active']:.1%}", f"{row['seconds']:.0f}")
+    return result
+
+
 def search_table(search: dict[str, Any], task: str) -> Table:
     """The candidates that a search tried, in that order."""
     causal = task == "causal-lm"

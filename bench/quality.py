@@ -1,0 +1,193 @@
+"""Measure what docs/quality.md shows, and write it. Never edit that file by hand.
+
+    python -m bench.quality [--only TEXT …] [--minutes N] [--list]
+
+Each row is one list of passes on one model; it is stored in docs/quality.json as soon as it is measured, and rows that are there
+already are not measured again. Rows that are not there were not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyncomp.bundle import versions
+from dyncomp.cache import cache_folder
+from dyncomp.calibrate import Calibration, calibrate, fingerprint
+from dyncomp.evaluate import batches
+from dyncomp.evidence import Texts, measure_quality, prepare_texts
+from dyncomp.graph import Graph
+from dyncomp.models import LoadedModel, load_model
+from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.regions import find_regions
+from dyncomp.report.tables import between
+from dyncomp.sweep import release_memory
+from dyncomp.trace import trace_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS, WINDOWS = 40_960, 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    table: str
+    model: str
+    label: str
+    passes: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}: {self.passes}"
+
+
+def rows() -> list[Row]:
+    """Every row there should be, the most telling first."""
+    found = []
+    for model in ("minilm", "smollm2-135m"):
+        for active in (0.75, 0.5, 0.25):
+            where = f"{model}, {active:.0%} of the FFN neurons active"
+            tail = f"fit-router{{active={active:g}}}, refit-down"
+            found.append(Row(where, model, "static pruning", f"prune-static{{active={active:g}}}"))
+            for experts in (16, 48, 96):
+                shared = experts // 4 if active > 0.25 else 0  # of so few active ones a quarter shared would leave none to choose
+                found.append(Row(where, model, f"{experts} experts", f"carve-experts{{experts={experts} shared={shared}}}, {tail}"))
+    model = "smollm2-135m"
+    for active in (0.75, 0.5):
+        where = f"{model}, 48 experts, {active:.0%} active, by router"
+        carve = "carve-experts{experts=48 shared=12}"
+        for router in ("ridge", "neuron", "mlp", "spectral", "mean-gate", "representative"):
+            option = "" if router == "ridge" else f" router={router}"
+            found.append(Row(where, model, router, f"{carve}, fit-router{{active={active:g}{option}}}, refit-down"))
+        for gates in ("relative", "topk"):
+            found.append(Row(where, model, f"ridge, {gates}", f"{carve}, fit-router{{active={active:g} gates={gates}}}, refit-down"))
+        for router in ("ridge", "neuron"):
+            option = "" if router == "ridge" else " router=neuron"
+            spec = f"{carve}, fit-router{{active={active:g}{option} budgets=kl}}, refit-down"
+            found.append(Row(where, model, f"{router}, budgets by KL", spec))
+        for cluster in ("weights", "random"):
+            other = f"carve-experts{{experts=48 shared=12 cluster={cluster}}}"
+            found.append(Row(f"{model}, {active:.0%} active, by construction", model, f"experts by {cluster}",
+                             f"{other}, fit-router{{active={active:g}}}, refit-down"))  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.json")
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose model, table or passes contain one of these")
+    parser.add_argument("--minutes", type=float, help="begin no row later")
+    parser.add_argument("--list", action="store_true", help="print the rows and whether they were measured")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
+    wanted = [r for r in rows() if not arguments.only or any(t in f"{r.table} {r.label} {r.key}" for t in arguments.only)]
+    if arguments.list:
+        for row in wanted:
+            print("measured " if row.key in results["rows"] else "missing  ", row.key)
+        return
+    started, bench = time.perf_counter(), _Bench()
+    for row in wanted:
+        if row.key in results["rows"]:
+            continue
+        if arguments.minutes is not None and time.perf_counter() - started > arguments.minutes * 60:
+            break
+        print(row.key, file=sys.stderr, flush=True)
+        results["rows"][row.key] = bench.measure(row)
+        write(results, arguments.out)
+    write(results, arguments.out)
+
+
+class _Bench:
+    """Measures rows; keeps the model of the last."""
+
+    def __init__(self) -> None:
+        self.model: tuple[LoadedModel, Graph, Texts, Context] | None = None
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        loaded, dense, texts, ctx = self._open(row.model)
+        cpu, wall = time.process_time(), time.perf_counter()
+        graph = dense.copy()
+        Pipeline(parse_passes(row.passes)).run(graph, ctx)
+        spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
+        quality = measure_quality({"dense": dense, "converted": graph}, texts.evaluation, loaded.task)
+        for figures in quality.values():
+            for name in ("load_by_region", "active_by_region"):
+                figures.pop(name, None)
+        release_memory()
+        return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | spent
+
+    def _open(self, name: str) -> tuple[LoadedModel, Graph, Texts, Context]:
+        if self.model is None or self.model[0].name != name:
+            self.model = None
+            release_memory()
+            loaded = load_model(name)
+            dense = trace_model(loaded)
+            texts = prepare_texts(loaded, None, "news", tokens=TOKENS, count=WINDOWS, seed=0)
+            data = batches(dense, texts.calibration)
+            calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
+            calibrate(dense, find_regions(dense).ffns, calibration, cache=cache_folder() / f"bench-quality-{name}.safetensors")
+            self.model = loaded, dense, texts, Context(calibration, batches(dense, texts.calibration[:1, :64])[0], dense=dense)
+        return self.model
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, out)
+    out.with_suffix(".md").write_text(markdown(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables, of the rows that were measured."""
+    lines = [
+        "# Quality",
+        "",
+        f"Written by `python -m bench.quality`; do not edit. Training-free. Fitted to {TOKENS} tokens, measured on {WINDOWS} windows",
+        "of held-out documents of the same source and of another source, beside the dense fp32 model on the same windows; in brackets",
+        "95 % intervals, by bootstrap over windows, paired with the dense model. *Active* is the share of FFN neurons that ran on the",
+        "held-out text. CPU minutes are those of the passes, without the statistics of the dense model, which all rows share.",
+        "",
+        "A row that the command knows and that is not here was not measured yet (`python -m bench.quality --list`).",
+    ]
+    known = rows()
+    for title in dict.fromkeys(r.table for r in known):
+        measured = [(r, results["rows"][r.key]) for r in known if r.table == title and r.key in results["rows"]]
+        if not measured:
+            continue
+        causal = measured[0][1]["task"] == "causal-lm"
+        what = "perplexity" if causal else "cosine to dense"
+        more = "KL, nats" if causal else "same neighbours"
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| | passes | active | {what}, held out | {what}, other source | {more} | CPU minutes |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row, entry in measured:
+            texts = entry["quality"]
+            first = texts["held out"]
+            active = f"{first['active_ffn']:.1%}" if "active_ffn" in first else "all that remain"
+            extra = f"{first['kl']['converted']:.3f}" if causal else f"{first['retrieval']['converted']:.1%}"
+            cells = [row.label, f"`{row.passes}`", active, *(_cell(texts[t], causal) for t in ("held out", "other source"))]
+            lines.append("| " + " | ".join([*cells, extra, f"{entry['cpu_seconds'] / 60:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figures: dict[str, Any], causal: bool) -> str:
+    name = "increase" if causal else "cosine"
+    ends = figures["intervals"].get(name, {}).get("converted")
+    if causal:
+        return f"{figures['increase']['converted']:+.1%}{between(ends, '+.1%')}"
+    return f"{figures['cosine']['converted']:.4f}{between(ends, '.4f')}"
+
+
+if __name__ == "__main__":
+    main()
