@@ -59,8 +59,8 @@ class _Probe(LayerwisePass):
 
     def visit(self, graph: Graph, layer: Layer) -> None:
         agreement, error = layer_figures(layer)
-        self.agreement.append(agreement)  # type: ignore[attr-defined]
-        self.error.append(error)  # type: ignore[attr-defined]
+        self.agreement.append(agreement)
+        self.error.append(error)
 
 
 def layer_figures(layer: Layer) -> tuple[float, float]:
@@ -132,7 +132,7 @@ def compare_routers(
         Pipeline(passes).run(graph, ctx)
         seconds = time.perf_counter() - start
         loss, interval, used = _loss(dense, graph, held_out, loaded.task, active)
-        rows.append(RouterRow(name, _mean(probe.agreement), _mean(probe.error), loss, interval, used, seconds))  # type: ignore[attr-defined]
+        rows.append(RouterRow(name, _mean(probe.agreement), _mean(probe.error), loss, interval, used, seconds))
         if done is not None:
             done(rows[-1])
     return rows

@@ -18,6 +18,7 @@ from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
 from dyncomp.regions.refusal import Refusal
 
 aten = torch.ops.aten
+_SIMD = 16  # float32 lanes of AVX-512
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class CarveExperts(Pass):
             weights = ffn.weights(graph)
             carve(graph, ffn, weights, self._partition(ffn, weights, ctx))
             routing_facts(graph, ffn.name)["shared"] = self.shared
+            if (size := ffn.d_ff // self.experts) < _SIMD:
+                result.facts["narrow"] = f"{size} neurons an expert: kernels that compute {_SIMD} at once gain nothing from fewer"
             result.changed.append(ffn.name)
         return result
 

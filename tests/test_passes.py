@@ -66,6 +66,13 @@ def test_every_neuron_is_in_exactly_one_expert(cluster: str, shared: int) -> Non
     assert torch.equal(carved.sort(0).values, weights[region.name].sort(0).values)
 
 
+def test_experts_narrower_than_a_vector_are_carved_and_noted() -> None:
+    for experts, narrow in ((4, False), (32, True)):  # of 64 neurons
+        result = Pipeline([CarveExperts(experts=experts, cluster="random")]).run(trace_tiny("llama"), Context())[0].result
+        assert result.changed
+        assert ("narrow" in result.facts) == narrow
+
+
 def test_the_program_before_and_after_carving(golden) -> None:
     graph = trace_tiny("llama")
     Pipeline([CarveExperts(experts=4, cluster="random")]).run(graph, Context())
