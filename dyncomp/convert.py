@@ -25,8 +25,9 @@ from dyncomp.evaluate import batches
 from dyncomp.evidence import baselines, cost_figures, measure_quality, prepare_texts
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
+from dyncomp.passes import Heal
 from dyncomp.passes.quantize import quantize_of
-from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, no_progress
+from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make_pass, no_progress, parse_passes
 from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
@@ -59,6 +60,8 @@ class ConvertRequest:
         threads: of the latency figures; None is every core.
         seed: of everything random.
         dump: folder for the graph's text after each pass.
+        bundle: a bundle of this model to go on from, in place of the dense graph; ``passes`` are what runs on it.
+        text: what passes that train learn from; None is the calibration text without what is held out.
     """
 
     model: str | LoadedModel
@@ -76,11 +79,14 @@ class ConvertRequest:
     threads: int | None = None
     seed: int = 0
     dump: Path | None = None
+    bundle: Path | None = None
+    passes: tuple[Pass, ...] = ()
+    text: str | None = None
 
     @property
     def searched(self) -> Goal | None:
         """What to search for; None when a recipe is named."""
-        named = any(v is not None for v in (self.recipe, self.active, self.experts, self.quantize))
+        named = any(v is not None for v in (self.recipe, self.active, self.experts, self.quantize, self.bundle))
         return None if named else self.goal or DEFAULT_GOAL
 
     def validate(self) -> None:
@@ -146,6 +152,21 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: C
     return done.report
 
 
+def healing_passes(opened: bundle.Bundle, options: str) -> tuple[Pass, ...]:
+    """What heals a bundle: ``heal{options}``, and its quantization again when it has one.
+
+    Raises:
+        RequestError: no such option, or a value out of range; or several processes were started.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError(
+            "dyncomp heal was started in several processes, and only training can be shared",
+            hint="start it without torchrun, or share the training: dyncomp.heal.Trainer inside dyncomp.heal.ranks.joined()",
+        )
+    quantize = quantize_of(parse_passes(", ".join(p.spec for p in opened.manifest.passes)))
+    return (make_pass(Heal.name, options), *([] if quantize is None else [quantize]))
+
+
 @dataclass
 class _Rewritten:
     """A conversion before it is lowered. Only ``models`` holds weights, so that they can be let go one by one."""
@@ -163,25 +184,38 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     """Everything up to the bundle without artifacts."""
     goal = request.searched
     recipe = Recipe(name="search", passes="") if goal is not None else load_recipe(request.recipe)
-    passes = [] if goal is not None else recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
-    loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
+    origin = bundle.open_bundle(request.bundle) if request.bundle is not None else None
+    if origin is not None:
+        recipe, passes = Recipe(name=origin.manifest.recipe, passes=""), list(request.passes)
+    else:
+        passes = [] if goal is not None else recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
+    if origin is not None:
+        loaded = origin.dense()
+    else:
+        loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
     require_ffns(regions)
     for item in passes:
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
-    texts = prepare_texts(loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed)
+    texts = prepare_texts(
+        loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
+        training=any(p.reads_text for p in passes), text=request.text,
+    )  # fmt: skip
     if goal is not None and len(texts.calibration) <= SELECTION:
         raise RequestError(
             f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
         )
     wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
-    work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted], [texts.calibration, *texts.evaluation.values()])
+    data = [texts.calibration, *texts.evaluation.values(), *([] if texts.training is None else [texts.training])]
+    start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
+    work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
     fitted = texts.calibration if goal is None else texts.calibration[:-SELECTION]
-    data = batches(dense, fitted)
-    calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
-    ctx = Context(calibration, batches(dense, texts.calibration[:1, :64])[0], progress, request.seed, dense)
+    fit_to = batches(dense, fitted)
+    calibration = Calibration(fit_to, fingerprint(loaded.fingerprint, fit_to))
+    probe = batches(dense, texts.calibration[:1, :64])[0]
+    ctx = Context(calibration, probe, progress, request.seed, dense, texts.training, work.folder / "training")
     statistics = work.folder / "calibration.safetensors"
     artifact, searched = None, {}
     if goal is not None:
@@ -192,28 +226,38 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     else:
         if any(p.reads_statistics for p in passes):
             calibrate(dense, regions.ffns, calibration, cache=statistics, progress=progress)
-        converted, records = work.resume(dense)
+        first = dense if origin is None else _floating(origin.graph())
+        converted, records = work.resume(first)
         if records:
             say(f"continuing after {records[-1].spec}")
         Pipeline(passes[len(records) :], request.dump).run(converted, ctx, on_done=lambda done: work.keep(converted, done))
     models = {"dense": dense, "converted": converted}
+    healing = next((r.result.facts["steps"] for p, r in zip(passes, work.records, strict=False) if isinstance(p, Heal)), None)
+    healed_as = next((dataclasses.replace(p, steps=healing) for p in passes if isinstance(p, Heal)), None)
 
     def quality() -> dict[str, Any]:
-        plain = baselines(dense, converted, quantize_of(passes), ctx)
+        beside = dataclasses.replace(ctx, folder=work.folder / "training-static")
+        plain = baselines(dense, converted, quantize_of(passes), beside, heal=healed_as)
+        if origin is not None:
+            plain["before"] = origin.graph()
         release_memory()
         return measure_quality(models | plain, texts.evaluation, loaded.task, progress)
 
-    report = _report(request, recipe.name, loaded, work.records) | searched
+    earlier = [] if origin is None else origin.manifest.passes
+    specs = [*(p.spec for p in earlier), *(r.spec for r in work.records)]
+    report = _report(request, recipe.name, loaded, specs) | searched
+    if healing is not None:
+        report["healing"] = next(r.result.facts for r in work.records if r.spec.startswith(Heal.name))
     report["quality"] = work.stage("quality", quality)
-    first = next(iter(report["quality"].values()))
-    report |= {k: first[k] for k in ("perplexity", "cosine", "active_ffn") if k in first}
+    main = next(iter(report["quality"].values()))
+    report |= {k: main[k] for k in ("perplexity", "cosine", "active_ffn") if k in main}
     report |= cost_figures(dense, converted, report["quality"])
     folder = work.bundle_folder()
     bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
     if statistics.exists():
         os.link(statistics, folder / "calibration.safetensors")
-    manifest = _manifest(recipe.name, loaded, work.records, regions.refusals)
-    return _Rewritten(work, folder, passes, artifact, report, manifest, models)
+    manifest = _manifest(recipe.name, loaded, earlier, work.records, regions.refusals)
+    return _Rewritten(work, folder, parse_passes(", ".join(specs)), artifact, report, manifest, models)
 
 
 def _search(
@@ -230,19 +274,29 @@ def _search(
     return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, say).run()
 
 
-def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, records: list[PassRecord]) -> dict[str, Any]:
+def _floating(graph: Graph) -> Graph:
+    """The graph with the decoded values as plain weights, for passes that train or fit them."""
+    graph.quantized.clear()
+    for key in ("activations", "two_terms"):
+        graph.info.pop(key, None)
+    return graph
+
+
+def _report(request: ConvertRequest, recipe: str, loaded: LoadedModel, specs: list[str]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": loaded.name,
         "task": loaded.task,
         "recipe": recipe,
-        "passes": [r.spec for r in records],
+        "passes": specs,
         "machine": {"cpus": os.cpu_count(), "threads": request.threads or torch.get_num_threads()},
         "versions": {"dyncomp": __version__} | bundle.versions(),
     }
 
 
-def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refusals: list[Refusal]) -> bundle.Manifest:
+def _manifest(
+    recipe: str, loaded: LoadedModel, earlier: list[bundle.PassEntry], records: list[PassRecord], refusals: list[Refusal]
+) -> bundle.Manifest:
     source = bundle.Source(
         name=loaded.name, kind=loaded.kind, task=loaded.task, fingerprint=loaded.fingerprint, context_length=loaded.context_length,
         output_name=loaded.output_name, config=loaded.config,
@@ -255,7 +309,11 @@ def _manifest(recipe: str, loaded: LoadedModel, records: list[PassRecord], refus
         for r in records
     ]  # fmt: skip
     return bundle.Manifest(
-        source=source, recipe=recipe, passes=entries, refusals=[dataclasses.asdict(x) for x in refusals], versions=bundle.versions()
+        source=source,
+        recipe=recipe,
+        passes=[*earlier, *entries],
+        refusals=[dataclasses.asdict(x) for x in refusals],
+        versions=bundle.versions(),
     )
 
 

@@ -15,12 +15,12 @@ from dyncomp.errors import RequestError
 from dyncomp.evaluate import Quality, batches, evaluate, load_summary
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
-from dyncomp.passes import PruneStatic, Quantize
+from dyncomp.passes import Heal, PruneStatic, Quantize
 from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import find_regions, find_routed
 from dyncomp.tasks import load_task, run_task
-from dyncomp.text import load_text, split, windows
+from dyncomp.text import Corpus, load_text, split, windows
 from dyncomp.trace import trace_model
 
 BASELINE_TOKENS = 16_384
@@ -29,10 +29,11 @@ BASELINE_TOKENS = 16_384
 
 @dataclass
 class Texts:
-    """Token windows [n, length]: to calibrate on, and to evaluate on by name of the text."""
+    """Token windows [n, length]: to calibrate on, to evaluate on by name of the text, and to train on."""
 
     calibration: Tensor
     evaluation: dict[str, Tensor] = field(default_factory=dict)
+    training: Tensor | None = None
 
 
 def window_length(task: str, context_length: int | None) -> int:
@@ -40,7 +41,10 @@ def window_length(task: str, context_length: int | None) -> int:
     return min(512 if task == "causal-lm" else 128, context_length or 1 << 30)
 
 
-def prepare_texts(loaded: LoadedModel, calibrate: str | None, other: str | None, *, tokens: int, count: int, seed: int) -> Texts:
+def prepare_texts(
+    loaded: LoadedModel, calibrate: str | None, other: str | None, *, tokens: int, count: int, seed: int, training: bool = False,
+    text: str | None = None,
+) -> Texts:  # fmt: skip
     """Load, split and tokenize the texts.
 
     Args:
@@ -48,6 +52,7 @@ def prepare_texts(loaded: LoadedModel, calibrate: str | None, other: str | None,
         other: text of another source to evaluate on as well, or None.
         tokens: calibration tokens.
         count: evaluation windows of each text.
+        training: windows to train on are wanted, of ``text`` or else of the calibration text; none of a document that is evaluated on.
 
     Raises:
         RequestError: the model has no tokenizer, or a text is unsuitable.
@@ -57,32 +62,53 @@ def prepare_texts(loaded: LoadedModel, calibrate: str | None, other: str | None,
             f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
         )
     length = window_length(loaded.task, loaded.context_length)
-    calibration, held_out = split(load_text(calibrate), seed=seed)
+    whole = load_text(calibrate)
+    calibration, held_out = split(whole, seed=seed)
     texts = Texts(windows(calibration, loaded.tokenizer, length=length, tokens=tokens, seed=seed))
     texts.evaluation["held out"] = windows(held_out, loaded.tokenizer, length=length, tokens=count * length, seed=seed)
+    evaluated = set(held_out.documents)
     if other and other != calibrate:
-        texts.evaluation["other source"] = windows(load_text(other), loaded.tokenizer, length=length, tokens=count * length, seed=seed)
+        second = load_text(other)
+        evaluated.update(second.documents)
+        texts.evaluation["other source"] = windows(second, loaded.tokenizer, length=length, tokens=count * length, seed=seed)
+    if training:
+        source = calibration if text is None else _without(load_text(text), evaluated, whole, calibration)
+        texts.training = windows(source, loaded.tokenizer, length=length, seed=seed)
     return texts
 
 
-def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context) -> dict[str, Graph]:
-    """What needs no routing, in the converted model's precision: the dense model quantized, and pruned statically at equal cost."""
+def _without(text: Corpus, evaluated: set[str], whole: Corpus, calibration: Corpus) -> Corpus:
+    """What of ``text`` may be trained on: no document that is evaluated on; of the calibration text, the part to calibrate on."""
+    if text.fingerprint == whole.fingerprint:
+        return calibration
+    kept = tuple(d for d in text.documents if d not in evaluated)
+    if not kept:
+        raise RequestError(f"every document of {text.name!r} is one that the model is evaluated on", hint="train on another text")
+    return Corpus(f"{text.name} (training)", kept)
+
+
+def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> dict[str, Graph]:
+    """What needs no routing, in the converted model's precision: the dense model quantized, and pruned statically at equal cost.
+
+    Args:
+        heal: as the converted model was healed; the pruned one is too, with as many steps on the same text.
+    """
     found = {}
     if quantize is not None and find_routed(converted):
         found["quantized"] = dense.copy()
         Pipeline([quantize]).run(found["quantized"], ctx)
     if find_routed(converted):
-        found["static_pruned"] = static_baseline(dense, converted, quantize, ctx)
+        found["static_pruned"] = static_baseline(dense, converted, quantize, ctx, heal=heal)
     return found
 
 
-def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context) -> Graph:
+def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out on average."""
     routed = {r.name for r in find_routed(converted)}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in routed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
-    Pipeline([prune] if quantize is None else [prune, quantize]).run(static, ctx)
+    Pipeline([p for p in (prune, heal, quantize) if p is not None]).run(static, ctx)
     return static
 
 

@@ -45,6 +45,8 @@ class Context:
         progress: called as work proceeds.
         seed: for everything random.
         dense: the graph before any pass, for passes that follow it.
+        text: [n, length] token windows to train on, for passes with ``reads_text``.
+        folder: where such a pass keeps checkpoints, so that it continues after an interruption; None keeps none.
         running: the pass at work, for messages.
     """
 
@@ -53,6 +55,8 @@ class Context:
     progress: Progress = no_progress
     seed: int = 0
     dense: Graph | None = None
+    text: Tensor | None = None
+    folder: Path | None = None
     running: Pass | None = None
 
     def need_calibration(self, who: str) -> Calibration:
@@ -81,6 +85,9 @@ class Pass:
 
     reads_statistics: ClassVar[bool] = False
     """Whether it wants ``ctx.calibration.statistics``; its batches are there in any case."""
+
+    reads_text: ClassVar[bool] = False
+    """Whether it trains on ``ctx.text``."""
 
     together: ClassVar[Callable[[Sequence[Any], Graph, Context], list[PassResult]] | None] = None
     """Runs several passes at once. Neighbours in a pipeline that name the same function are handed to it together."""

@@ -9,8 +9,10 @@ from dyncomp.passes.add_kv_cache import AddKVCache
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.fit_router import FitRouter
 from dyncomp.passes.fuse_norm import FuseNorm
+from dyncomp.passes.heal import Heal
 from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.quantize import Quantize
+from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.passes.refit_down import RefitDown
 
-__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "PruneStatic", "Quantize", "RefitDown"]
+__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown"]

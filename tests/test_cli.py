@@ -84,6 +84,38 @@ def test_convert_reports_everything_beside_the_dense_model(place) -> None:
     assert not (place / "out.part").exists()
 
 
+def test_heal_writes_a_new_bundle_beside_what_it_was_and_static_pruning_healed_alike(place) -> None:
+    options = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt", "--steps", "6", "--option", "lr=1e-3"]
+    report = json.loads(run(place, "heal", "out", "-o", "healed", *options, "--json"))
+    before = json.loads((place / "report.json").read_text())
+    assert report["passes"] == [*before["passes"], "heal{steps=6 lr=0.001}"]
+    assert set(report["perplexity"]) >= {"dense", "before", "converted", "static_pruned"}
+    assert report["perplexity"]["before"] == pytest.approx(before["perplexity"]["converted"], rel=1e-6)
+    assert report["quality"]["held out"]["kl"]["converted"] < report["quality"]["held out"]["kl"]["before"]
+    assert report["perplexity"]["static_pruned"] != before["perplexity"]["static_pruned"], "it is healed too"
+    assert report["healing"]["steps"] == 6
+    assert report["parity"][0]["relative_error"] <= 1e-4
+    assert not (place / "healed.part").exists()
+    assert bundle.open_bundle(place / "out").manifest.passes[-1].spec == before["passes"][-1], "the old bundle stays"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "-o", "h"], "does not exist"),
+        (["out", "-o", "h", "--minutes", "0"], "minutes or steps must be positive"),
+        (["out", "-o", "h", "--option", "depth=3"], "no option 'depth'"),
+        (["out", "-o", "text.txt", "--steps", "1"], "is a file"),
+        (["out", "-o", "h", "--steps", "1", "--text", "none.txt"], "no text 'none.txt'"),
+        (["out", "-o", "h", "--steps", "1", "--text", "news"], "every document of 'news' is one that the model is evaluated on"),
+    ],
+)
+def test_heal_refuses_in_one_message(place, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(DyncompError, match=message):
+        cli.main(["heal", *arguments], standalone_mode=False)
+
+
 def test_inspect_shows_what_was_rewritten(place) -> None:
     text = run(place, "inspect", "out")
     assert "carve-experts{experts=8 shared=2}" in text

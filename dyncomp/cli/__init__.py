@@ -13,6 +13,7 @@ from dyncomp.errors import DyncompError
 
 COMMANDS = {
     "convert": "Turn a dense model into one with routed experts, with its evidence.",
+    "heal": "Train a bundle towards its dense model, with its evidence.",
     "inspect": "Show a model's regions or graph, or what a bundle rewrote.",
     "evaluate": "Quality of a bundle beside its dense model, on any text.",
     "run": "Generate text (or embeddings) with a bundle.",

@@ -8,7 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_VARIANTS = {"dense": "dense", "quantized": "dense, quantized alike", "converted": "converted", "static_pruned": "static pruning"}
+_VARIANTS = {
+    "dense": "dense", "quantized": "dense, quantized alike", "before": "before", "converted": "converted",
+    "static_pruned": "static pruning",
+}  # fmt: skip
 
 
 def print_report(report: dict[str, Any], *, title: str) -> None:

@@ -1,0 +1,51 @@
+"""``dyncomp heal``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dyncomp.cli import options
+
+
+@click.command("heal")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the healed bundle to write.")
+@click.option(
+    "--text", help="Text to train on: wikipedia, news, or a .txt/.jsonl file. [default: the calibration text, less what is held out]"
+)
+@click.option("--minutes", type=float, help="Time for training: as many steps as fit, found once by timing. [default: 10]")
+@click.option("--steps", type=int, help="Optimiser steps, in place of a time: exactly repeatable.")
+@click.option(
+    "--option", "choices", multiple=True, metavar="NAME=VALUE", help="Another option of the pass heal, as lr=1e-4; may be repeated."
+)
+@click.option("--calibrate", metavar="TEXT", help="Text that thresholds are set on, a part of it held out. [default: wikipedia]")
+@click.option("--tokens", type=int, default=40_960, show_default=True, help="Calibration tokens.")
+@click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")
+@click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, or torch (the graph itself, no artifact).")
+@options.threads
+@options.seed
+@options.as_json
+def command(bundle: Path, json_: bool, minutes: float | None, steps: int | None, choices: tuple[str, ...], **request: Any) -> None:
+    """Train BUNDLE's model to give what its dense model gives (distillation), and write a new bundle with its evidence.
+
+    Static pruning at the same cost, healed for as many steps on the same text, stands beside it. A quantized bundle is healed in
+    float and quantized again. An interrupted run continues where its last checkpoint was.
+    """
+    from dyncomp.bundle import open_bundle
+    from dyncomp.convert import ConvertRequest, convert, healing_passes
+    from dyncomp.report.progress import ProgressReporter
+    from dyncomp.report.tables import print_report
+
+    opened = open_bundle(bundle)
+    given = [f"{name}={value}" for name, value in (("minutes", minutes), ("steps", steps)) if value is not None]
+    passes = healing_passes(opened, " ".join([*given, *choices]))
+    with ProgressReporter() as progress:
+        source = opened.manifest.source.name
+        report = convert(ConvertRequest(source, bundle=bundle, passes=passes, **request), progress=progress, say=progress.say)
+    if json_:
+        options.print_json(report)
+    else:
+        print_report(report, title=f"{request['out']}")

@@ -1,0 +1,294 @@
+"""Healing: a converted graph is trained to give what the dense one gives (distillation, Hinton et al., 1503.02531)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.errors import PassError
+from dyncomp.evaluate import model_inputs
+from dyncomp.graph import Graph
+from dyncomp.heal import ranks, state
+from dyncomp.heal.losses import balance_loss, output_loss, relative_square, z_loss
+from dyncomp.heal.program import Program
+from dyncomp.heal.settings import Settings
+from dyncomp.heal.weights import Weights
+from dyncomp.pipeline import Progress, no_progress
+from dyncomp.regions import find_regions, find_routed
+
+_TIMED = 2
+
+
+@dataclass
+class Healed:
+    """What a run did.
+
+    Args:
+        steps: that the schedule had; ``best``: the one whose weights were kept.
+        tokens: seen until the end.
+        curve: (step, loss on the held-out windows), step 0 before training.
+        changed: names of the constants that were trained.
+    """
+
+    steps: int
+    best: int
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    curve: list[tuple[int, float]]
+    changed: list[str]
+
+
+@dataclass(frozen=True)
+class _Router:
+    """One routed FFN as it is watched: nodes of the program, the name of its bias, and the active fraction it should have."""
+
+    gates: fx.Node
+    scores: fx.Node
+    bias: str | None
+    active: float
+    shared: int
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """The score above which as many lie as should be active: [..., E] -> []."""
+        routed = scores.detach()[..., self.shared :].flatten().float()
+        experts = scores.shape[-1]
+        share = max(self.active * experts - self.shared, 0.0) / (experts - self.shared)
+        return routed.kthvalue(min(max(round((1 - share) * len(routed)), 1), len(routed))).values
+
+
+class Trainer:
+    """Trains ``graph`` against ``dense``.
+
+    Args:
+        graph: gets the trained weights at the end; nothing else in it changes.
+        windows: [n, length] token ids to train on. held_out: windows that choose the best state.
+        folder: for checkpoints; None keeps none.
+    """
+
+    def __init__(
+        self, graph: Graph, dense: Graph, windows: Tensor, held_out: Tensor, settings: Settings, *, seed: int = 0,
+        folder: Path | None = None, progress: Progress = no_progress,
+    ) -> None:  # fmt: skip
+        self.settings, self._windows, self._held_out, self._seed = settings, windows, held_out, seed
+        self._folder, self._progress = folder, progress
+        self.task = str(graph.info.get("task", "causal-lm"))
+        self.weights = Weights(graph, rank=settings.rank, seed=seed)
+        half = settings.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.student = Program(graph, self.weights, trained=self.weights.names, bfloat16=half, checkpoints=settings.checkpoints)
+        self.teacher = Program(dense, bfloat16=half)
+        self._routers = _routers(self.student.graph)
+        self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
+        self._optimizer = self._make_optimizer()
+
+    def run(self) -> Healed:
+        """Train, keep the best state, write it into the graph.
+
+        Raises:
+            PassError: the loss is no longer a number.
+        """
+        started, cpu = time.perf_counter(), time.process_time()
+        known = state.load(self._folder, self._key()) if self._folder is not None else None
+        if known is not None:
+            self._at, tensors = known
+            best = self._restore(tensors)
+        else:
+            first = self._evaluate()
+            self._at, best = state.Progressed(self.settings.steps or self._affordable(), curve=[(0, first)]), self.weights.state()
+        every = max(1, math.ceil(self._at.steps / self.settings.evaluations))
+        while self._at.done < self._at.steps and self._at.looks_since_best < self.settings.patience:
+            self._step(self._at.done)
+            self._at.done += 1
+            self._progress("heal", self._at.done, self._at.steps)
+            if self._at.done % every == 0 or self._at.done == self._at.steps:
+                self._at.curve.append((self._at.done, self._evaluate()))
+                if self._at.best == self._at.done:
+                    best = self.weights.state()
+                if self._folder is not None and ranks.rank() == 0:
+                    state.save(self._folder, self._key(), self._at, self._snapshot(best))
+        self.weights.load(best)
+        changed = self.weights.merge()
+        tokens = self._at.done * self.settings.batch * self._windows.shape[1]
+        return Healed(
+            self._at.steps, self._at.best, tokens, time.perf_counter() - started, time.process_time() - cpu, self._at.curve, changed
+        )
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+    def _step(self, step: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, self._at.steps)
+        load, thresholds = self._gradients(step)
+        parameters = list(self.weights.parameters().values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not bool(torch.isfinite(norm)):
+            raise PassError(f"healing diverged at step {step + 1}: the gradient is not finite", hint="lower the learning rate (lr)")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._move_biases(load, thresholds)
+
+    def _gradients(self, step: int) -> tuple[list[Tensor], Tensor]:
+        """Accumulate the gradient of the batch's mean loss, over all processes.
+
+        Returns:
+            For each router its load, [E], and the score at which as many experts are active as should be, [routers].
+        """
+        s = self.settings
+        parts = self._batch(step).split(s.together)
+        load = [torch.zeros(r.gates.meta["val"].shape[-1]) for r in self._routers]
+        thresholds = torch.zeros(len(self._routers))
+        for ids in parts[ranks.rank() :: ranks.world()]:
+            loss, gates, scores = self._loss(ids)
+            (loss / len(parts)).backward()
+            for index, (router, gate, score) in enumerate(zip(self._routers, gates, scores, strict=True)):
+                load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) / len(parts)
+                if router.bias is not None:
+                    thresholds[index] += router.threshold(score) / len(parts)
+        for p in self.weights.parameters().values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])
+        return load, thresholds
+
+    def _loss(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(loss, gates and scores of every router)"""
+        s = self.settings
+        ours, theirs = self._streams
+        with torch.no_grad():
+            wanted, streams = self.teacher(model_inputs(self.teacher.graph, ids), theirs)
+        watch = [*(r.gates for r in self._routers), *(r.scores for r in self._routers), *ours]
+        output, values = self.student(model_inputs(self.student.graph, ids), watch)
+        count = len(self._routers)
+        gates, scores, ours_now = values[:count], values[count : 2 * count], values[2 * count :]
+        loss = output_loss(output, wanted, self.task)
+        if s.hidden:
+            loss = loss + s.hidden * torch.stack([relative_square(a, b) for a, b in zip(ours_now, streams, strict=True)]).mean()
+        if s.balance and scores:
+            loss = loss + s.balance * torch.stack([balance_loss(v, g) for v, g in zip(scores, gates, strict=True)]).mean()
+        if s.z_loss and scores:
+            loss = loss + s.z_loss * torch.stack([z_loss(v) for v in scores]).mean()
+        if s.sparsity and gates:
+            off = torch.stack([g.float().mean() - r.active for g, r in zip(gates, self._routers, strict=True)])
+            loss = loss + s.sparsity * off.square().mean()
+        return loss, gates, scores
+
+    @torch.no_grad()
+    def _move_biases(self, load: list[Tensor], thresholds: Tensor) -> None:
+        """Thresholds follow the active fraction; with ``balance_rate``, experts' biases follow equal load."""
+        for router, used, threshold in zip(self._routers, load, thresholds, strict=True):
+            if router.bias is None:
+                continue
+            bias = self.weights(router.bias)[router.shared :]
+            bias -= self.settings.hold * threshold
+            routed = used[router.shared :]
+            bias += self.settings.balance_rate * torch.sign(routed.mean() - routed)
+
+    def _batch(self, step: int) -> Tensor:
+        """[batch, length]: every window once an epoch, in an order that depends on seed and epoch only."""
+        count, first = len(self._windows), step * self.settings.batch
+        rows = []
+        for index in range(first, first + self.settings.batch):
+            epoch, place = divmod(index, count)
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            rows.append(int(torch.randperm(count, generator=generator)[place]))
+        return self._windows[rows]
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss on the held-out windows, without the terms that only guide training."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for ids in self._held_out[ranks.rank() :: ranks.world()].split(1):
+            wanted, _ = self.teacher(model_inputs(self.teacher.graph, ids))
+            output, _ = self.student(model_inputs(self.student.graph, ids))
+            total += output_loss(output, wanted, self.task).double()
+        ranks.add_up([total])
+        return float(total) / len(self._held_out)
+
+    def _affordable(self) -> int:
+        """Steps that fit into the minutes, evaluations included."""
+        start = time.perf_counter()
+        self._evaluate()
+        evaluation = time.perf_counter() - start
+        for _ in range(_TIMED):  # the first one warms up
+            start = time.perf_counter()
+            self._gradients(0)
+            self._optimizer.zero_grad()
+            step = time.perf_counter() - start
+        left = self.settings.minutes * 60 - evaluation * (self.settings.evaluations + 2) - step * _TIMED
+        return ranks.agreed(max(1, int(left / (step * 1.03))))
+
+    # ---- optimiser and checkpoints -----------------------------------------------------------------------------------
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        s, parameters = self.settings, self.weights.parameters()
+        routers = [p for name, p in parameters.items() if name in self.weights.routers]
+        others = [p for name, p in parameters.items() if name not in self.weights.routers]
+        groups: list[dict[str, Any]] = [{"params": others, "peak": s.lr}]
+        if routers:
+            groups.append({"params": routers, "peak": s.lr * s.router_lr})
+        return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.settings), self._seed]).encode())
+        for part in (self._windows, self._held_out):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _snapshot(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {f"now::{n}": t for n, t in self.weights.state().items()} | {f"best::{n}": t for n, t in best.items()}
+        for name, p in self.weights.parameters().items():
+            tensors |= {f"{part}::{name}": value for part, value in self._optimizer.state[p].items()}
+        return tensors
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, rest = name.partition("::")
+            parts.setdefault(part, {})[rest] = value
+        best = parts.pop("best")
+        self.weights.load(parts.pop("now"))
+        for name, p in self.weights.parameters().items():
+            self._optimizer.state[p] = {part: values[name] for part, values in parts.items()}
+        return best
+
+
+def schedule(step: int, steps: int) -> float:
+    """Fraction of the peak learning rate: linear warm-up over a twentieth of the steps, then a cosine down to 2 %."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _routers(graph: Graph) -> list[_Router]:
+    """Routed FFNs whose gates a router computes; others (a fixed mask) have nothing to guide."""
+    found, facts = [], graph.info.get("routing", {})
+    for region in find_routed(graph):
+        gates, noted = region.gates, facts.get(region.name, {})
+        scores = gates.args[0] if gates.target in _GATES else None
+        if isinstance(scores, fx.Node):
+            bias = scores.args[2] if len(scores.args) == 3 and gates.target is _GATES[0] else None
+            name = str(bias.target) if isinstance(bias, fx.Node) else None
+            found.append(_Router(gates, scores, name, noted.get("active", 1.0), noted.get("shared", 0)))
+    return found
+
+
+_GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
+
+
+def _streams(student: Graph, teacher: Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The residual streams after the blocks that both graphs have, by name."""
+    theirs = {b.name: b.output for b in _blocks(teacher)}
+    pairs = [(b.output, theirs[b.name]) for b in _blocks(student) if b.name in theirs]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _blocks(graph: Graph) -> Iterator[Any]:
+    return (b for b in find_regions(graph).blocks if b.kind != "attention")

@@ -1,0 +1,169 @@
+"""Running a graph so that it trains: all experts at once, weights that are not the graph's own, gradient checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+from dyncomp.ops import routed_ffn_reference
+from dyncomp.regions.norm import fuse_rms_norms
+
+aten = torch.ops.aten
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``x * rsqrt(mean(x²) + eps) * weight`` with a backward of a few operations (composed, its autograd takes a dozen)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.float()
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        (grad,) = grads
+        normed = x * inverse
+        scaled = grad * weight
+        into_weight = (grad * normed).flatten(0, -2).sum(0)
+        mean = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.sub_(normed.mul_(mean)).mul_(inverse), into_weight, None
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if weight is None or eps is None or len(shape) != 1 or x.dtype not in (torch.float32, torch.bfloat16):
+        return aten.rms_norm.default(x, shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+# As in a sweep: with hundreds of tokens and most experts active, computing all experts and masking beats gathering tokens for
+# each; and its gradient needs every expert anyway.
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference,
+    aten.rms_norm.default: _rms_norm,
+}
+
+
+class Program:
+    """A graph as a differentiable function of weights that are handed in.
+
+    Args:
+        graph: is not changed; nodes of it can be watched.
+        weight: the tensor to use for a constant's name; the graph's own by default.
+        trained: names of the constants that change from run to run.
+        bfloat16: products in bfloat16 (autocast).
+        checkpoints: keep only the residual stream between layers for the backward pass and compute the rest again: about a
+            third more work, a fraction of the memory.
+    """
+
+    def __init__(
+        self, graph: Graph, weight: Callable[[str], Tensor] | None = None, *, trained: Sequence[str] = (), bfloat16: bool = False,
+        checkpoints: bool = False,
+    ) -> None:  # fmt: skip
+        self._bfloat16, self._checkpoints = bfloat16, checkpoints
+        self.graph = graph.copy()
+        fuse_rms_norms(self.graph)
+        self._weight = weight or (lambda name: self.graph.tensor(name).detach())
+        changing = set(trained)
+        self._static: set[fx.Node] = set()  # depend on shapes only: masks, rotary tables
+        self._known: dict[tuple, dict[fx.Node, Any]] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                if str(node.target) not in changing:
+                    self._static.add(node)
+            elif node.op == "call_function" and (node.target is aten.sym_size.int or all(n in self._static for n in node.all_input_nodes)):
+                self._static.add(node)
+        self._dynamic = [n for n in self.graph.nodes if n.op == "call_function" and n not in self._static]
+        self._segments = self._cut() if checkpoints else [self._dynamic]
+
+    def __call__(self, inputs: dict[str, Tensor], watch: Sequence[fx.Node] = ()) -> tuple[Tensor, list[Tensor]]:
+        """The first output, and the values of the watched nodes (of :attr:`graph`)."""
+        env: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in self.graph.placeholders}
+        wanted = {*watch, self.graph.output_nodes[0]}
+        cast = torch.autocast("cpu", torch.bfloat16) if self._bfloat16 else contextlib.nullcontext()
+        with cast:
+            known = self._shape_dependent(env)
+            for segment in self._segments:
+                self._run(segment, env, known, wanted)
+        return env[self.graph.output_nodes[0]], [env[n] for n in watch]
+
+    def find(self, name: str) -> fx.Node:
+        """The node of :attr:`graph` with this name: nodes keep their names in the copy that is run."""
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+    def _shape_dependent(self, env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        key = tuple(tuple(t.shape) for t in env.values())
+        if key not in self._known:
+            known: dict[fx.Node, Any] = {}
+            with torch.no_grad():
+                for node in self.graph.nodes:
+                    if node in self._static:
+                        known[node] = self._weight(str(node.target)) if node.op == "get_attr" else self._compute(node, known, env)
+            used = {i for n in self._dynamic for i in n.all_input_nodes} | set(self.graph.output_nodes)
+            self._known[key] = {n: v for n, v in known.items() if n in used}
+        return self._known[key]
+
+    def _compute(self, node: fx.Node, *environments: dict[fx.Node, Any]) -> Any:
+        def value(n: fx.Node) -> Any:
+            if n.op == "get_attr" and n not in self._static:
+                return self._weight(str(n.target))
+            return next(e[n] for e in environments if n in e)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+
+    def _run(self, segment: list[fx.Node], env: dict[fx.Node, Any], known: dict[fx.Node, Any], wanted: set[fx.Node]) -> None:
+        inside = set(segment)
+        results = [n for n in segment if n in wanted or any(u not in inside for u in n.users)]
+        sources = list(dict.fromkeys(i for n in segment for i in n.all_input_nodes if i in env))
+
+        def body(*values: Any) -> tuple[Any, ...]:
+            local = dict(zip(sources, values, strict=True))
+            left = {n: len(n.users) for n in segment}
+            for node in segment:
+                local[node] = self._compute(node, local, known)
+                for source in node.all_input_nodes:
+                    if source in left:
+                        left[source] -= 1
+                        if left[source] == 0 and source not in keep:
+                            del local[source]
+            return tuple(local[n] for n in results)
+
+        keep = set(results)
+        values = [env[n] for n in sources]
+        if self._checkpoints and torch.is_grad_enabled():
+            found = torch.utils.checkpoint.checkpoint(body, *values, use_reentrant=False)
+        else:
+            found = body(*values)
+        for node in [n for n in sources if n.op == "call_function" and n not in wanted and all(u in inside for u in n.users)]:
+            del env[node]
+        env.update(zip(results, found, strict=True))
+
+    def _cut(self) -> list[list[fx.Node]]:
+        """Segments between which one tensor alone is alive: about a layer's attention or FFN each."""
+        position = {n: i for i, n in enumerate(self._dynamic)}
+        last = {n: max((position.get(u, len(position)) for u in n.users), default=position[n]) for n in self._dynamic}
+        segments: list[list[fx.Node]] = [[]]
+        alive: set[fx.Node] = set()
+        for index, node in enumerate(self._dynamic):
+            segments[-1].append(node)
+            alive = {n for n in alive | {node} if last[n] > index}
+            products = sum(1 for n in segments[-1] if n.target in _PRODUCTS)
+            if len(alive) == 1 and products >= 2:
+                segments.append([])
+        return [s for s in segments if s]
+
+
+_PRODUCTS = {
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.scaled_dot_product_attention.default,
+    torch.ops.dyncomp.routed_ffn.default,
+}  # fmt: skip

@@ -1,0 +1,59 @@
+"""The options of healing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dyncomp.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long, what, and on what is trained; checked when it is made."""
+
+    minutes: float = 10.0
+    """Wall-clock time. The number of steps that fit is found once, by timing a step, and noted: it is part of the result."""
+    steps: int = 0
+    """Optimiser steps, in place of ``minutes``: two runs with equal steps and seed give identical weights."""
+    lr: float = 2e-4
+    """Peak learning rate of the weights (AdamW, warm-up over a twentieth of the steps, then a cosine to 2 %)."""
+    router_lr: float = 10.0
+    """Times ``lr``: the learning rate of routers."""
+    rank: int = 0
+    """0 trains weights whole; above, as low-rank adapters (LoRA) that are merged at the end."""
+    batch: int = 4
+    """Windows of text a step."""
+    together: int = 1
+    """Windows computed at once; memory grows with it."""
+    hidden: float = 0.0
+    """Weight of the mean squared error of the residual stream after each FFN, relative to its mean square."""
+    balance: float = 0.0
+    """Weight of the auxiliary load-balance loss (Switch, 2101.03961)."""
+    balance_rate: float = 0.0
+    """Step by which the bias of an expert moves towards equal load, without a loss (DeepSeek-V3, 2412.19437)."""
+    z_loss: float = 0.0
+    """Weight of the router z-loss (ST-MoE, 2202.08906)."""
+    sparsity: float = 0.0
+    """Weight of the squared difference between each FFN's active fraction and its calibrated one."""
+    hold: float = 0.1
+    """Rate at which thresholds follow the calibrated active fraction during training; they are set exactly at the end."""
+    bfloat16: bool = True
+    """Products in bfloat16 where the CPU has it; weights and optimiser stay in float32."""
+    checkpoints: bool = False
+    """Gradient checkpointing: a third more work, a fraction of the memory."""
+    evaluations: int = 6
+    """How often the held-out windows are looked at; the best state is kept."""
+    patience: int = 3
+    """Stop after so many looks in a row that were worse than the best."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or (self.steps == 0 and not self.minutes > 0):
+            raise RequestError("heal: it needs time: minutes or steps must be positive", hint="for example minutes=10, or steps=300")
+        for name in ("lr", "router_lr", "batch", "together", "evaluations", "patience"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must be positive")
+        for name in ("rank", "hidden", "balance", "balance_rate", "z_loss", "sparsity", "hold"):
+            if not getattr(self, name) >= 0:
+                raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must not be negative")
+        if self.batch % self.together:
+            raise RequestError(f"heal: together={self.together} does not divide batch={self.batch}")

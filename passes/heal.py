@@ -1,0 +1,56 @@
+"""Pass ``heal``: train a converted model to give what the dense one gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dyncomp.passes.recalibrate import Recalibrate
+
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.heal import Settings, Trainer
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import find_routed
+
+
+@dataclass(frozen=True)
+class Heal(Settings, Pass):
+    """Distillation (Hinton et al., 1503.02531) from the graph before any pass, on text; the program stays what it is.
+
+    The KL divergence of next-token distributions (encoders: the squared error of the last states) is minimised over weights of
+    linear layers and experts, routers (straight-through), norms and biases. The last windows of the text choose the best state.
+    Afterwards thresholds are set again, so that the active fraction is what it was calibrated to.
+
+    before:  dyncomp.routed_ffn(x, threshold_gates(linear(x, R, b)), w_up, w_down)
+    after:   dyncomp.routed_ffn(x, threshold_gates(linear(x, R', b')), w_up', w_down')
+    """
+
+    name: ClassVar[str] = "heal"
+    reads_text: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        if graph.quantized:
+            raise RequestError("heal: the weights are quantized, and codes cannot be trained", hint="put heal before quantize")
+        if ctx.dense is None or graph.inputs != ctx.dense.inputs:
+            raise RequestError("heal: there is no dense model to learn from, or it takes other inputs")
+        if ctx.text is None:
+            raise RequestError("heal needs text to train on", hint="give one (--text FILE)")
+        held_out = min(HELD_OUT, len(ctx.text) // 4)
+        if held_out == 0:
+            raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
+        train, chosen_by = ctx.text[:-held_out], ctx.text[-held_out:]
+        trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
+        healed = trainer.run()
+        del trainer
+        if find_routed(graph):
+            Recalibrate().run(graph, ctx)
+        facts = {
+            "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": held_out,
+            "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,
+        }  # fmt: skip
+        return PassResult(changed=healed.changed, facts=facts)
+
+
+HELD_OUT = 6
+"""Windows at the end of the text that choose the best state; nothing is trained on them."""

@@ -1,0 +1,204 @@
+"""Healing: it learns, repeats itself exactly, survives being killed, and keeps what was calibrated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dyncomp.passes import CarveExperts, FitRouter, Heal, PruneStatic, RefitDown
+from heal_worker import SETTINGS as WORKER_SETTINGS
+from helpers import assert_close
+from safetensors.torch import load_file, save_file
+from test_passes import context
+from tiny import tokens, trace_tiny
+from torch import Tensor
+
+from dyncomp.errors import PassError, RequestError
+from dyncomp.evaluate import evaluate
+from dyncomp.graph import Graph
+from dyncomp.heal import Settings, Trainer
+from dyncomp.heal.losses import divergence
+from dyncomp.heal.program import Program
+from dyncomp.heal.weights import Weights
+from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.regions import find_routed
+from dyncomp.serialize import save_graph
+
+QUICK = {"bfloat16": False, "lr": 2e-3, "router_lr": 2.0, "batch": 8, "together": 4, "evaluations": 4}
+
+
+@functools.cache
+def _converted(active: float, static: bool) -> tuple[Graph, Context]:
+    dense = trace_tiny("llama")
+    ctx = context("llama", dense)
+    ctx.text = tokens(400, 16, seed=9)
+    graph = dense.copy()
+    experts = [CarveExperts(experts=8, keep_dense=()), FitRouter(active=active), RefitDown()]
+    Pipeline([PruneStatic(active=active, keep_dense=())] if static else experts).run(graph, ctx)
+    return graph, ctx
+
+
+def converted(active: float = 0.4, *, static: bool = False) -> tuple[Graph, Context]:
+    """A tiny model of 8 experts a layer, and a context with text to heal it on."""
+    graph, ctx = _converted(active, static)
+    return graph.copy(), dataclasses.replace(ctx)
+
+
+def kl(graph: Graph, ctx: Context) -> float:
+    """On tokens that were not trained on."""
+    assert ctx.dense is not None
+    return evaluate({"dense": ctx.dense, "converted": graph}, tokens(16, 16, seed=77), task="causal-lm").kl["converted"]
+
+
+def trained(graph: Graph, ctx: Context, settings: Settings, **options: Any) -> dict[str, Tensor]:
+    """The weights that a run ends with."""
+    assert ctx.dense is not None
+    assert ctx.text is not None
+    Trainer(graph, ctx.dense, ctx.text[:-8], ctx.text[-8:], settings, **options).run()
+    return {name: t.detach().clone() for name, t in graph.constants().items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_divergence_from_the_dense_model_falls_and_the_active_fraction_stays(rank: int) -> None:
+    graph, ctx = converted()
+    program, before = graph.text(), kl(graph, ctx)
+    record = Pipeline([Heal(steps=60, rank=rank, **QUICK)]).run(graph, ctx)[0]
+    assert kl(graph, ctx) < 0.96 * before
+    assert graph.text() == program, "the program itself stays what it is"
+    curve = record.result.facts["curve"]
+    assert [step for step, _ in curve] == [0, 15, 30, 45, 60]
+    assert curve[-1][1] < curve[0][1]
+    assert ctx.calibration is not None
+    seen = torch.cat([b["input_ids"] for b in ctx.calibration.batches])
+    load = evaluate({"dense": graph}, seen, task="causal-lm").load["dense"]
+    assert [load[r.name].active for r in find_routed(graph)] == pytest.approx([0.4, 0.4], abs=0.01)
+
+
+def test_static_pruning_is_healed_by_the_same_pass() -> None:
+    graph, ctx = converted(static=True)
+    before = kl(graph, ctx)
+    Pipeline([Heal(steps=40, **QUICK)]).run(graph, ctx)
+    assert kl(graph, ctx) < 0.96 * before
+
+
+def test_the_gradient_is_that_of_the_plain_graph() -> None:
+    graph, ctx = converted()
+    weights, ids = Weights(graph), tokens(4, 16, seed=3)
+    student = Program(graph, weights, trained=weights.names)
+    assert ctx.dense is not None
+    with torch.no_grad():
+        wanted = ctx.dense(ids)
+    divergence(student({"input_ids": ids})[0], wanted).backward()
+    plain = graph.copy()
+    for name in weights.names:
+        plain.add_tensor(name, graph.tensor(name).detach().clone())
+        plain.tensor(name).requires_grad_()
+    given = plain.module(ids)[0].log_softmax(-1)
+    (wanted.softmax(-1) * (wanted.log_softmax(-1) - given)).sum(-1).mean().backward()
+    for name, parameter in weights.parameters().items():
+        assert_close(parameter.grad, plain.tensor(name).grad, rel=1e-4)
+
+
+def test_gradient_checkpoints_change_nothing_but_memory() -> None:
+    graph, ctx = converted()
+    settings = Settings(steps=3, hidden=0.1, **QUICK)
+    plain = trained(graph.copy(), ctx, settings)
+    program = Program(graph, checkpoints=True)
+    assert len(program._segments) >= 4
+    assert_same(trained(graph, ctx, dataclasses.replace(settings, checkpoints=True)), plain)
+
+
+def test_two_runs_are_identical_and_seeds_differ() -> None:
+    graph, ctx = converted()
+    settings = Settings(steps=4, rank=2, **QUICK)
+    first = trained(graph.copy(), ctx, settings, seed=1)
+    assert_same(trained(graph.copy(), ctx, settings, seed=1), first)
+    other = trained(graph.copy(), ctx, settings, seed=2)
+    assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path, rank: int) -> None:
+    graph, ctx = converted()
+    settings = Settings(steps=8, rank=rank, **QUICK)
+    whole = trained(graph.copy(), ctx, settings)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 5:  # the last checkpoint is that of step 4
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(graph.copy(), ctx, settings, folder=tmp_path, progress=stop)
+    seen: list[int] = []
+    resumed = trained(graph.copy(), ctx, settings, folder=tmp_path, progress=lambda stage, done, total: seen.append(done))
+    assert seen == [5, 6, 7, 8]
+    assert_same(resumed, whole)
+    assert [f.suffix for f in sorted(tmp_path.iterdir())] == [".json", ".safetensors"]
+
+
+def test_a_checkpoint_of_another_request_is_not_taken_up(tmp_path: Path) -> None:
+    graph, ctx = converted()
+    trained(graph.copy(), ctx, Settings(steps=4, **QUICK), folder=tmp_path)
+    seen: list[int] = []
+    settings = Settings(steps=5, **QUICK)
+    trained(graph.copy(), ctx, settings, folder=tmp_path, progress=lambda stage, done, total: seen.append(done))
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_shared_by_two_processes_gives_the_same_weights(tmp_path: Path) -> None:
+    """Sums of gradients are taken in another order: equal up to that, magnified by the optimiser's division."""
+    graph, ctx = converted()
+    assert ctx.dense is not None
+    assert ctx.text is not None
+    for name, value in {"graph": graph, "dense": ctx.dense}.items():
+        save_graph(value, tmp_path / f"{name}.json", tmp_path / f"{name}.safetensors")
+    save_file({"text": ctx.text}, tmp_path / "text.safetensors")
+    script = Path(__file__).with_name("heal_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    shared = [load_file(tmp_path / f"trained-{rank}.safetensors") for rank in (0, 1)]
+    assert_same(shared[1], shared[0])
+    alone = trained(graph, ctx, WORKER_SETTINGS)
+    assert any(not torch.equal(alone[name], ctx.dense.tensor(name)) for name in shared[0] if name in ctx.dense.constants())
+    for name, value in shared[0].items():
+        assert_close(value, alone[name], rel=1e-4)
+
+
+def test_what_cannot_be_healed_is_refused() -> None:
+    graph, ctx = converted()
+    with pytest.raises(RequestError, match="text to train on"):
+        Pipeline([Heal(steps=1)]).run(graph.copy(), dataclasses.replace(ctx, text=None))
+    with pytest.raises(RequestError, match="3 windows of text are too few"):
+        Pipeline([Heal(steps=1)]).run(graph.copy(), dataclasses.replace(ctx, text=tokens(3, 16)))
+    with pytest.raises(RequestError, match="no dense model"):
+        Pipeline([Heal(steps=1)]).run(graph.copy(), dataclasses.replace(ctx, dense=None))
+    with pytest.raises(RequestError, match=r"quantized.*\n.*before quantize"):
+        Pipeline(parse_passes("quantize, heal{steps=1}")).run(graph.copy(), ctx)
+    broken = graph.copy()
+    broken.add_tensor("model.model.layers.0.mlp.experts.b_down", torch.full((32,), float("nan")))
+    with pytest.raises(PassError, match="diverged at step 1"):
+        trained(broken, ctx, Settings(steps=1, **QUICK))
+    for wrong in ("minutes=0", "steps=-1", "lr=0", "rank=-1", "batch=4 together=3", "hidden=-1"):
+        with pytest.raises(RequestError, match="heal"):
+            parse_passes(f"heal{{{wrong}}}")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
