@@ -156,6 +156,10 @@ def test_a_checkpoint_of_another_request_is_not_taken_up(tmp_path: Path) -> None
     settings = Settings(steps=5, **QUICK)
     trained(graph.copy(), ctx, settings, folder=tmp_path, progress=lambda stage, done, total: seen.append(done))
     assert seen == [1, 2, 3, 4, 5]
+    seen.clear()
+    other, _ = converted(static=True)
+    trained(other, ctx, settings, folder=tmp_path, progress=lambda stage, done, total: seen.append(done))
+    assert seen == [1, 2, 3, 4, 5]
 
 
 def test_a_batch_shared_by_two_processes_gives_the_same_weights(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class Trainer:
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
         self._optimizer = self._make_optimizer()
+        self._key = self._identity()
 
     def run(self) -> Healed:
         """Train, keep the best state, write it into the graph.
@@ -98,7 +99,7 @@ class Trainer:
             PassError: the loss is no longer a number.
         """
         started, cpu = time.perf_counter(), time.process_time()
-        known = state.load(self._folder, self._key()) if self._folder is not None else None
+        known = state.load(self._folder, self._key) if self._folder is not None else None
         if known is not None:
             self._at, tensors = known
             best = self._restore(tensors)
@@ -115,7 +116,7 @@ class Trainer:
                 if self._at.best == self._at.done:
                     best = self.weights.state()
                 if self._folder is not None and ranks.rank() == 0:
-                    state.save(self._folder, self._key(), self._at, self._snapshot(best))
+                    state.save(self._folder, self._key, self._at, self._snapshot(best))
         self.weights.load(best)
         changed = self.weights.merge()
         tokens = self._at.done * self.settings.batch * self._windows.shape[1]
@@ -235,10 +236,11 @@ class Trainer:
             groups.append({"params": routers, "peak": s.lr * s.router_lr})
         return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def _key(self) -> str:
+    def _identity(self) -> str:
+        """Of everything a run's result depends on: the options, the text, and the weights it begins with."""
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.settings), self._seed]).encode())
-        for part in (self._windows, self._held_out):
-            digest.update(part.numpy().tobytes())
+        for part in (self._windows, self._held_out, *(p.detach() for p in self.weights.parameters().values())):
+            digest.update(part.contiguous().numpy())
         return digest.hexdigest()
 
     def _snapshot(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -173,6 +173,12 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"experts: used by {load['least_used']:.0%} to {load['most_used']:.0%} of the tokens; {load['unused_experts']:.0f} never; "
             f"tokens with no expert in some layer: {load['no_expert']:.1%}"
         )
+    if healing := report.get("healing"):
+        curve = healing["curve"]
+        lines.append(
+            f"healed: {healing['steps']} steps, {healing['tokens']} tokens, {healing['cpu_seconds'] / 60:.1f} CPU minutes; loss on "
+            f"{healing['held_out_windows']} windows {curve[0][1]:.4f} -> {min(loss for _, loss in curve):.4f} (step {healing['best']})"
+        )
     if "seconds" in report:
         lines.append(
             f"{report['seconds']:.0f} s ({report['cpu_seconds'] / 60:.1f} CPU minutes), "
