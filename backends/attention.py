@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
-from dyncomp.ops import cached_attention, rotary
+from dyncomp.ops import cached_attention, rotary, sparse_linear
 from dyncomp.quantized import join
 from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 
 aten = torch.ops.aten
 CACHED, ROTARY = cached_attention._opoverload, rotary._opoverload
+_SPARSE = sparse_linear._opoverload
 _SIZES = {"batch": 2, "sequence": 3, "capacity": 5}
 
 
@@ -99,7 +100,7 @@ def _packed(graph: Graph, b: Builder, operands: list[fx.Node], shapes: ShapeOnly
     """One node that holds query, key and value side by side, or None."""
     if len(set(operands)) != 3:
         return None
-    if all(n.target is aten.linear.default for n in operands):
+    if all(n.target in (aten.linear.default, _SPARSE) for n in operands):
         return _fused_linear(graph, b, operands)
     sources = {_single_source(n, shapes) for n in operands}
     source = sources.pop()
@@ -119,7 +120,9 @@ def _single_source(node: fx.Node, shapes: ShapeOnly) -> fx.Node | None:
 
 
 def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node | None:
-    """linear(x, Wq), linear(x, Wk), linear(x, Wv) -> linear(x, [Wq; Wk; Wv])."""
+    """linear(x, Wq), linear(x, Wk), linear(x, Wv) -> linear(x, [Wq; Wk; Wv]); the same for sparse ones with the same thresholds."""
+    if len({(n.target, n.args[3:]) for n in linears}) != 1:
+        return None
     arguments = [(*n.args, None)[:3] for n in linears]
     x = arguments[0][0]
     weights: list[Any] = [a[1] for a in arguments]
@@ -139,7 +142,7 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
             graph.quantized[name] = together
         return graph.read(name)
 
-    return b.call(aten.linear.default, x, joined(weights), joined(biases) if biases[0] is not None else None)
+    return b.call(linears[0].target, x, joined(weights), joined(biases) if biases[0] is not None else None, *linears[0].args[3:])
 
 
 def _replace_output(graph: Graph, out: fx.Node, flat: fx.Node, heads: int, head_dim: int) -> None:

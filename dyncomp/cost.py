@@ -18,6 +18,7 @@ from torch import fx, nn
 from dyncomp.errors import RequestError
 from dyncomp.flops import FLOPS, Sizes
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import Attention, Linear, Regions, find_linears, find_regions
 from dyncomp.regions.linear import Names
 from dyncomp.regions.partial import ShapeOnly
@@ -31,7 +32,8 @@ class RegionCost:
     """The share of one region.
 
     Attributes:
-        kind: ``"ffn"``, ``"routed"`` (with its router), ``"attention"`` (with its projections), ``"head"`` or ``"other"``.
+        kind: ``"ffn"`` (sparsified or not), ``"routed"`` (with its router), ``"attention"`` (with its projections), ``"head"`` or
+            ``"other"``.
         parameters: weights it reads; those that several regions read belong to the first.
         active_parameters: of these, the mean number that a token uses.
         flops_per_token: two per multiply-accumulate.
@@ -67,7 +69,8 @@ def count(
         graph: dense or routed, on any device.
         batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension. Attention costs grow with it;
             the causal half is not taken off.
-        active: mean fraction of the experts that ran, 0 to 1, per :class:`~dyncomp.regions.RoutedFFN` name; 1 where absent.
+        active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, and of the inputs that
+            counted, per weight of a ``dyncomp::sparse_linear``; 1 where absent.
         regions: those of this graph, if they are at hand.
 
     Returns:
@@ -75,17 +78,19 @@ def count(
         dynamic dimensions (per image, for a vision model with a dynamic batch only).
 
     Raises:
-        RequestError: ``active`` names no routed FFN of the graph, or is not a fraction.
+        RequestError: ``active`` names neither, or is not a fraction.
     """
     regions = find_regions(graph) if regions is None else regions
     active = dict(active or {})
-    unknown = sorted(set(active) - {r.name for r in regions.routed})
+    sparse = {node: str(node.args[1].target) for node in sparse_nodes(graph)}  # type: ignore[union-attr]
+    known = [*(r.name for r in regions.routed), *sparse.values()]
+    unknown = sorted(set(active) - set(known))
     if unknown:
-        raise RequestError(f"no routed FFN is called {unknown[0]!r}", hint=f"those there are: {[r.name for r in regions.routed]}")
+        raise RequestError(f"neither a routed FFN nor a sparse weight is called {unknown[0]!r}", hint=f"those there are: {known}")
     if any(not 0 <= share <= 1 for share in active.values()):
         raise RequestError(f"active fractions lie between 0 and 1, got {active}")
     members = _members(graph, regions)
-    fraction = {r.node: active.get(r.name, 1.0) for r in regions.routed}
+    fraction = {r.node: active.get(r.name, 1.0) for r in regions.routed} | {n: active.get(w, 1.0) for n, w in sparse.items()}
     owner = {node: name for name, member in members.items() for node in member.nodes}
     flops = dict.fromkeys([*members, OTHER], 0.0)
     size = Sizes(graph, batch, sequence)
@@ -94,7 +99,8 @@ def count(
         if node.op == "call_function" and node.target in FLOPS and node not in skipped:
             flops[owner.get(node, OTHER)] += FLOPS[node.target](node, size) * fraction.get(node, 1.0)
     tokens = size.tokens()
-    parameters = _parameters(graph, members, {r.name: (r.w_up, r.b_up, r.w_down) for r in regions.routed}, active)
+    parts: dict[str, tuple[str | None, ...]] = {r.name: (r.w_up, r.b_up, r.w_down) for r in regions.routed}
+    parameters = _parameters(graph, members, parts | {weight: (weight,) for weight in sparse.values()}, active)
     by_region = {
         name: RegionCost(members[name].kind if name in members else OTHER, *parameters[name], flops[name] / tokens) for name in flops
     }
@@ -119,7 +125,7 @@ def _members(graph: Graph, regions: Regions) -> dict[str, _Member]:
     products = {linear.nodes[0]: linear for linear in linears.values()}
     members: dict[str, _Member] = {}
     names = Names()
-    for ffn in regions.ffns:
+    for ffn in sorted([*regions.ffns, *regions.sparse_ffns], key=lambda f: f.output):
         members[names.take(ffn.name, ffn.output)] = _Member("ffn", set(ffn.interior), _weights((*ffn.ups, ffn.down)))
     for routed in regions.routed:
         router = [products[n] for n in routed.router if n in products]
@@ -164,12 +170,12 @@ def _nearest(
 
 
 def _parameters(
-    graph: Graph, members: dict[str, _Member], experts: Mapping[str, tuple[str | None, ...]], active: Mapping[str, float]
+    graph: Graph, members: dict[str, _Member], parts: Mapping[str, tuple[str | None, ...]], active: Mapping[str, float]
 ) -> dict[str, tuple[int, float]]:
     """(all, active) parameters per region; tensors that share storage count once."""
     region_of = {weight: name for name, member in reversed(members.items()) for weight in member.weights}
     share: dict[str, float] = {}
-    for name, weights in experts.items():
+    for name, weights in parts.items():
         for weight in weights:
             if weight is not None:
                 share[weight] = max(share.get(weight, 0.0), active.get(name, 1.0))

@@ -98,4 +98,5 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], float]] = {
     aten.scaled_dot_product_attention.default: _attention,
     torch.ops.dyncomp.cached_attention.default: _cached_attention,
     torch.ops.dyncomp.routed_ffn.default: _routed,
+    torch.ops.dyncomp.sparse_linear.default: _product,
 }

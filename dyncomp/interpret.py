@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from dyncomp.ops import expert_hidden, routed_ffn
+from dyncomp.ops import expert_hidden, keep_large, routed_ffn, sparse_linear
 
 if TYPE_CHECKING:
     from dyncomp.graph import Graph
 
 ACTIVATION_BLOCK = 32
-_ROUTED = routed_ffn._opoverload
+_ROUTED, _SPARSE = routed_ffn._opoverload, sparse_linear._opoverload
 
 
 def round_activations(x: Tensor, terms: int = 1) -> Tensor:
@@ -45,15 +45,26 @@ def rounds_activations(graph: Graph) -> bool:
 
 @contextlib.contextmanager
 def float_activations(*graphs: Graph) -> Iterator[None]:
-    """Leave activations as they are for a while: to compare two programs, whose sums differ by a rounding error that a step of
-    1/127 would magnify."""
+    """Leave activations as they are for a while, neither rounded nor counted as zero: to compare two programs, whose sums differ by
+    a rounding error that a step of 1/127, or a threshold, would magnify."""
     before = [graph.info.pop("activations", None) for graph in graphs]
+    thresholds = [{str(n.args[3].target): graph.tensor(n.args[3]) for n in sparse_nodes(graph)} for graph in graphs]  # type: ignore[union-attr, arg-type]
     try:
+        for graph, tensors in zip(graphs, thresholds, strict=True):
+            for name, value in tensors.items():
+                graph.add_tensor(name, torch.zeros_like(value), trainable=False)
         yield
     finally:
-        for graph, value in zip(graphs, before, strict=True):
-            if value is not None:
-                graph.info["activations"] = value
+        for graph, info, tensors in zip(graphs, before, thresholds, strict=True):
+            if info is not None:
+                graph.info["activations"] = info
+            for name, value in tensors.items():
+                graph.add_tensor(name, value, trainable=False)
+
+
+def sparse_nodes(graph: Graph) -> list[fx.Node]:
+    """The ``dyncomp::sparse_linear`` nodes, in graph order."""
+    return [node for node in graph.module.graph.nodes if node.target is _SPARSE]
 
 
 def compute(
@@ -65,8 +76,11 @@ def compute(
         implementations: what to call instead of a target.
     """
     if rounds_activations(graph):
-        weight = node.args[1] if node.target is torch.ops.aten.linear.default else None
+        weight = node.args[1] if node.target in (torch.ops.aten.linear.default, _SPARSE) else None
         if isinstance(weight, fx.Node) and weight.target in graph.quantized:
+            if node.target is _SPARSE:  # what counts as zero is decided before the rounding
+                x = round_activations(keep_large(args[0], args[3]), activation_terms(graph, str(weight.target)))
+                return F.linear(x, *args[1:3])
             args = (round_activations(args[0], activation_terms(graph, str(weight.target))), *args[1:])
         elif node.target is _ROUTED and isinstance(up := node.args[2], fx.Node) and up.target in graph.quantized:
             return _routed_ffn_rounded(*args, **kwargs)

@@ -2,13 +2,14 @@
 
 ==============================  ===========================================================================
 ``dyncomp::routed_ffn``         feed-forward experts under gates; the whole interface of routing
+``dyncomp::sparse_linear``      a linear layer that counts small inputs as zero (activation sparsity)
 ``dyncomp::threshold_gates``    scores -> 0/1 gates, every expert whose score is positive
 ``dyncomp::topk_gates``         scores -> 0/1 gates, the k best experts of each token
 ``dyncomp::rotary``             rotary position embedding from cos/sin tables
 ``dyncomp::cached_attention``   causal attention over a KV cache of fixed capacity
 ==============================  ===========================================================================
 
-Each has a fake kernel (so graphs with it can be exported) and the first three an autograd formula (so they train).
+Each has a fake kernel (so graphs with it can be exported) and the first four an autograd formula (so they train).
 Importing this module registers them.
 """
 
@@ -122,6 +123,59 @@ def _routed_ffn_backward(ctx, grad: Tensor):
 
 
 routed_ffn.register_autograd(_routed_ffn_backward, setup_context=_routed_ffn_setup)
+
+
+# ---- sparse_linear -------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::sparse_linear", mutates_args=())
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor) -> Tensor:
+    """``linear(keep_large(x, thresholds), weight, bias)``: a linear layer that counts an input as zero unless it exceeds its threshold.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N], or None.
+        thresholds: [K]; input j counts where ``|x_j| > thresholds[j]`` (and where it is NaN). The same number for every input is
+            TEAL (2408.14690); ``t / |W[:, j]|`` is WINA (2505.19427); 0 leaves the layer dense, infinity removes an input.
+
+    Returns:
+        [..., N].
+
+    Kernels for one token read no weights of the other inputs. The gradient is that of the product with the mask held fixed: an
+    input that counts as zero gets none, and the thresholds get none.
+    """
+    return F.linear(keep_large(x, thresholds), weight, bias)
+
+
+def keep_large(x: Tensor, thresholds: Tensor) -> Tensor:
+    """``x`` [..., K] with zeros where ``|x_j| <= thresholds[j]``."""
+    return torch.where(x.abs() <= thresholds, 0.0, x)
+
+
+@sparse_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor) -> Tensor:
+    torch._check(thresholds.dim() == 1 and thresholds.shape[0] == weight.shape[1], lambda: "sparse_linear needs one threshold an input")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _sparse_linear_setup(ctx, inputs, output) -> None:
+    x, weight, bias, thresholds = inputs
+    ctx.save_for_backward(x, weight, thresholds)
+    ctx.biased = bias is not None
+
+
+def _sparse_linear_backward(ctx, grad: Tensor):
+    x, weight, thresholds = ctx.saved_tensors
+    kept = keep_large(x, thresholds)
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        torch.where(x.abs() <= thresholds, 0.0, grad @ weight) if ctx.needs_input_grad[0] else None,
+        rows.T @ kept.reshape(-1, kept.shape[-1]) if ctx.needs_input_grad[1] else None,
+        rows.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None,
+        None,
+    )
+
+
+sparse_linear.register_autograd(_sparse_linear_backward, setup_context=_sparse_linear_setup)
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------

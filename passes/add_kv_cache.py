@@ -20,7 +20,7 @@ from dyncomp.regions.partial import ShapeOnly, dominator
 from dyncomp.regions.refusal import Refusal
 
 aten = torch.ops.aten
-_HEAD = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default}
+_HEAD = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, torch.ops.dyncomp.sparse_linear.default}
 
 
 @dataclass(frozen=True)

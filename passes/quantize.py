@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
-from dyncomp.ops import expert_hidden
+from dyncomp.ops import expert_hidden, keep_large
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, Quantized, round_to_nearest
 from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
@@ -23,7 +23,9 @@ from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_PRODUCTS = (
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, torch.ops.dyncomp.sparse_linear.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Quantize(Pass):
         sweep = Sweep(graph, ctx.need_calibration(self.name).first(self.tokens))
         done = 0
         with fast_matmul(), torch.no_grad():
-            for source, group in _by_input(targets):
+            for source, thresholds, group in _by_input(targets):
                 if source is None:
                     for t in group:
                         self._store(graph, t, self._round(t.weight(graph), t.bits), result)
@@ -141,6 +143,8 @@ class Quantize(Pass):
                     self._gptq_experts(graph, group[0].routed, sweep, result)
                 else:
                     inputs = sweep.advance(source)
+                    if thresholds is not None:
+                        inputs = [keep_large(x, graph.tensor(thresholds)) for x in inputs]
                     gram = _gram(x.reshape(-1, x.shape[-1]) for x in inputs)
                     for t in group:
                         value = gptq(t.weight(graph), gram, t.bits, self.block, symmetric=self.symmetric)
@@ -199,14 +203,16 @@ class _Target:
         return int(self.weight(graph).shape[-1])
 
 
-def _by_input(targets: list[_Target]) -> Iterator[tuple[fx.Node | None, list[_Target]]]:
-    """Neighbouring targets that read the same node, together."""
+def _by_input(targets: list[_Target]) -> Iterator[tuple[fx.Node | None, str | None, list[_Target]]]:
+    """Neighbouring targets that read the same node above the same thresholds, together."""
 
-    def source(target: _Target) -> fx.Node | None:
-        return target.routed.node if target.routed is not None else target.linear.input if target.linear is not None else None
+    def source(target: _Target) -> tuple[fx.Node | None, str | None]:
+        if target.linear is not None:
+            return target.linear.input, target.linear.thresholds
+        return (target.routed.node if target.routed is not None else None), None
 
-    for node, group in itertools.groupby(targets, source):
-        yield node, list(group)
+    for (node, thresholds), group in itertools.groupby(targets, source):
+        yield node, thresholds, list(group)
 
 
 def _gram(blocks: Iterator[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from dyncomp.activations import ACTIVATIONS
-from dyncomp.ops import cached_attention, rotary, routed_ffn, routed_ffn_reference, threshold_gates, topk_gates
+from dyncomp.ops import cached_attention, rotary, routed_ffn, routed_ffn_reference, sparse_linear, threshold_gates, topk_gates
 
 ops = torch.ops.dyncomp
 
@@ -39,6 +39,24 @@ def test_other_ops_pass_opcheck() -> None:
     q, k, cache = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 10, 8)
     opcheck(ops.cached_attention.default, (q, k, k.clone(), cache, cache.clone(), torch.tensor([1, 4]), 0.3, 0))
     opcheck(ops.rotary.default, (q, torch.randn(20, 3), torch.randn(20, 3), torch.arange(3).expand(2, 3), False))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sparse_linear_passes_opcheck(bias: bool) -> None:
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    opcheck(ops.sparse_linear.default, (x, weight, torch.randn(6, requires_grad=True) if bias else None, torch.rand(8)))
+
+
+def test_sparse_linear_counts_small_inputs_as_zero() -> None:
+    x = torch.tensor([[0.5, -0.5, 0.2, 9.5], [1.0, -2.0, 0.0, 0.1]], requires_grad=True)
+    thresholds, weight, bias = torch.tensor([0.5, 0.4, 0.2, 9.0]), torch.eye(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    y = sparse_linear(x, weight, bias, thresholds)
+    assert_close(y, torch.tensor([[1.0, 0.5, 1.0, 10.5], [2.0, -1.0, 1.0, 1.0]]), rel=0)
+    assert sparse_linear(torch.full((4,), torch.nan), weight, None, thresholds).isnan().all()
+    y[1].sum().backward()
+    assert_close(x.grad[1], torch.tensor([1.0, 1.0, 0.0, 0.0]), rel=0)
+    assert_close(weight.grad[0], torch.tensor([1.0, -2.0, 0.0, 0.0]), rel=0)
+    assert_close(bias.grad, torch.ones(4), rel=0)
 
 
 @settings(max_examples=60, deadline=None)

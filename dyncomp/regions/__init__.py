@@ -23,7 +23,7 @@ from dyncomp.graph import Graph
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.blocks import Block, find_blocks
 from dyncomp.regions.experts import find_trained_experts
-from dyncomp.regions.ffn import FFN, FFNWeights, find_ffns
+from dyncomp.regions.ffn import FFN, FFNWeights, find_ffns, find_sparse_ffns
 from dyncomp.regions.head import Head, find_head
 from dyncomp.regions.linear import Linear, find_linears
 from dyncomp.regions.refusal import Refusal
@@ -33,6 +33,7 @@ from dyncomp.regions.routed import RoutedFFN, find_routed
 __all__ = [
     "FFN", "Attention", "Block", "FFNWeights", "Head", "Linear", "Refusal", "Regions", "RoutedFFN",
     "find_attentions", "find_blocks", "find_ffns", "find_head", "find_linears", "find_regions", "find_routed",
+    "find_sparse_ffns",
     "replace_ffn", "require_ffns",
 ]  # fmt: skip
 
@@ -42,6 +43,7 @@ class Regions:
     """Everything found in a graph, each list in graph order. It describes the graph as it was: find again after a rewrite."""
 
     ffns: list[FFN]
+    sparse_ffns: list[FFN]
     routed: list[RoutedFFN]
     attentions: list[Attention]
     blocks: list[Block]
@@ -77,10 +79,16 @@ def find_regions(graph: Graph) -> Regions:
     linears = find_linears(graph)
     ffns, refused_ffns = find_ffns(graph, linears)
     attentions, refused_attentions = find_attentions(graph)
-    routed = find_routed(graph)
-    blocks = find_blocks([*ffns, *routed, *attentions], linears)
+    routed, sparse = find_routed(graph), find_sparse_ffns(graph, linears) if any(i.thresholds for i in linears.values()) else []
+    blocks = find_blocks([*ffns, *sparse, *routed, *attentions], linears)
     return Regions(
-        ffns, routed, attentions, blocks, find_head(graph, linears), [*refused_ffns, *find_trained_experts(graph), *refused_attentions]
+        ffns,
+        sparse,
+        routed,
+        attentions,
+        blocks,
+        find_head(graph, linears),
+        [*refused_ffns, *find_trained_experts(graph), *refused_attentions],
     )
 
 

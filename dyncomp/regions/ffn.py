@@ -77,6 +77,11 @@ class FFN:
     shared_weights: bool
 
     @property
+    def sparse(self) -> bool:
+        """Whether some of its linear layers count small inputs as zero. No rewrite may forget that."""
+        return any(linear.thresholds is not None for linear in (*self.ups, self.down))
+
+    @property
     def parameters(self) -> int:
         """Weights and biases."""
         linears = (*self.ups, self.down)
@@ -104,7 +109,18 @@ class FFN:
 
 
 def find_ffns(graph: Graph, linears: Mapping[fx.Node, Linear] | None = None) -> tuple[list[FFN], list[Refusal]]:
-    """All FFNs in graph order, and what looks like one and is not, with reasons."""
+    """All FFNs in graph order, and what looks like one and is not, or may not be rewritten, with reasons."""
+    found, refusals = _find(graph, linears)
+    reason, remedy = "small inputs of its linear layers count as zero", "run the pass before sparsify"
+    return [f for f in found if not f.sparse], refusals + [Refusal(f.name, "ffn", reason, remedy) for f in found if f.sparse]
+
+
+def find_sparse_ffns(graph: Graph, linears: Mapping[fx.Node, Linear] | None = None) -> list[FFN]:
+    """The FFNs with ``dyncomp::sparse_linear`` in them."""
+    return [f for f in _find(graph, linears)[0] if f.sparse]
+
+
+def _find(graph: Graph, linears: Mapping[fx.Node, Linear] | None) -> tuple[list[FFN], list[Refusal]]:
     linears = find_linears(graph) if linears is None else linears
     uses = Counter(linear.weight for linear in linears.values())
     ffns: list[FFN] = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+import dyncomp.ops  # noqa: F401  (registers dyncomp::sparse_linear)
 from dyncomp.graph import Graph
 
 aten = torch.ops.aten
@@ -17,7 +18,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x @ W.T + b``: linear, addmm, mm, matmul, einsum or a 1x1 convolution, with a separate bias add if there is one.
+    """``y = x @ W.T + b``: linear, addmm, mm, matmul, einsum or a 1x1 convolution, with a separate bias add if there is one; or
+    ``dyncomp::sparse_linear``, whose small inputs count as zero.
 
     Attributes:
         node: gives ``y``, after the bias add.
@@ -26,6 +28,7 @@ class Linear:
         transposed: the weight is stored ``[in, out]``.
         axis: the feature axis of ``x`` and ``y``: -1, or 1 for a convolution.
         nodes: what a rewrite deletes with it, the matrix product first, ``node`` last.
+        thresholds: name of the [in] thresholds that inputs must exceed, or None.
     """
 
     node: fx.Node
@@ -37,6 +40,7 @@ class Linear:
     out_features: int
     axis: int
     nodes: tuple[fx.Node, ...]
+    thresholds: str | None = None
 
     def weight_matrix(self, graph: Graph) -> Tensor:
         """The weight as [out, in], in the dtype it has."""
@@ -147,6 +151,9 @@ def _product(graph: Graph, node: fx.Node) -> Linear | None:
     target, args = node.target, node.args
     if target is aten.linear.default:
         return _make(graph, node, args[0], args[1], args[2] if len(args) > 2 else None)
+    if target is torch.ops.dyncomp.sparse_linear.default:
+        linear, thresholds = _make(graph, node, *args[:3]), constant(graph, args[3])
+        return None if linear is None or thresholds is None else replace(linear, thresholds=thresholds[0])
     if target is aten.addmm.default and not node.kwargs:
         return _make(graph, node, args[1], args[2], args[0], stored_in_out=True)
     if target in (aten.mm.default, aten.matmul.default):
@@ -225,9 +232,6 @@ def _with_bias_add(graph: Graph, linear: Linear) -> Linear:
             other = user.args[1] if user.args[0] is node else user.args[0]
             found = constant(graph, other)
             if found is not None and tuple(graph.tensor(found[0]).shape) == (linear.out_features,):
-                return Linear(
-                    user, linear.input, linear.weight, linear.transposed, found[0], linear.in_features, linear.out_features, -1,
-                    (*linear.nodes, *passed, user),
-                )  # fmt: skip
+                return replace(linear, node=user, bias=found[0], nodes=(*linear.nodes, *passed, user))
         return linear
     return linear
