@@ -140,6 +140,9 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
         graph.add_tensor(name, torch.cat([graph.tensor(n).detach() for n in nodes]))
         if codes and (together := join(codes)) is not None:
             graph.quantized[name] = together
+        active = graph.info.get("active_inputs", {})
+        if noted := [active[str(n.target)] for n in nodes if str(n.target) in active]:
+            graph.info["active_inputs"] = active | {name: max(noted)}
         return graph.read(name)
 
     return b.call(linears[0].target, x, joined(weights), joined(biases) if biases[0] is not None else None, *linears[0].args[3:])

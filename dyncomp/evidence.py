@@ -14,6 +14,7 @@ from dyncomp.cost import count
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import Quality, batches, evaluate, load_summary
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel
 from dyncomp.passes import Heal, PruneStatic, Quantize
 from dyncomp.passes.quantize import quantize_of
@@ -88,24 +89,28 @@ def _without(text: Corpus, evaluated: set[str], whole: Corpus, calibration: Corp
 
 
 def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> dict[str, Graph]:
-    """What needs no routing, in the converted model's precision: the dense model quantized, and pruned statically at equal cost.
+    """What needs no choice for each token, in the converted model's precision: the dense model quantized, and pruned statically at equal
+    cost of its FFNs.
 
     Args:
         heal: as the converted model was healed; the pruned one is too, with as many steps on the same text.
     """
     found = {}
-    if quantize is not None and find_routed(converted):
+    regions = find_regions(converted)
+    if quantize is not None and (regions.routed or sparse_nodes(converted)):
         found["quantized"] = dense.copy()
         Pipeline([quantize]).run(found["quantized"], ctx)
-    if find_routed(converted):
+    if regions.routed or regions.sparse_ffns:
         found["static_pruned"] = static_baseline(dense, converted, quantize, ctx, heal=heal)
     return found
 
 
 def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
-    """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out on average."""
-    routed = {r.name for r in find_routed(converted)}
-    kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in routed)
+    """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
+    weights it does not read, on average."""
+    regions = find_regions(converted)
+    changed = {r.name for r in (*regions.routed, *regions.sparse_ffns)}
+    kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
     Pipeline([p for p in (prune, heal, quantize) if p is not None]).run(static, ctx)
@@ -113,11 +118,15 @@ def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, c
 
 
 def calibrated_share(graph: Graph) -> float:
-    """Active fraction over all FFN neurons that the routers were calibrated to."""
-    routed, dense = find_routed(graph), sum(f.d_ff for f in find_regions(graph).ffns)
-    facts = graph.info.get("routing", {})
-    active = sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in routed)
-    return (active + dense) / (sum(r.d_ff for r in routed) + dense)
+    """Active fraction over all FFN neurons (of a sparsified FFN: of its weights) that routers and thresholds were calibrated to."""
+    regions = find_regions(graph)
+    facts, inputs = graph.info.get("routing", {}), graph.info.get("active_inputs", {})
+    active = float(sum(f.d_ff for f in regions.ffns))
+    active += sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in regions.routed)
+    for ffn in regions.sparse_ffns:
+        sizes = {linear.weight: linear.in_features * linear.out_features for linear in (*ffn.ups, ffn.down)}
+        active += ffn.d_ff * sum(inputs.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
+    return active / sum(f.d_ff for f in (*regions.ffns, *regions.routed, *regions.sparse_ffns))
 
 
 def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:
@@ -197,8 +206,10 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
 
 
 def cost_figures(dense: Graph, converted: Graph, quality: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and FLOPs per token of both, the experts counted as they were active on the first text."""
-    active = next(iter(quality.values())).get("active_by_region")
+    """Parameters and FLOPs per token of both, the experts counted as they were active on the first text, inputs as in calibration."""
+    sparse = {str(n.args[1].target) for n in sparse_nodes(converted)}  # type: ignore[union-attr]
+    active = {name: share for name, share in converted.info.get("active_inputs", {}).items() if name in sparse}
+    active |= next(iter(quality.values())).get("active_by_region") or {}
     cost, before = count(converted, active=active), count(dense)
     keys = ("parameters", "active_parameters", "flops_per_token")
     return {k: getattr(cost, k) for k in keys} | {"dense": {k: getattr(before, k) for k in keys}}

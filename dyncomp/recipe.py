@@ -74,6 +74,7 @@ RECIPES = {
             passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down",
         ),
         Recipe(name="dense", passes=""),
+        Recipe(name="sparse", passes="sparsify{active={active}}"),
         Recipe(name="static", passes="prune-static{active={active}}"),
         # What checkpoints of stock architectures can hold (`dyncomp export --backend hf`): top-k, no biases.
         Recipe(name="granite-moe", passes="carve-experts{experts={experts} shared={shared} keep-dense=}, " + _UNBIASED),

@@ -23,7 +23,7 @@ from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import RequestError, SearchError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
-from dyncomp.passes import Quantize
+from dyncomp.passes import Quantize, Sparsify
 from dyncomp.passes.quantize import PRECISIONS, quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
 from dyncomp.regions import find_regions
@@ -38,6 +38,7 @@ HOPELESS = 3.0
 """A quick look that loses this many times the limit is not followed up: more text has never won back as much."""
 EXPERTS = 48
 ACTIVE = (0.9, 0.75)
+SPARSE = (0.85, 0.75, 0.65)
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ class Search:
             yield "int4, head too", [dataclasses.replace(PRECISIONS["int4"], method=method, head_bits=4)]
         quantize = quantize_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else None
         block = quantize.block if quantize is not None else 1
+        for active in SPARSE if quantize is not None else ():  # only kernels for quantized weights gain by it
+            name = f"{active:.0%} of the inputs, int{quantize.bits}"  # type: ignore[union-attr]
+            yield name, [Sparsify(active=active), quantize]  # type: ignore[list-item]
+            if self.goal.max_loss is not None and not self._reached(name):
+                break
         experts = self._experts(block)
         for active in ACTIVE if experts is not None else ():
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"

@@ -14,5 +14,8 @@ from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.quantize import Quantize
 from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.passes.refit_down import RefitDown
+from dyncomp.passes.sparsify import Sparsify
 
-__all__ = ["AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown"]
+__all__ = [
+    "AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown", "Sparsify",
+]  # fmt: skip

@@ -23,9 +23,11 @@ from dyncomp.backends.ort.norm import select_norms
 from dyncomp.backends.ort.program import exported_program
 from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.ort.routed import select_routed_ffns
+from dyncomp.backends.ort.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 
 from dyncomp.errors import BackendError, MissingExtraError
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import find_routed
 from dyncomp.regions.norm import fuse_rms_norms
 
@@ -106,11 +108,13 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
     if native:
+        select_sparse_ffns(graph)
         select_quantized_ffns(graph)
         select_routed_ffns(graph)
     select_attention(graph, native=native)
     select_moe(graph)
     select_norms(graph)
+    select_sparse_linears(graph, native=native)
     select_quantized_linears(graph, native=native)
     select_linears(graph)
     graph.clean()
@@ -171,5 +175,6 @@ def _config(graph: Graph, operators: dict[str, int], ours: bool) -> dict[str, An
         "outputs": list(graph.outputs),
         "precision": graph.precision,
         "kernels": "dyncomp" if ours else "onnxruntime",
+        **({"sparse_linear": sparse_kernels(graph, operators)} if sparse_nodes(graph) else {}),
         "operators": dict(sorted(operators.items())),
     }

@@ -147,6 +147,17 @@ def quantized_linear(
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
 
 
+def sparse_linear(
+    x: Tensor, thresholds: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int,
+    bits: int, block: int, activation: int,
+) -> Tensor:  # fmt: skip
+    """``dyncomp.sparse_linear`` on weights packed input by input: [..., K] -> [..., N]; or, with an ``activation`` (-1: none), of the
+    first half of the rows, times the second half: [..., N / 2]."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "activation": activation}
+    outputs = rows if activation < 0 else rows // 2
+    return _one(f"{DOMAIN}::SparseLinear", [x, thresholds, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], outputs])
+
+
 def quantized_embedding(
     ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
 ) -> Tensor:

@@ -28,7 +28,7 @@ down_bias f32 [d_out]?) -> f32 [.., d_out]``
 from __future__ import annotations
 
 from dyncomp.backends.ort.native.build import available, library, unavailable_reason
-from dyncomp.backends.ort.native.pack import pack_codes, pack_floats, pack_scales, unpack_codes
+from dyncomp.backends.ort.native.pack import pack_codes, pack_floats, pack_input_scales, pack_inputs, pack_scales, unpack_codes
 
 DOMAIN = "dyncomp"
 
@@ -39,6 +39,6 @@ ACTIVATION_CODES: dict[str, int] = {
 """The attribute ``activation`` for each name in :data:`dyncomp.activations.ACTIVATIONS`."""
 
 __all__ = [
-    "ACTIVATION_CODES", "DOMAIN", "available", "library", "pack_codes", "pack_floats", "pack_scales", "unavailable_reason",
-    "unpack_codes",
+    "ACTIVATION_CODES", "DOMAIN", "available", "library", "pack_codes", "pack_floats", "pack_input_scales", "pack_inputs", "pack_scales",
+    "unavailable_reason", "unpack_codes",
 ]  # fmt: skip

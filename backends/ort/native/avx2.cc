@@ -103,10 +103,14 @@ inline I load_codes(const uint8_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
 }
+inline Weights8 signed_codes(__m256i a, __m256i b) {
+  const __m256i flip = _mm256_set1_epi8(-128);
+  a = _mm256_xor_si256(a, flip), b = _mm256_xor_si256(b, flip);
+  return {{_mm256_abs_epi8(a), _mm256_abs_epi8(b)}, {a, b}};
+}
 inline Weights8 load8(const uint8_t* p) {
   const I v = load_codes(p);
-  const __m256i flip = _mm256_set1_epi8(-128), a = _mm256_xor_si256(v.a, flip), b = _mm256_xor_si256(v.b, flip);
-  return {{_mm256_abs_epi8(a), _mm256_abs_epi8(b)}, {a, b}};
+  return signed_codes(v.a, v.b);
 }
 inline Weights4 load4(const uint8_t* p) {
   const I v = load_codes(p);
@@ -156,9 +160,59 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 #include "float_body.h"
 #include "attention_body.h"
 
+struct Lanes {
+  alignas(32) uint8_t v[256];
+};
+// 16 bytes of each of four inputs -> four times 4 rows.
+inline void interleave(const uint8_t* const* in, int piece, uint8_t* out) {
+  const auto load16 = [&](int k) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in[k] + piece * 16)); };
+  const __m128i a = load16(0), b = load16(1), c = load16(2), d = load16(3);
+  const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d), ab2 = _mm_unpackhi_epi8(a, b), cd2 = _mm_unpackhi_epi8(c, d);
+  __m128i* to = reinterpret_cast<__m128i*>(out + piece * 16);
+  _mm_store_si128(to, _mm_unpacklo_epi16(ab, cd));
+  _mm_store_si128(to + 4, _mm_unpackhi_epi16(ab, cd));
+  _mm_store_si128(to + 8, _mm_unpacklo_epi16(ab2, cd2));
+  _mm_store_si128(to + 12, _mm_unpackhi_epi16(ab2, cd2));
+}
+inline Lanes lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  const uint8_t* in[] = {a, b, c, d};
+  Lanes l;
+  for (int piece = 0; piece < 4; piece++) interleave(in, piece, l.v);
+  return l;
+}
+inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  const uint8_t* in[] = {a, b, c, d};
+  Lanes l = {};
+  for (int piece = 0; piece < 2; piece++) interleave(in, piece, l.v);
+  return l;
+}
+inline void store_lanes(const Lanes& l, uint8_t* p) { __builtin_memcpy(p, l.v, sizeof l.v); }
+inline Weights8 codes(const Lanes& l, int p) { return load8(l.v + p * 64); }
+inline Weights8 low(const Lanes& l, int p) {
+  const Weights4 w = load4(l.v + p * 64);
+  return signed_codes(w.low.a, w.low.b);
+}
+inline Weights8 high(const Lanes& l, int p) {
+  const Weights4 w = load4(l.v + p * 64);
+  return signed_codes(w.high.a, w.high.b);
+}
+inline I halves(I a, I b) { return {a.a, b.a}; }
+inline int64_t compress(const int8_t* codes, int32_t stride, int32_t* offsets, int8_t* values) {
+  int64_t n = 0;
+  for (int32_t j = 0; j < kBlock; j++) {
+    offsets[n] = j * stride, values[n] = codes[j];
+    n += codes[j] != 0;
+  }
+  return n;
+}
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+#include "gather_body.h"
+
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend};
+const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
+    gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
 #endif

@@ -96,10 +96,50 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 #include "float_body.h"
 #include "attention_body.h"
 
+struct Lanes {
+  __m512i v[4];
+};
+// 16 bytes of each of four inputs -> four times 4 rows, in each part of 128 bits.
+inline Lanes interleave(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+  const __m512i ab2 = _mm512_unpackhi_epi8(a, b), cd2 = _mm512_unpackhi_epi8(c, d);
+  return {{_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd), _mm512_unpacklo_epi16(ab2, cd2), _mm512_unpackhi_epi16(ab2, cd2)}};
+}
+inline Lanes lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  return interleave(_mm512_loadu_si512(a), _mm512_loadu_si512(b), _mm512_loadu_si512(c), _mm512_loadu_si512(d));
+}
+inline __m512i load_32_bytes(const uint8_t* p) { return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  return interleave(load_32_bytes(a), load_32_bytes(b), load_32_bytes(c), load_32_bytes(d));
+}
+inline Weights8 codes(const Lanes& l, int p) { return l.v[p]; }
+inline Weights8 low(const Lanes& l, int p) { return _mm512_and_si512(l.v[p], _mm512_set1_epi8(15)); }
+inline Weights8 high(const Lanes& l, int p) { return _mm512_and_si512(_mm512_srli_epi16(l.v[p], 4), _mm512_set1_epi8(15)); }
+inline I halves(I a, I b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); }
+inline void store_lanes(const Lanes& l, uint8_t* p) {
+  for (int i = 0; i < 4; i++) _mm512_store_si512(p + i * 64, l.v[i]);
+}
+inline int64_t compress(const int8_t* codes, int32_t stride, int32_t* offsets, int8_t* values) {
+  const __m512i positions = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t n = 0;
+  for (int i = 0; i < kBlock; i += kTile) {
+    const __m512i v = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+    const __mmask16 kept = _mm512_test_epi32_mask(v, v);
+    const __m512i at = _mm512_mullo_epi32(_mm512_add_epi32(positions, _mm512_set1_epi32(i)), _mm512_set1_epi32(stride));
+    _mm512_storeu_si512(offsets + n, _mm512_maskz_compress_epi32(kept, at));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + n), _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(kept, v)));
+    n += __builtin_popcount(kept);
+  }
+  return n;
+}
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+#include "gather_body.h"
+
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, expand_floats, contract_floats,
-    route, decode, append, attend};
+const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
+    gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
 #endif

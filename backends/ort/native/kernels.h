@@ -12,6 +12,10 @@ enum {
   kBlock = 32,  // columns that share the scale of an activation
   kWide = 4,    // tiles of floats that are computed together
 
+  kGatherRows = 4096,  // the most rows that are computed together of a matrix stored input by input, for one token
+  kGatherTile = 256,   // and for several,
+  kGatherTokens = 48,  // the most of them
+
   kMaxHeadDim = 256,   // of attention
   kKeys = 64,          // keys that are read together
   kUnitRows = 126,     // the most queries of a unit of attention, and
@@ -92,6 +96,24 @@ struct AttentionUnit {
   float* partial;  // [to - from, head_dim + 16] for weighted values, largest score and sum of weights; null: the output is written
 };
 
+// A quantized matrix [rows, columns] stored input by input; values as in Matrix, the layout as `pack_inputs` in pack.py describes it.
+struct InputMatrix {
+  const uint8_t* codes;     // [columns, stride]
+  const uint16_t* scales;   // half floats [columns / block, padded]
+  const uint16_t* offsets;  // the same, or null
+  int64_t rows, columns, stride, padded;
+  int32_t bits, block;
+};
+
+// y[t] = W x[t] + bias
+struct GatherJob {
+  InputMatrix weight;
+  Block* blocks;      // [tokens, columns / 32]
+  const float* bias;  // [rows] or null
+  float* output;      // [tokens, rows]
+  int64_t tokens;
+};
+
 struct Kernels {
   const char* name;
   // Quantizes `count` blocks of 32 floats for a product with the matrix. A block with an infinity or a NaN becomes NaN.
@@ -112,6 +134,15 @@ struct Kernels {
   // Writes the keys, rotated, and values of the tokens first .. last - 1 (of batch * length) into the caches.
   void (*append)(const AttentionJob& job, int64_t first, int64_t last);
   void (*attend)(const AttentionJob& job, const AttentionUnit& unit);
+  // For the job's only token: the products of the rows first .. last - 1 (at most kGatherRows) with the inputs of the blocks from .. to - 1,
+  // without the bias. Weights of inputs whose code is 0 are not read.
+  void (*gather_one)(const GatherJob& job, int64_t first, int64_t last, int64_t from, int64_t to, float* output);
+  // The rows first .. last - 1 (at most kGatherTile) for the tokens from .. to - 1 (at most kGatherTokens). `first` is a multiple of 128.
+  void (*gather_many)(const GatherJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
+  // output = activation of the first half of x [2 neurons] times the second half; x is overwritten.
+  void (*gate)(int32_t activation, float* x, int64_t neurons, float* output);
+  // Copies x, with zeros where its magnitude is at most the threshold.
+  void (*keep_large)(const float* x, const float* thresholds, int64_t columns, float* output);
 };
 
 extern const Kernels portable_kernels;

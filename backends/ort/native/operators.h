@@ -19,6 +19,6 @@ struct Operator {
   size_t outputs = 1;
 };
 
-extern const Operator quantized_linear, quantized_ffn, float_ffn, quantized_embedding, cached_attention;
+extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, cached_attention;
 
 }  // namespace dyncomp

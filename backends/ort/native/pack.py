@@ -54,11 +54,15 @@ def pack_scales(scales: Array) -> Array:
     Raises:
         ValueError: a scale or offset is not finite as float16.
     """
+    return _columns(_half(scales))
+
+
+def _half(scales: Array) -> Array:
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("a scale or offset is not finite as float16: scale the weights down")
-    return _columns(half)
+    return half
 
 
 def pack_floats(weights: Array) -> Array:
@@ -83,3 +87,46 @@ def _tiles(rows: Array) -> Array:
 
 def _columns(values: Array) -> Array:
     return np.ascontiguousarray(np.swapaxes(_tiles(values), -1, -2))
+
+
+def pack_inputs(codes: Array, bits: int) -> Array:
+    """For products that skip inputs: uint8 [N, K] -> uint8 [K, bits * N / 8], N filled up to a multiple of 64 with zeros.
+
+    An input's codes for 64 rows are 64 bytes, in the order in which interleaving the bytes of four inputs leaves the rows in order: the
+    byte 16 a + 4 b + i holds the row 16 b + 4 a + i. In 4 bits, 64 bytes hold 128 rows, the lower halves the first 64; where the rows end
+    with 64, 32 bytes hold these, the byte 16 a + 4 b + i the rows 8 b + 4 a + i and, in the upper half, 32 more.
+
+    Raises:
+        ValueError: as :func:`pack_codes`.
+    """
+    _check(bits, codes.shape[-1])
+    rows = _fill_rows(codes).T
+    if bits == 8:
+        return _interleaved(rows, 4)
+    whole = rows.shape[1] // 128 * 128
+    parts = rows[:, :whole].reshape(len(rows), -1, 2, 64)
+    packed = [_interleaved(np.ascontiguousarray(parts[:, :, half]).reshape(len(rows), -1), 4) << (4 * half) for half in (0, 1)]
+    result = packed[0] | packed[1]
+    if whole < rows.shape[1]:
+        last = [_interleaved(rows[:, at : at + 32], 2) << (at - whole) // 8 for at in (whole, whole + 32)]
+        result = np.concatenate([result, last[0] | last[1]], axis=1)
+    return np.ascontiguousarray(result)
+
+
+def pack_input_scales(scales: Array) -> Array:
+    """Scales or offsets for :func:`pack_inputs`: [N, K / block] -> float16 [K / block, N], N filled up to a multiple of 64.
+
+    Raises:
+        ValueError: as :func:`pack_scales`.
+    """
+    return np.ascontiguousarray(_fill_rows(_half(scales)).T)
+
+
+def _fill_rows(rows: Array) -> Array:
+    return np.concatenate([rows, np.zeros((-len(rows) % 64, rows.shape[1]), rows.dtype)])
+
+
+def _interleaved(rows: Array, pieces: int) -> Array:
+    """[K, N] -> [K, N]: of each 16 * pieces rows, [4, pieces, 4] -> [pieces, 4, 4]."""
+    parts = rows.reshape(len(rows), -1, 4, pieces, 4)
+    return np.ascontiguousarray(parts.swapaxes(2, 3)).reshape(rows.shape)

@@ -115,9 +115,56 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 #include "float_body.h"
 #include "attention_body.h"
 
+struct Lanes {
+  uint8_t v[256];
+  mutable uint8_t parts[2][256];
+};
+inline Lanes interleave(const uint8_t* const* in, int pieces) {
+  Lanes l = {};
+  for (int piece = 0; piece < pieces; piece++) {
+    for (int p = 0; p < 4; p++) {
+      for (int i = 0; i < 16; i++) l.v[p * 64 + piece * 16 + i] = in[i % 4][piece * 16 + p * 4 + i / 4];
+    }
+  }
+  return l;
+}
+inline Lanes lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  const uint8_t* in[] = {a, b, c, d};
+  return interleave(in, 4);
+}
+inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  const uint8_t* in[] = {a, b, c, d};
+  return interleave(in, 2);
+}
+inline void store_lanes(const Lanes& l, uint8_t* p) { __builtin_memcpy(p, l.v, sizeof l.v); }
+inline Weights8 codes(const Lanes& l, int p) { return {l.v + p * 64}; }
+inline Weights8 low(const Lanes& l, int p) {
+  for (int i = p * 64; i < p * 64 + 64; i++) l.parts[0][i] = l.v[i] & 15;
+  return {l.parts[0] + p * 64};
+}
+inline Weights8 high(const Lanes& l, int p) {
+  for (int i = p * 64; i < p * 64 + 64; i++) l.parts[1][i] = l.v[i] >> 4;
+  return {l.parts[1] + p * 64};
+}
+inline I halves(I a, I b) {
+  for (int i = 0; i < 8; i++) a[8 + i] = b[i];
+  return a;
+}
+inline int64_t compress(const int8_t* codes, int32_t stride, int32_t* offsets, int8_t* values) {
+  int64_t n = 0;
+  for (int32_t j = 0; j < kBlock; j++) {
+    offsets[n] = j * stride, values[n] = codes[j];
+    n += codes[j] != 0;
+  }
+  return n;
+}
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+#include "gather_body.h"
+
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, expand_floats, contract_floats,
-    route, decode, append, attend};
+const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
+    gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp

@@ -1,0 +1,117 @@
+"""``dyncomp.sparse_linear`` -> the native operator that skips inputs, or a plain linear layer of inputs with zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dyncomp.backends.ort import ops
+from dyncomp.backends.ort.native import ACTIVATION_CODES, DOMAIN, pack_input_scales, pack_inputs
+from torch import fx
+
+from dyncomp.graph import Builder, Graph
+from dyncomp.interpret import activation_terms, sparse_nodes
+from dyncomp.quantized import Quantized, join
+from dyncomp.regions import FFN, find_sparse_ffns, replace_ffn
+from dyncomp.regions.linear import Linear
+
+aten = torch.ops.aten
+_NONE = -1
+
+GATHER_BELOW = {8: 0.9, 4: 0.8}
+"""Active fraction, by bits, up to which skipping inputs is faster than the dense kernel, which reads its weights in order: where the two
+cross for one token on the machine they were measured on (AVX-512, weights from memory). Above it the dense kernel runs."""
+
+
+def select_sparse_ffns(graph: Graph) -> None:
+    """Gated FFNs whose up-projections share their thresholds -> one operator for both, activation and product inside.
+
+    before:  g = sparse_linear(x, Wg, t); u = sparse_linear(x, Wu, t); sparse_linear(silu(g) * u, Wd, s)
+    after:   SparseLinear(SparseLinear(x, [Wg; Wu], t, silu), Wd, s)
+    """
+    for ffn in find_sparse_ffns(graph):
+        up = _joined_up(graph, ffn)
+        if up is None or (down := _gathered(graph, ffn.down)) is None:
+            continue
+        _replace(graph, ffn, up, down)
+    graph.clean()
+
+
+def select_sparse_linears(graph: Graph, *, native: bool) -> None:
+    """What is left: the native operator where it pays (see :data:`GATHER_BELOW`), otherwise zeros in the input of a plain linear layer."""
+    for node in sparse_nodes(graph):
+        x, weight, bias, thresholds = node.args
+        assert isinstance(weight, fx.Node)
+        name = str(weight.target)
+        value = graph.quantized.get(name) if native else None
+        with graph.inserting(before=node) as b:
+            if value is not None and activation_terms(graph, name) == 1 and _pays(graph, name, value):
+                y = _call(graph, b, x, thresholds, name, value, bias, _NONE)
+            else:
+                small = b.call(aten.le.Tensor, b.call(aten.abs.default, x), thresholds)
+                kept = b.call(aten.where.ScalarSelf, small, 0.0, x)
+                y = b.call(aten.linear.default, kept, weight, *(() if bias is None else (bias,)))
+        node.replace_all_uses_with(y)
+        graph.module.graph.erase_node(node)
+
+
+def sparse_kernels(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
+    """For an artifact's configuration: how the sparse linear layers of ``graph`` are computed."""
+    gathered = operators.get(f"{DOMAIN}.SparseLinear", 0)
+    return {
+        "layers": len(sparse_nodes(graph)),
+        "gathering_operators": gathered,
+        "gather_below": {str(b): f for b, f in GATHER_BELOW.items()},
+    }
+
+
+def _pays(graph: Graph, name: str, value: Quantized) -> bool:
+    return bool(active_inputs(graph, name) <= GATHER_BELOW[value.bits])
+
+
+def active_inputs(graph: Graph, name: str) -> float:
+    """The fraction of a sparse weight's inputs that counted in calibration; 1 when nobody noted it."""
+    return float(graph.info.get("active_inputs", {}).get(name, 1.0))
+
+
+def _gathered(graph: Graph, linear: Linear) -> Quantized | None:
+    value = graph.quantized.get(linear.weight)
+    return value if value is not None and linear.thresholds is not None and _pays(graph, linear.weight, value) else None
+
+
+def _joined_up(graph: Graph, ffn: FFN) -> Quantized | None:
+    """The weights of gate and up one after the other, if one operator can compute both."""
+    if not ffn.gated or ffn.layout != "separate" or ffn.input_axis != -1 or ffn.activation not in ACTIVATION_CODES or ffn.d_ff % 16:
+        return None
+    parts = [_gathered(graph, up) for up in ffn.ups]
+    same = len({up.thresholds for up in ffn.ups}) == 1
+    return join([p for p in parts if p is not None]) if same and all(p is not None for p in parts) else None
+
+
+def _replace(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> None:
+    weights = ffn.weights(graph)
+    biases = {}
+    for part, value in (("up", weights.b_up), ("down", weights.b_down)):
+        if value is not None:
+            graph.add_tensor(f"{ffn.name}.{part}_bias", value, trainable=False)
+        biases[part] = None if value is None else graph.read(f"{ffn.name}.{part}_bias")
+    thresholds = [graph.read(str(linear.thresholds)) for linear in (ffn.ups[0], ffn.down)]
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        h = _call(graph, b, x, thresholds[0], f"{ffn.name}.up", up, biases["up"], ACTIVATION_CODES[ffn.activation])
+        return _call(graph, b, h, thresholds[1], f"{ffn.name}.down", down, biases["down"], _NONE)
+
+    replace_ffn(graph, ffn, build)
+
+
+def _call(graph: Graph, b: Builder, x: Any, thresholds: Any, name: str, value: Quantized, bias: fx.Node | None, activation: int) -> fx.Node:
+    """The native operator; its constants are made here."""
+    parts = {"codes": torch.from_numpy(pack_inputs(value.codes.numpy(), value.bits))}
+    for part, half in (("scales", value.scales), ("offsets", value.offsets)):
+        if half is not None:
+            parts[part] = torch.from_numpy(pack_input_scales(half.numpy()))
+    for part, tensor in parts.items():
+        graph.add_tensor(f"{name}_by_input_{part}", tensor, trainable=False)
+    nodes = [graph.read(f"{name}_by_input_{part}") if part in parts else None for part in ("codes", "scales", "offsets")]
+    rows, columns = value.codes.shape
+    return b.call(ops.sparse_linear, x, thresholds, *nodes, bias, rows, columns, value.bits, value.block, activation)
