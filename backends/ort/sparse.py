@@ -18,9 +18,10 @@ from dyncomp.regions.linear import Linear
 aten = torch.ops.aten
 _NONE = -1
 
-GATHER_BELOW = {8: 0.9, 4: 0.8}
-"""Active fraction, by bits, up to which skipping inputs is faster than the dense kernel, which reads its weights in order: where the two
-cross for one token on the machine they were measured on (AVX-512, weights from memory). Above it the dense kernel runs."""
+GATHER_BELOW = 0.85
+"""Active fraction up to which skipping inputs is taken to be faster than the dense kernel, which reads its weights in order. For one
+token, weights from memory, AVX-512, 8 and 4 bits, 1 and 2 threads the two cross between 0.75 (576 outputs) and 1 (3072 outputs). Above
+it the dense kernel runs."""
 
 
 def select_sparse_ffns(graph: Graph) -> None:
@@ -45,7 +46,7 @@ def select_sparse_linears(graph: Graph, *, native: bool) -> None:
         name = str(weight.target)
         value = graph.quantized.get(name) if native else None
         with graph.inserting(before=node) as b:
-            if value is not None and activation_terms(graph, name) == 1 and _pays(graph, name, value):
+            if value is not None and activation_terms(graph, name) == 1 and _pays(graph, name):
                 y = _call(graph, b, x, thresholds, name, value, bias, _NONE)
             else:
                 small = b.call(aten.le.Tensor, b.call(aten.abs.default, x), thresholds)
@@ -61,12 +62,12 @@ def sparse_kernels(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
     return {
         "layers": len(sparse_nodes(graph)),
         "gathering_operators": gathered,
-        "gather_below": {str(b): f for b, f in GATHER_BELOW.items()},
+        "gather_below": GATHER_BELOW,
     }
 
 
-def _pays(graph: Graph, name: str, value: Quantized) -> bool:
-    return bool(active_inputs(graph, name) <= GATHER_BELOW[value.bits])
+def _pays(graph: Graph, name: str) -> bool:
+    return bool(active_inputs(graph, name) <= GATHER_BELOW)
 
 
 def active_inputs(graph: Graph, name: str) -> float:
@@ -76,7 +77,7 @@ def active_inputs(graph: Graph, name: str) -> float:
 
 def _gathered(graph: Graph, linear: Linear) -> Quantized | None:
     value = graph.quantized.get(linear.weight)
-    return value if value is not None and linear.thresholds is not None and _pays(graph, linear.weight, value) else None
+    return value if value is not None and linear.thresholds is not None and _pays(graph, linear.weight) else None
 
 
 def _joined_up(graph: Graph, ffn: FFN) -> Quantized | None:

@@ -4,6 +4,10 @@ Domain ``dyncomp``; [..] are any leading dimensions, ``?`` marks optional inputs
 
 ``QuantizedLinear(x f32 [.., K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
     with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K).
+``SparseLinear(x f32 [.., K], thresholds f32 [K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
+    with the same attributes but ``terms``, and ``activation``: ``dyncomp::sparse_linear``; or, where that is not -1, the activation of
+    the first half of the rows times the second half, [.., N / 2]. Weights are stored input by input (``pack_inputs``): for one token
+    those of inputs that count as zero are not read; several tokens are computed densely.
 ``QuantizedFFN(x f32 [.., d], gates f32 [.., E]?, up_codes, up_scales, up_offsets?, up_bias f32 [E, F or 2F]?, down_codes, down_scales,
 down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?) -> f32 [.., d_out]``
     the sum over the experts of ``gate * FFN_e(x)``, like ``dyncomp::routed_ffn``; an expert whose gate is 0 costs nothing. Without
