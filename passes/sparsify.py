@@ -46,9 +46,9 @@ class Sparsify(Pass):
     """Mean fraction of the inputs that count, over the layers in question, weighted by the weights that are read for them."""
     where: str = "all"
     """``all`` linear layers but the vocabulary head and routers, or those of each ``ffn``."""
-    score: str = "fisher"
+    score: str = "teal"
     """importance_j: ``fisher``, the root mean square of the loss's derivative by x_j; ``wina``, the norm of W's column j; ``teal``, 1."""
-    budgets: str = "global"
+    budgets: str = "uniform"
     """``global``, as above, or ``uniform``: the same fraction in every layer."""
     windows: int = 16
     """Calibration windows that derivatives are taken on (``score=fisher``, ``budgets=global``)."""

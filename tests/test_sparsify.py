@@ -61,7 +61,7 @@ def measured(graph: Graph, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("spec", ["sparsify{active=60%}", "sparsify{active=60% where=ffn score=wina budgets=uniform}"])
+@pytest.mark.parametrize("spec", ["sparsify{active=60% score=fisher budgets=global}", "sparsify{active=60% where=ffn score=wina}"])
 def test_the_asked_for_fraction_of_inputs_counts(name: str, spec: str) -> None:
     dense = trace_tiny(name)
     graph, result = sparsified(name, spec)
