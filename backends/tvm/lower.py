@@ -65,7 +65,7 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
         )
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
-    tile = Tile(machine.lanes, machine.vectors, machine.rows, machine.threads)
+    tile = Tile(machine.lanes, machine.vectors, machine.rows)
     report("select", 0, 4)
     selected = select(graph, tile)
     report("export", 1, 4)

@@ -18,13 +18,11 @@ class Tile:
         lanes: floats in a vector register.
         vectors: vectors side by side; ``width = vectors * lanes`` outputs make a panel, the unit in which weights are stored.
         rows: tokens at a time; ``rows * vectors`` sums, a panel's row of weights and an input must fit the registers.
-        threads: cores that the schedules should be able to keep busy.
     """
 
     lanes: int = 16
     vectors: int = 4
     rows: int = 6
-    threads: int = 1
 
     @property
     def width(self) -> int:
