@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from dyncomp.errors import RequestError
@@ -20,6 +21,7 @@ from dyncomp.flops import FLOPS, Sizes
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import Attention, Linear, Regions, find_linears, find_regions
+from dyncomp.regions.depth import Skip, find_skips
 from dyncomp.regions.linear import Names
 from dyncomp.regions.partial import ShapeOnly
 
@@ -69,8 +71,9 @@ def count(
         graph: dense or routed, on any device.
         batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension. Attention costs grow with it;
             the causal half is not taken off.
-        active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, and of the inputs that
-            counted, per weight of a ``dyncomp::sparse_linear``; 1 where absent.
+        active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, of the inputs that counted, per
+            weight of a ``dyncomp::sparse_linear``, and of the tokens that did not skip, per :class:`~dyncomp.regions.depth.Skip` name; 1
+            where absent.
         regions: those of this graph, if they are at hand.
 
     Returns:
@@ -83,14 +86,17 @@ def count(
     regions = find_regions(graph) if regions is None else regions
     active = dict(active or {})
     sparse = {node: str(node.args[1].target) for node in sparse_nodes(graph)}  # type: ignore[union-attr]
-    known = [*(r.name for r in regions.routed), *sparse.values()]
+    skips = find_skips(graph)
+    known = [*(r.name for r in (*regions.routed, *skips)), *sparse.values()]
     unknown = sorted(set(active) - set(known))
     if unknown:
-        raise RequestError(f"neither a routed FFN nor a sparse weight is called {unknown[0]!r}", hint=f"those there are: {known}")
+        raise RequestError(f"no routed FFN, sparse weight or gate is called {unknown[0]!r}", hint=f"those there are: {known}")
     if any(not 0 <= share <= 1 for share in active.values()):
         raise RequestError(f"active fractions lie between 0 and 1, got {active}")
     members = _members(graph, regions)
+    gated = _gated_linears(skips)
     fraction = {r.node: active.get(r.name, 1.0) for r in regions.routed} | {n: active.get(w, 1.0) for n, w in sparse.items()}
+    fraction |= {n: active.get(s.name, 1.0) for n, s in gated.items()}
     owner = {node: name for name, member in members.items() for node in member.nodes}
     flops = dict.fromkeys([*members, OTHER], 0.0)
     size = Sizes(graph, batch, sequence)
@@ -99,8 +105,10 @@ def count(
         if node.op == "call_function" and node.target in FLOPS and node not in skipped:
             flops[owner.get(node, OTHER)] += FLOPS[node.target](node, size) * fraction.get(node, 1.0)
     tokens = size.tokens()
-    parts: dict[str, tuple[str | None, ...]] = {r.name: (r.w_up, r.b_up, r.w_down) for r in regions.routed}
-    parameters = _parameters(graph, members, parts | {weight: (weight,) for weight in sparse.values()}, active)
+    parts: list[tuple[str, tuple[str | None, ...]]] = [(r.name, (r.w_up, r.b_up, r.w_down)) for r in regions.routed]
+    parts += [(weight, (weight,)) for weight in sparse.values()]
+    parts += [(s.name, tuple(str(a.target) for a in n.args[2:] if isinstance(a, fx.Node))) for n, s in gated.items()]
+    parameters = _parameters(graph, members, parts, active)
     by_region = {
         name: RegionCost(members[name].kind if name in members else OTHER, *parameters[name], flops[name] / tokens) for name in flops
     }
@@ -169,13 +177,18 @@ def _nearest(
                 waiting.append(node)
 
 
+def _gated_linears(skips: list[Skip]) -> dict[fx.Node, Skip]:
+    """The linear layers under gates; FFNs under gates count as routed."""
+    return {node: skip for skip in skips for node in skip.members if node.target is torch.ops.dyncomp.gated_linear.default}
+
+
 def _parameters(
-    graph: Graph, members: dict[str, _Member], parts: Mapping[str, tuple[str | None, ...]], active: Mapping[str, float]
+    graph: Graph, members: dict[str, _Member], parts: list[tuple[str, tuple[str | None, ...]]], active: Mapping[str, float]
 ) -> dict[str, tuple[int, float]]:
     """(all, active) parameters per region; tensors that share storage count once."""
     region_of = {weight: name for name, member in reversed(members.items()) for weight in member.weights}
     share: dict[str, float] = {}
-    for name, weights in parts.items():
+    for name, weights in parts:
         for weight in weights:
             if weight is not None:
                 share[weight] = max(share.get(weight, 0.0), active.get(name, 1.0))

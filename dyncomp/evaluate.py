@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from dyncomp.bootstrap import interval
 from dyncomp.graph import Graph
 from dyncomp.regions import find_routed
+from dyncomp.regions.depth import find_skips
 from dyncomp.sweep import Sweep
 
 _POSITIONS = 128
@@ -59,6 +60,7 @@ class Quality:
             (encoders).
         by_item: figure (``kl``, ``agreement``, ``cosine`` by window, ``retrieval`` by passage) -> model -> its value for each [items].
         load: model -> expert use by routed FFN.
+        computed: model -> fraction of the tokens that did not skip, by gate.
     """
 
     windows: int
@@ -70,6 +72,7 @@ class Quality:
     retrieval: dict[str, float] = field(default_factory=dict)
     by_item: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     load: dict[str, dict[str, RoutingLoad]] = field(default_factory=dict)
+    computed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def perplexity(self, model: str) -> float:
         """exp of the mean negative log-likelihood over all tokens."""
@@ -113,7 +116,9 @@ def evaluate(
     quality = Quality(len(windows), windows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
-    gates: dict[str, dict[str, list[Tensor]]] = {name: {r.name: [] for r in find_routed(graph)} for name, graph in models.items()}
+    gates: dict[str, dict[str, list[Tensor]]] = {
+        name: {r.name: [] for r in [*find_routed(graph), *find_skips(graph)]} for name, graph in models.items()
+    }
     with torch.no_grad():
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
@@ -141,7 +146,10 @@ def evaluate(
     for figure, values in quality.by_item.items():
         setattr(quality, figure, {name: float(v.double().mean()) for name, v in values.items()})
     for name in models:
-        quality.load[name] = {region: _load(torch.cat(seen)) for region, seen in gates[name].items()}
+        skips = {s.name for s in find_skips(models[name])}
+        loads = {region: _load(torch.cat(seen)) for region, seen in gates[name].items()}
+        quality.load[name] = {region: load for region, load in loads.items() if region not in skips}
+        quality.computed[name] = {region: load.active for region, load in loads.items() if region in skips}
     return quality
 
 
@@ -203,8 +211,14 @@ def _run(graph: Graph, ids: Tensor, gates: dict[str, list[Tensor]]) -> Tensor:
     def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
         return lambda _, value: seen.append((value != 0).flatten(0, -2))
 
-    watch = {r.gates: note(gates[r.name]) for r in find_routed(graph)}
-    return Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch=watch)[0]
+    noted: dict[fx.Node, list[Tensor]] = {}
+    for region in [*find_routed(graph), *find_skips(graph)]:
+        noted.setdefault(region.gates, [])
+    watch = {node: note(seen) for node, seen in noted.items()}
+    output = Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch=watch)[0]
+    for region in [*find_routed(graph), *find_skips(graph)]:
+        gates[region.name] += noted[region.gates]
+    return output
 
 
 def model_inputs(graph: Graph, ids: Tensor) -> dict[str, Tensor]:

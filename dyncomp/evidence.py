@@ -16,10 +16,10 @@ from dyncomp.evaluate import Quality, batches, evaluate, load_summary
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel
-from dyncomp.passes import Heal, PruneStatic, Quantize
+from dyncomp.passes import DropDepth, Heal, PruneStatic, Quantize
 from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pipeline, Progress, no_progress, parse_passes
-from dyncomp.regions import find_regions, find_routed
+from dyncomp.regions import RoutedFFN, find_regions, find_routed
 from dyncomp.tasks import load_task, run_task
 from dyncomp.text import Corpus, load_text, split, windows
 from dyncomp.trace import trace_model
@@ -96,20 +96,35 @@ def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Co
         heal: as the converted model was healed; the pruned one is too, with as many steps on the same text.
     """
     found = {}
-    regions = find_regions(converted)
-    if quantize is not None and (regions.routed or sparse_nodes(converted)):
+    regions, skips = find_regions(converted), bool(converted.info.get("depth"))
+    if quantize is not None and (regions.routed or skips or sparse_nodes(converted)):
         found["quantized"] = dense.copy()
         Pipeline([quantize]).run(found["quantized"], ctx)
-    if regions.routed or regions.sparse_ffns:
+    if find_experts(converted) or regions.sparse_ffns:
         found["static_pruned"] = static_baseline(dense, converted, quantize, ctx, heal=heal)
+    if skips:
+        found["layers_dropped"] = depth_baseline(dense, converted, quantize, ctx, heal=heal)
     return found
+
+
+def find_experts(graph: Graph) -> list[RoutedFFN]:
+    """The routed FFNs that are made of a dense one, without those that stand in for what tokens skip."""
+    return [r for r in find_routed(graph) if not graph.info.get("routing", {}).get(r.name, {}).get("standin")]
+
+
+def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
+    """The dense model without as many attentions, FFNs or layers, for every token alike, as tokens of the converted one skip on average."""
+    skips = list(converted.info["depth"].values())
+    drop = DropDepth(what=skips[0]["what"], count=round(sum(s["skipped"] for s in skips)))
+    dropped = dense.copy()
+    Pipeline([p for p in (drop, heal, quantize) if p is not None]).run(dropped, ctx)
+    return dropped
 
 
 def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
     weights it does not read, on average."""
-    regions = find_regions(converted)
-    changed = {r.name for r in (*regions.routed, *regions.sparse_ffns)}
+    changed = {r.name for r in (*find_experts(converted), *find_regions(converted).sparse_ffns)}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
@@ -119,14 +134,14 @@ def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, c
 
 def calibrated_share(graph: Graph) -> float:
     """Active fraction over all FFN neurons (of a sparsified FFN: of its weights) that routers and thresholds were calibrated to."""
-    regions = find_regions(graph)
+    regions, experts = find_regions(graph), find_experts(graph)
     facts, inputs = graph.info.get("routing", {}), graph.info.get("active_inputs", {})
     active = float(sum(f.d_ff for f in regions.ffns))
-    active += sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in regions.routed)
+    active += sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in experts)
     for ffn in regions.sparse_ffns:
         sizes = {linear.weight: linear.in_features * linear.out_features for linear in (*ffn.ups, ffn.down)}
         active += ffn.d_ff * sum(inputs.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
-    return active / sum(f.d_ff for f in (*regions.ffns, *regions.routed, *regions.sparse_ffns))
+    return active / sum(f.d_ff for f in (*regions.ffns, *experts, *regions.sparse_ffns))
 
 
 def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:
@@ -195,11 +210,19 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
         figures["retrieval"] = quality.retrieval
     figures["intervals"] = quality.intervals()
     loads = quality.load.get("converted", {})
+    computed = quality.computed.get("converted", {})
+    active = {name: use.active for name, use in loads.items()} | computed
+    if computed:
+        figures["skipped"] = 1 - sum(computed.values()) / len(computed)
+        figures["skipped_by_gate"] = {name: round(1 - share, 4) for name, share in computed.items()}
+    if active:
+        figures["active_by_region"] = active
+    experts = {r.name: r for r in find_experts(converted)}
+    loads = {name: use for name, use in loads.items() if name in experts}
     if loads:
-        widths = {r.name: r.d_ff for r in find_routed(converted)}
+        widths = {name: r.d_ff for name, r in experts.items()}
         dense_width = sum(f.d_ff for f in find_regions(converted).ffns)
         figures["active_ffn"] = quality.active_ffn("converted", widths, dense_width)
-        figures["active_by_region"] = {name: use.active for name, use in loads.items()}
         figures["load"] = load_summary(list(loads.values()))
         figures["load_by_region"] = {name: [round(v, 4) for v in use.load.tolist()] for name, use in loads.items()}
     return figures

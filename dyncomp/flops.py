@@ -99,4 +99,5 @@ FLOPS: dict[Any, Callable[[fx.Node, Sizes], float]] = {
     torch.ops.dyncomp.cached_attention.default: _cached_attention,
     torch.ops.dyncomp.routed_ffn.default: _routed,
     torch.ops.dyncomp.sparse_linear.default: _product,
+    torch.ops.dyncomp.gated_linear.default: _product,
 }

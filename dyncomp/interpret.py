@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from dyncomp.ops import expert_hidden, keep_large, routed_ffn, sparse_linear
+from dyncomp.ops import expert_hidden, gated_linear, keep_large, routed_ffn, sparse_linear
 
 if TYPE_CHECKING:
     from dyncomp.graph import Graph
 
 ACTIVATION_BLOCK = 32
-_ROUTED, _SPARSE = routed_ffn._opoverload, sparse_linear._opoverload
+_ROUTED, _SPARSE, _GATED = routed_ffn._opoverload, sparse_linear._opoverload, gated_linear._opoverload
 
 
 def round_activations(x: Tensor, terms: int = 1) -> Tensor:
@@ -76,7 +76,8 @@ def compute(
         implementations: what to call instead of a target.
     """
     if rounds_activations(graph):
-        weight = node.args[1] if node.target in (torch.ops.aten.linear.default, _SPARSE) else None
+        position = {torch.ops.aten.linear.default: 1, _SPARSE: 1, _GATED: 2}.get(node.target)  # type: ignore[call-overload]
+        weight = node.args[position] if position is not None else None
         if isinstance(weight, fx.Node) and weight.target in graph.quantized:
             if node.target is _SPARSE:  # what counts as zero is decided before the rounding
                 x = round_activations(keep_large(args[0], args[3]), activation_terms(graph, str(weight.target)))

@@ -3,6 +3,7 @@
 ==============================  ===========================================================================
 ``dyncomp::routed_ffn``         feed-forward experts under gates; the whole interface of routing
 ``dyncomp::sparse_linear``      a linear layer that counts small inputs as zero (activation sparsity)
+``dyncomp::gated_linear``       a linear layer for the tokens whose gate is open, zeros for the others
 ``dyncomp::threshold_gates``    scores -> 0/1 gates, every expert whose score is positive
 ``dyncomp::topk_gates``         scores -> 0/1 gates, the k best experts of each token
 ``dyncomp::rotary``             rotary position embedding from cos/sin tables
@@ -176,6 +177,55 @@ def _sparse_linear_backward(ctx, grad: Tensor):
 
 
 sparse_linear.register_autograd(_sparse_linear_backward, setup_context=_sparse_linear_setup)
+
+
+# ---- gated_linear --------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::gated_linear", mutates_args=())
+def gated_linear(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y[t] = gates[t] * (W x[t] + b)``, computing only the tokens whose gate is not zero.
+
+    Around an attention it is what ``routed_ffn`` is for an FFN: with the projections of the queries and of the output gated, a token
+    whose gate is 0 adds nothing to the residual stream, and its keys and values are there for the others all the same.
+
+    Args:
+        x: [..., d]. gates: [..., 1], same leading shape. weight: [d_out, d]. bias: [d_out] or None.
+
+    Returns:
+        [..., d_out].
+    """
+    tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, 1)
+    rows = weights.squeeze(1).nonzero().squeeze(1)
+    if len(rows) == len(tokens):
+        y = F.linear(tokens, weight, bias) * weights
+    else:
+        y = x.new_zeros(len(tokens), weight.shape[0])
+        y[rows] = F.linear(tokens[rows], weight, bias) * weights[rows]
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@gated_linear.register_fake
+def _(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    torch._check(x.dim() == gates.dim(), lambda: "x and gates need the same number of dimensions")
+    torch._check(gates.shape[-1] == 1, lambda: f"{gates.shape[-1]} gates for one linear layer")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _gated_linear_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gated_linear_backward(ctx, grad: Tensor):
+    """The exact gradient: recomputed for every token, because d y / d gate = W x + b also where the gate is zero."""
+    with torch.enable_grad():
+        inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        x, gates, weight, bias = inputs
+        y = F.linear(x, weight, bias) * gates
+        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, grad))
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
+
+
+gated_linear.register_autograd(_gated_linear_backward, setup_context=_gated_linear_setup)
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ RECIPES = {
             name="experts-topk",
             passes="carve-experts{experts={experts} shared={shared}}, fit-router{active={active} gates=topk}, refit-down",
         ),
+        Recipe(name="depth", passes="skip-depth{active={active}}", active=0.875),
         Recipe(name="dense", passes=""),
         Recipe(name="sparse", passes="sparsify{active={active}}"),
         Recipe(name="static", passes="prune-static{active={active}}"),

@@ -96,10 +96,11 @@ class Sweep:
         for known, value in zip(self._values, values, strict=True):
             known[node] = value
 
-    def branch(self, batches: Sequence[int]) -> Sweep:
-        """Another sweep over some of the batches, from where this one is; this one stays there."""
-        other = Sweep(self.graph, [self._batches[i] for i in batches])
-        other._values = [dict(self._values[i]) for i in batches]
+    def branch(self, batches: Sequence[int] | None = None) -> Sweep:
+        """Another sweep over all or some of the batches that goes on from here; neither sees what the other computes or is given."""
+        chosen = range(len(self._batches)) if batches is None else batches
+        other = Sweep(self.graph, [self._batches[i] for i in chosen])
+        other._values = [dict(self._values[i]) for i in chosen]
         other._static = {shapes: dict(values) for shapes, values in self._static.items()}
         other._static_nodes, other._done = set(self._static_nodes), set(self._done)
         return other

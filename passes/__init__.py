@@ -7,6 +7,7 @@ if __name__ != "dyncomp.passes":
 
 from dyncomp.passes.add_kv_cache import AddKVCache
 from dyncomp.passes.carve_experts import CarveExperts
+from dyncomp.passes.drop_depth import DropDepth
 from dyncomp.passes.fit_router import FitRouter
 from dyncomp.passes.fuse_norm import FuseNorm
 from dyncomp.passes.heal import Heal
@@ -14,8 +15,10 @@ from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.quantize import Quantize
 from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.passes.refit_down import RefitDown
+from dyncomp.passes.skip_depth import SkipDepth
 from dyncomp.passes.sparsify import Sparsify
 
 __all__ = [
-    "AddKVCache", "CarveExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown", "Sparsify",
+    "AddKVCache", "CarveExperts", "DropDepth", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown",
+    "SkipDepth", "Sparsify",
 ]  # fmt: skip

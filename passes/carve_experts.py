@@ -108,8 +108,12 @@ def kept_dense(positions: tuple[int, ...], count: int) -> set[int]:
     return {p % count for p in positions if -count <= p < count} if count > 1 else set()
 
 
-def carve(graph: Graph, ffn: FFN, weights: FFNWeights, partition: Tensor) -> fx.Node:
-    """Replace one FFN by a routed one whose experts are the rows of ``partition`` ([E, F / E]); every gate is 1."""
+def carve(graph: Graph, ffn: FFN, weights: FFNWeights, partition: Tensor, gates: fx.Node | None = None) -> fx.Node:
+    """Replace one FFN by a routed one whose experts are the rows of ``partition`` ([E, F / E]).
+
+    Args:
+        gates: [..., E]; without them a router whose gates are all 1 is made.
+    """
     experts = partition.shape[0]
     halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)  # [1 or 2, F, d]
     prefix = f"{ffn.name}.experts"
@@ -119,16 +123,19 @@ def carve(graph: Graph, ffn: FFN, weights: FFNWeights, partition: Tensor) -> fx.
         names["b_up"] = weights.b_up.view(-1, ffn.d_ff)[:, partition].transpose(0, 1).flatten(1, 2).contiguous()
     for name, value in names.items():
         graph.add_tensor(f"{prefix}.{name}", value)
-    graph.add_tensor(f"{ffn.name}.router.weight", torch.zeros(experts, ffn.d_model))
-    graph.add_tensor(f"{ffn.name}.router.bias", torch.ones(experts))
+    if gates is None:
+        graph.add_tensor(f"{ffn.name}.router.weight", torch.zeros(experts, ffn.d_model))
+        graph.add_tensor(f"{ffn.name}.router.bias", torch.ones(experts))
     if weights.b_down is not None:
         graph.add_tensor(f"{prefix}.b_down", weights.b_down.clone())
 
     def build(builder: Builder, x: fx.Node) -> fx.Node:
-        scores = builder.call(aten.linear.default, x, graph.read(f"{ffn.name}.router.weight"), graph.read(f"{ffn.name}.router.bias"))
-        gates = builder.call(torch.ops.dyncomp.threshold_gates.default, scores)
+        opened = gates
+        if opened is None:
+            scores = builder.call(aten.linear.default, x, graph.read(f"{ffn.name}.router.weight"), graph.read(f"{ffn.name}.router.bias"))
+            opened = builder.call(torch.ops.dyncomp.threshold_gates.default, scores)
         y = builder.call(
-            torch.ops.dyncomp.routed_ffn.default, x, gates, graph.read(f"{prefix}.w_up"),
+            torch.ops.dyncomp.routed_ffn.default, x, opened, graph.read(f"{prefix}.w_up"),
             graph.read(f"{prefix}.b_up") if weights.b_up is not None else None, graph.read(f"{prefix}.w_down"), ffn.activation,
         )  # fmt: skip
         return y if weights.b_down is None else builder.call(aten.add.Tensor, y, graph.read(f"{prefix}.b_down"))

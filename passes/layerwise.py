@@ -161,8 +161,8 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
     with fast_matmul(), torch.no_grad():
         for position, region in enumerate(regions):
             layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
-            _, stream = _residual_add(region.output)
-            dense_added, _ = _residual_add(dense[region.name].output) if region.name in dense else (None, None)
+            _, stream = residual_add(region.output)
+            dense_added, _ = residual_add(dense[region.name].output) if region.name in dense else (None, None)
             if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
                 target = dense_sweep.advance(dense_added)
                 layer.wanted = [t - r for t, r in zip(target, sweep.values(stream), strict=True)]
@@ -182,7 +182,7 @@ def same_region(graph: Graph, region: RoutedFFN) -> RoutedFFN:
     return next(r for r in find_routed(graph) if r.node is region.node)
 
 
-def _residual_add(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def residual_add(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """(the node that adds ``output`` to a residual stream, the stream), or Nones."""
     for user in output.users:
         if user.target is aten.add.Tensor and not user.kwargs and len(user.args) == 2:

@@ -43,3 +43,16 @@ class LeastSquares:
             return solution, torch.zeros(solution.shape[1])
         solution = torch.linalg.solve(gram, self.cross.double()).float()
         return solution[:-1], solution[-1]
+
+    def solve_low_rank(self, ridge: float, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduced-rank regression (Izenman 1975): (down [columns, rank], up [rank, targets], bias [targets]), X = down @ up.
+
+        The ridge solution projected on the ``rank`` directions of its predictions that vary most.
+        """
+        solution, _ = self.solve(ridge)
+        mean_a, mean_b = self.gram[-1, :-1] / self.rows, self.cross[-1] / self.rows
+        covariance = self.gram[:-1, :-1] / self.rows - mean_a[:, None] * mean_a
+        varies = solution.T @ covariance @ solution
+        directions = torch.linalg.eigh(varies.double()).eigenvectors[:, -rank:].float()  # [targets, rank]
+        down, up = solution @ directions, directions.T
+        return down, up, mean_b - mean_a @ down @ up

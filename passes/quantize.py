@@ -18,6 +18,7 @@ from dyncomp.ops import expert_hidden, keep_large
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, Quantized, round_to_nearest
 from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.linear import constant
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
@@ -25,6 +26,7 @@ from dyncomp.sweep import Sweep, fast_matmul
 aten = torch.ops.aten
 _PRODUCTS = (
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, torch.ops.dyncomp.sparse_linear.default,
+    torch.ops.dyncomp.gated_linear.default,
 )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ class Quantize(Pass):
     def _targets(self, graph: Graph, result: PassResult) -> list[_Target]:
         """The weights to quantize, in graph order, each once; notes those that cannot be."""
         regions = find_regions(graph)
-        routers = {n for r in regions.routed for n in r.router}
+        routers = {n for r in regions.routed for n in r.router} | {s.scores for s in find_skips(graph)}
         tables = {name for n in graph.nodes if n.target is aten.embedding.default and (name := _vocabulary_table(graph, n)) is not None}
         head = {regions.head.weight} if regions.head is not None else set()
         readers = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)

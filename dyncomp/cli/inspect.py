@@ -20,16 +20,28 @@ from dyncomp.cli import options
 @click.option("--tokens", type=click.IntRange(min=512), default=8_192, show_default=True, help="With --routers: calibration tokens.")
 @click.option("--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows to measure on.")
 @click.option("--calibrate", metavar="TEXT", help="With --routers: text to calibrate on, a part held out. [default: wikipedia]")
+@click.option("--depth", is_flag=True, help="Print a text coloured by how much of the model each token computed (with --text).")
+@click.option("--text", help="What --depth shows.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write what --depth shows as a page as well.")
 @options.as_json
-def command(target: str, graph: bool, diff: bool, experts: bool, routers: bool, json_: bool, **choices: Any) -> None:
+def command(
+    target: str, graph: bool, diff: bool, experts: bool, routers: bool, depth: bool, text: str | None, html: str | None, json_: bool,
+    **choices: Any,
+) -> None:  # fmt: skip
     """Show what dyncomp sees in a MODEL (its FFNs, attentions, head), or what it rewrote in a BUNDLE, where, and what it refused."""
     from dyncomp.bundle import is_bundle, open_bundle
     from dyncomp.errors import RequestError
 
+    if (text is not None or html is not None) and not depth:
+        raise RequestError("--text and --html belong to --depth")
     if routers:
         if is_bundle(target):
             raise RequestError(f"{target} is a bundle, and --routers needs a dense model", hint="give the model it was made from")
         _routers(target, json_=json_, **choices)
+    elif depth:
+        if not is_bundle(target) or text is None:
+            raise RequestError("--depth shows a text in a bundle", hint='dyncomp inspect BUNDLE --depth --text "…"')
+        _depth(open_bundle(target), text, html, json_=json_)
     elif is_bundle(target):
         _bundle(open_bundle(target), graph=graph, diff=diff, experts=experts, json_=json_)
     elif diff or experts:
@@ -100,3 +112,20 @@ def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, json_: bool)
         show(experts_table(opened))
     else:
         show(*bundle_tables(opened))
+
+
+def _depth(opened: Any, text: str, html: str | None, *, json_: bool) -> None:
+    from pathlib import Path
+
+    from dyncomp.report.depth import depth_html, depth_items, depth_of
+    from dyncomp.report.tables import show
+
+    depth = depth_of(opened.graph(), opened.tokenizer(), text)
+    if html is not None:
+        part = Path(f"{html}.part")
+        part.write_text(depth_html(depth), encoding="utf-8")
+        part.replace(html)
+    if json_:
+        options.print_json(depth.as_dict())
+    else:
+        show(*depth_items(depth))

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import dyncomp.ops  # noqa: F401  (registers dyncomp::sparse_linear)
+import dyncomp.ops  # noqa: F401  (registers the operators below)
 from dyncomp.graph import Graph
 
 aten = torch.ops.aten
+_GATED = torch.ops.dyncomp.gated_linear.default
 
 
 @dataclass(frozen=True)
 class Linear:
     """``y = x @ W.T + b``: linear, addmm, mm, matmul, einsum or a 1x1 convolution, with a separate bias add if there is one; or
     ``dyncomp::sparse_linear``, whose small inputs count as zero.
+
+    A ``dyncomp::gated_linear`` counts: it computes just that for the tokens whose gate is open.
 
     Attributes:
         node: gives ``y``, after the bias add.
@@ -154,6 +157,8 @@ def _product(graph: Graph, node: fx.Node) -> Linear | None:
     if target is torch.ops.dyncomp.sparse_linear.default:
         linear, thresholds = _make(graph, node, *args[:3]), constant(graph, args[3])
         return None if linear is None or thresholds is None else replace(linear, thresholds=thresholds[0])
+    if target is _GATED:
+        return _make(graph, node, args[0], args[2], args[3] if len(args) > 3 else None)
     if target is aten.addmm.default and not node.kwargs:
         return _make(graph, node, args[1], args[2], args[0], stored_in_out=True)
     if target in (aten.mm.default, aten.matmul.default):
@@ -219,7 +224,7 @@ def _is_pointwise_convolution(node: fx.Node) -> bool:
 
 def _with_bias_add(graph: Graph, linear: Linear) -> Linear:
     """The linear with the bias that a later node adds to it, if its result goes nowhere else."""
-    if linear.bias is not None or linear.axis != -1:
+    if linear.bias is not None or linear.axis != -1 or linear.nodes[0].target is _GATED:  # what is added after a gate is no part of it
         return linear
     node, passed = linear.node, []
     while len(node.users) == 1:

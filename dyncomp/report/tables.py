@@ -7,11 +7,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _VARIANTS = {
-    "dense": "dense", "quantized": "dense, quantized alike", "before": "before", "converted": "converted",
+    "dense": "dense",
+    "quantized": "dense, quantized alike",
+    "before": "before",
+    "converted": "converted",
     "static_pruned": "static pruning",
-}  # fmt: skip
+    "layers_dropped": "layers dropped",
+}
 
 
 def print_report(report: dict[str, Any], *, title: str) -> None:
@@ -167,6 +172,10 @@ def notes(report: dict[str, Any]) -> list[str]:
     worse = worse or (cosine and cosine.get("static_pruned", -1) >= cosine["converted"])
     if worse:
         lines.append("static pruning, which needs no routing, is as good here: prefer it (--recipe static)")
+    if increase and increase.get("layers_dropped", 9e9) <= increase["converted"]:
+        lines.append("dropping whole layers, which needs no router, is as good here")
+    if "skipped" in first:
+        lines.append(f"depth: tokens skip {first['skipped']:.1%} of the visits to layers that have a router (dyncomp inspect --depth)")
     lines += _plain_quantization_wins(report, increase)
     if load := first.get("load"):
         lines.append(
@@ -220,7 +229,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=120)
 
 
-def show(*items: Table | str) -> None:
+def show(*items: Table | Text | str) -> None:
     """Print tables and lines."""
     console = _console()
     for item in items:

@@ -1,0 +1,170 @@
+"""What a token can skip: the attention and the FFN of a residual block; and the gates that let it, once they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+import dyncomp.ops  # noqa: F401  (registers the gated operations)
+from dyncomp.graph import Graph
+from dyncomp.regions.attention import Attention
+from dyncomp.regions.blocks import Block
+from dyncomp.regions.ffn import FFN
+from dyncomp.regions.linear import RESHAPES, TRANSPOSES, Linear, aten
+from dyncomp.regions.refusal import Refusal
+from dyncomp.regions.routed import RoutedFFN
+
+_THRESHOLD = torch.ops.dyncomp.threshold_gates.default
+_GATED = torch.ops.dyncomp.gated_linear.default
+_ROUTED = torch.ops.dyncomp.routed_ffn.default
+_SAME = {aten.reshape.default, aten.view.default, aten.mul.Tensor, aten.rsub.Scalar}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Half of a transformer layer: what is added to the residual stream at once.
+
+    Attributes:
+        name: of its region, for people; unique in its graph.
+        kind: ``"attention"`` or ``"ffn"``.
+        source: what it is computed from, normed, [B, S, d].
+        stream: the residual stream it is added to.
+        ffn: the FFN, dense or routed; None for an attention.
+        query, output: the projections of an attention's queries (None when they are projected together with the keys) and of its output.
+    """
+
+    name: str
+    kind: str
+    source: fx.Node
+    stream: fx.Node
+    ffn: FFN | RoutedFFN | None = None
+    query: Linear | None = None
+    output: Linear | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        """What is added, before any norm that follows it."""
+        if self.output is not None:
+            return self.output.node
+        assert self.ffn is not None
+        return self.ffn.output
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Gates of tokens in a graph.
+
+    Attributes:
+        name: the module path they were made under.
+        gates: [B, S, 1], 1 where the token is computed.
+        scores: the linear layer that they are the sign of.
+        members: the gated operations: ``gated_linear``, ``routed_ffn``.
+        standins: ``routed_ffn`` nodes that run for the tokens that skip.
+    """
+
+    name: str
+    gates: fx.Node
+    scores: fx.Node
+    members: tuple[fx.Node, ...]
+    standins: tuple[fx.Node, ...]
+
+
+def find_parts(blocks: list[Block], linears: Mapping[fx.Node, Linear]) -> tuple[list[Part], list[Refusal]]:
+    """What tokens can skip, in graph order, and what they cannot, with reasons."""
+    products = {linear.nodes[0]: linear for linear in linears.values()}
+    parts: list[Part] = []
+    refused: list[Refusal] = []
+    for block in blocks:
+        for region in block.regions:
+            name = region.path if isinstance(region, Attention) else region.name
+            found = _attention(name, region, block, products) if isinstance(region, Attention) else _ffn(region, block)
+            if isinstance(found, Part):
+                parts.append(found)
+            else:
+                refused.append(Refusal(name, "skip", found, "every token computes it"))
+    return parts, refused
+
+
+def _ffn(region: FFN | RoutedFFN, block: Block) -> Part | str:
+    source = region.input
+    if isinstance(region, FFN) and (region.input_axis not in (-1, 2) or region.output_axis not in (-1, 2)):
+        return "its features are not on the last axis"
+    if isinstance(region, FFN) and region.shared_weights:
+        return "its weights are read by another layer"
+    return Part(region.name, "ffn", source, block.input, ffn=region) if _is_tokens(source) else _FLAT
+
+
+_FLAT = "its tokens do not have the shape [batch, sequence, features]"
+
+
+def _attention(name: str, region: Attention, block: Block, products: Mapping[fx.Node, Linear]) -> Part | str:
+    if not region.self_attention:
+        return "its keys come from another sequence"
+    output = _output_projection(region.output, products)
+    if output is None or output.axis != -1:
+        return "its output projection was not found"
+    query, key, value = (products.get(p) if p is not None else None for p in region.projections)
+    first = query or key or value
+    if first is None or first.axis != -1 or not _is_tokens(first.input) or not _is_tokens(output.input):
+        return _FLAT
+    alone = query if query not in (key, value) and query is not None and query.nodes[0].target is aten.linear.default else None
+    return Part(name, "attention", first.input, block.input, query=alone, output=output)
+
+
+def _output_projection(node: fx.Node, products: Mapping[fx.Node, Linear]) -> Linear | None:
+    """The linear layer that alone reads the attention, through views."""
+    for _ in range(8):
+        users = [u for u in node.users if u.target is not aten.sym_size.int]
+        if len(users) != 1:
+            return None
+        node = users[0]
+        if node in products:
+            return products[node]
+        if node.target not in RESHAPES | TRANSPOSES | {aten.contiguous.default, aten.clone.default}:
+            return None
+    return None
+
+
+def _is_tokens(node: fx.Node) -> bool:
+    """[batch, sequence, features], the features fixed."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 3 and isinstance(value.shape[2], int)
+
+
+# ---- gates that are there already ----------------------------------------------------------------------------------
+def find_skips(graph: Graph) -> list[Skip]:
+    """All gates of tokens, in graph order."""
+    found = []
+    for node in graph.module.graph.nodes:
+        if node.target is not _THRESHOLD or node.meta["val"].shape[-1] != 1:
+            continue
+        members, standins = _gated(node)
+        if members:
+            found.append(Skip(str(node.meta.get("path", "")), node, _scores(node), tuple(members), tuple(standins)))
+    return found
+
+
+def _gated(gates: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    members: list[fx.Node] = []
+    standins: list[fx.Node] = []
+    waiting = [(gates, False)]
+    while waiting:
+        node, closed = waiting.pop()
+        for user in node.users:
+            if user.target in (_GATED, _ROUTED):
+                (standins if closed else members).append(user)
+            elif user.target in _SAME:
+                waiting.append((user, closed != (user.target is aten.rsub.Scalar)))
+    return sorted(members), sorted(standins)
+
+
+def _scores(gates: fx.Node) -> fx.Node:
+    """The linear layer before the gates, and before what is added to keep the first token."""
+    node = gates.args[0]
+    if isinstance(node, fx.Node) and node.target is aten.add.Tensor:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node

@@ -1,0 +1,99 @@
+"""How much each layer may skip: by what the loss is when that layer alone is replaced by its stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dyncomp.passes.depth_gates import Unit
+from dyncomp.passes.least_squares import LeastSquares
+from torch import Tensor
+
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.pipeline import Context
+from dyncomp.sweep import Sweep, fast_matmul
+
+RIDGE = 0.1
+
+
+def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int) -> list[float]:
+    """Rise of the loss, in nats a token, when all tokens but the first skip one unit and get its stand-in; a unit each.
+
+    Args:
+        windows: calibration windows at the end that the loss is measured on; the stand-ins are fitted to the others.
+        rank: of the stand-ins, their constant counted; 0 for none.
+    """
+    batches = ctx.need_calibration("skip-depth{blocks=auto}").batches
+    fitted, measured = _apart(batches, windows)
+    losses: list[float] = []
+    with fast_matmul(), torch.no_grad():
+        first, second = Sweep(graph, fitted), Sweep(graph, measured)
+        whole = second.branch().advance(graph.output_nodes[0])
+        for position, unit in enumerate(units):
+            fork = None
+            for part in unit.parts:
+                x, y = first.advance(part.source), first.advance(part.result)
+                ahead = second.advance(part.source) if fork is None else fork.advance(part.source)
+                fork = second.branch() if fork is None else fork
+                given = _stand_in(x, y, ahead, rank)
+                true = fork.branch().advance(part.result)
+                fork.provide(part.result, [torch.cat([t[:, :1], g[:, 1:]], 1) for t, g in zip(true, given, strict=True)])
+            assert fork is not None
+            losses.append(_rise(graph, fork.advance(graph.output_nodes[0]), whole, measured))
+            ctx.progress("skip-depth: sensitivity", position + 1, len(units))
+    return losses
+
+
+def _stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -> list[Tensor]:
+    if not rank:
+        return [a.new_zeros(*a.shape[:-1], y[0].shape[-1]) for a in ahead]
+    problem = LeastSquares(x[0].shape[-1], y[0].shape[-1])
+    for a, b in zip(x, y, strict=True):
+        problem.add(a.flatten(0, 1), b.flatten(0, 1))
+    down, up, bias = problem.solve_low_rank(RIDGE, rank - 1)
+    return [a @ down @ up + bias for a in ahead]
+
+
+def _apart(batches: Sequence[dict[str, Tensor]], windows: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """(to fit on, to measure on): the last windows are measured on."""
+    joined = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+    count = len(next(iter(joined.values())))
+    if count < 2 * windows:
+        raise RequestError(f"skip-depth measures on {windows} calibration windows, and there are {count}", hint="raise --tokens")
+
+    def pieces(start: int, end: int) -> list[dict[str, Tensor]]:
+        return [{name: v[i : min(i + 4, end)] for name, v in joined.items()} for i in range(start, end, 4)]
+
+    return pieces(0, count - windows), pieces(count - windows, count)
+
+
+def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict[str, Tensor]]) -> float:
+    """Next-token loss for language models; half the squared relative change of the output for others."""
+    if graph.info.get("task") != "causal-lm":
+        return sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, whole, strict=True)) / (2 * len(whole))
+    rise = 0.0
+    for a, b, batch in zip(outputs, whole, batches, strict=True):
+        ids = batch["input_ids"][:, 1:].flatten()
+        rise += float(F.cross_entropy(a[:, :-1].flatten(0, 1), ids) - F.cross_entropy(b[:, :-1].flatten(0, 1), ids))
+    return rise / len(batches)
+
+
+def allocate(losses: Sequence[float], total: float, power: float = 2.0) -> list[float]:
+    """Shares in [0, 1] that add up to ``total``, minimising ``sum of losses * share ** power``.
+
+    A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: its router chooses well, so
+    that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to s ** (1 / (1 - power)).
+    """
+    floor = 1e-4  # nats: what a few windows can tell from nothing
+    weights = torch.tensor([max(loss, floor) for loss in losses], dtype=torch.float64) ** (1 / (1 - power))
+    low, high = 0.0, float(1 / weights.min()) if len(losses) else 0.0
+    for _ in range(100):  # the shares grow with the factor; 1 is the most
+        middle = (low + high) / 2
+        if float((middle * weights).clamp(max=1).sum()) < total:
+            low = middle
+        else:
+            high = middle
+    return (high * weights).clamp(max=1).tolist()

@@ -1,0 +1,212 @@
+"""Gates that let tokens skip attentions and FFNs, and the paths that stand in for what is skipped: put into a graph, all open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from dyncomp.passes.carve_experts import carve
+from dyncomp.passes.layerwise import routing_facts
+from torch import Tensor, fx
+
+from dyncomp.graph import Graph
+from dyncomp.ops import expert_hidden, gated_linear
+from dyncomp.regions import FFN, find_routed
+from dyncomp.regions.depth import Part
+from dyncomp.regions.linear import Linear
+
+aten = torch.ops.aten
+_ROUTED = torch.ops.dyncomp.routed_ffn.default
+ALWAYS = 1e4
+"""Added to the score of the first position: attention of every later token leans on it (attention sinks, 2309.17453)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts that a token skips together."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        return self.parts[0].name
+
+    @property
+    def source(self) -> fx.Node:
+        """What the router reads."""
+        return self.parts[0].source
+
+
+class Gated:
+    """One part behind its gates. Its tensors are read from the graph each time, so that fitting it is replacing them.
+
+    Attributes:
+        result: what is added to the residual stream.
+        inputs: what the projection to the residual stream reads ([B, S, H * D]) for an attention; the FFN's input otherwise.
+    """
+
+    def __init__(self, graph: Graph, part: Part, gates: fx.Node, closed: fx.Node | None, rank: int) -> None:
+        self.graph, self.part, self.name = graph, part, part.name
+        self.source, self.stream, self.gates = part.source, part.stream, gates
+        computed = self._attention(part) if part.output is not None else self._ffn(part)
+        self.d_out = int(computed.meta["val"].shape[-1])
+        self.result = computed if closed is None else self._stand_in(computed, closed, rank)
+        self.rank = rank
+
+    # ---- rewriting -------------------------------------------------------------------------------------------------
+    def _attention(self, part: Part) -> fx.Node:
+        graph, output = self.graph, part.output
+        assert output is not None
+        if part.query is not None:
+            node = part.query.nodes[0]
+            with graph.inserting(before=node, path=part.name) as b:
+                x, weight, *bias = node.args
+                gated = b.call(gated_linear._opoverload, x, self.gates, weight, *bias)
+            node.replace_all_uses_with(gated)
+            graph.module.graph.erase_node(node)
+        self.refittable = True
+        self.inputs, self.weight, self.bias = output.input, _by_rows(graph, output), f"{part.name}.output_bias"
+        bias = output.bias_vector(graph)
+        graph.add_tensor(self.bias, torch.zeros(output.out_features) if bias is None else bias.clone())
+        with graph.inserting(before=output.node, path=part.name) as b:
+            y = b.call(gated_linear._opoverload, output.input, self.gates, graph.read(self.weight), graph.read(self.bias))
+        output.node.replace_all_uses_with(y)
+        return y
+
+    def _ffn(self, part: Part) -> fx.Node:
+        graph, ffn = self.graph, part.ffn
+        assert ffn is not None
+        self.inputs = part.source
+        if isinstance(ffn, FFN):
+            y = carve(graph, ffn, ffn.weights(graph), torch.arange(ffn.d_ff)[None], self.gates)
+        else:
+            y = ffn.output
+            with graph.inserting(before=ffn.node, path=part.name) as b:
+                ffn.node.update_arg(1, b.call(aten.mul.Tensor, ffn.gates, self.gates))
+        self.refittable = isinstance(ffn, FFN)
+        self._routed = next(r for r in find_routed(graph) if y in (r.node, r.output))
+        return y
+
+    def _stand_in(self, computed: fx.Node, closed: fx.Node, rank: int) -> fx.Node:
+        """computed + routed_ffn(source, 1 - gates, …): an expert without activation, its last neuron a constant 1."""
+        graph, features = self.graph, int(self.source.meta["val"].shape[-1])
+        self.set_stand_in(torch.zeros(features, rank - 1), torch.zeros(rank - 1, self.d_out), torch.zeros(self.d_out))
+        routing_facts(graph, f"{self.name}.standin")["standin"] = True
+        with graph.inserting(before=computed.next, path=f"{self.name}.standin") as b:
+            names = (f"{self.name}.standin.{n}" for n in ("w_up", "b_up", "w_down"))
+            z = b.call(_ROUTED, self.source, closed, *(graph.read(n) for n in names), "identity")
+            y = b.call(aten.add.Tensor, computed, z)
+        computed.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
+        return y
+
+    # ---- what it computes, and what may be fitted ------------------------------------------------------------------
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the last projection reads, for every token: ``inputs`` [n, …] -> [n, features]."""
+        if self.part.output is not None:
+            return inputs
+        up, down = self.graph.tensor(self._routed.w_up).detach(), self.graph.tensor(self._routed.w_down).detach()
+        b_up = self.graph.tensor(self._routed.b_up).detach() if self._routed.b_up else None
+        return expert_hidden(inputs, up, b_up, down.shape[2], self._routed.activation).flatten(1)
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """The last projection: (weight [d_out, features], bias [d_out])."""
+        if self.part.output is not None:
+            return self.graph.tensor(self.weight).detach(), self.graph.tensor(self.bias).detach()
+        down = self.graph.tensor(self._routed.w_down).detach()
+        bias = self._routed.b_down
+        return down.transpose(0, 1).flatten(1), torch.zeros(self.d_out) if bias is None else self.graph.tensor(bias).detach()
+
+    def set_projection(self, weight: Tensor) -> None:
+        """Replace the weight of the last projection, [d_out, features]."""
+        if self.part.output is not None:
+            self.graph.add_tensor(self.weight, weight)
+        else:
+            experts = self.graph.tensor(self._routed.w_down).shape[0]
+            self.graph.add_tensor(self._routed.w_down, weight.unflatten(1, (experts, -1)).transpose(0, 1).contiguous())
+
+    def set_stand_in(self, down: Tensor, up: Tensor, bias: Tensor) -> None:
+        """z = source @ down @ up + bias: down [features, rank - 1], up [rank - 1, d_out], bias [d_out]."""
+        w_up = torch.cat([down.T, torch.zeros(1, len(down))])[None]
+        b_up = torch.cat([torch.zeros(down.shape[1]), torch.ones(1)])[None]
+        w_down = torch.cat([up.T, bias[:, None]], 1)[None]
+        for name, value in (("w_up", w_up), ("b_up", b_up), ("w_down", w_down)):
+            self.graph.add_tensor(f"{self.name}.standin.{name}", value.contiguous())
+
+    def stand_in(self, x: Tensor) -> Tensor:
+        """[n, d] -> [n, d_out]: what a token that skips gets, the bias that every token gets not counted."""
+        if not self.rank:
+            return x.new_zeros(len(x), self.d_out)
+        up, b_up, down = (self.graph.tensor(f"{self.name}.standin.{n}").detach()[0] for n in ("w_up", "b_up", "w_down"))
+        return (x @ up.T + b_up) @ down.T
+
+    @property
+    def constant(self) -> Tensor:
+        """[d_out]: the bias that skipping does not spare, an FFN's."""
+        bias = None if self.part.output is not None else self._routed.b_down
+        return torch.zeros(self.d_out) if bias is None else self.graph.tensor(bias).detach()
+
+
+@dataclass(frozen=True)
+class GatedUnit:
+    """A unit behind its gates: the sign of ``linear(source, weight, bias)``, which starts as 0 * x + 1."""
+
+    name: str
+    gates: fx.Node
+    closed: fx.Node | None
+    source: fx.Node
+    weight: str
+    bias: str
+    parts: tuple[Gated, ...]
+
+
+def insert_gates(graph: Graph, unit: Unit, rank: int) -> GatedUnit:
+    """Put a unit behind gates that are open; the graph computes what it did.
+
+    before:  x + attention(linear(n, Wq), k, v) @ Wo
+    after:   gates = threshold_gates(linear(n, router) + first position)
+             x + gated_linear(attention(gated_linear(n, gates, Wq), k, v), gates, Wo) + routed_ffn(n, 1 - gates, stand-in)
+    An FFN becomes ``routed_ffn`` with one expert, or its gates are multiplied.
+
+    Args:
+        rank: of the stand-in, its constant counted; 0 for none.
+    """
+    name, source = unit.name, unit.source
+    weight, bias = f"{name}.depth.weight", f"{name}.depth.bias"
+    graph.add_tensor(weight, torch.zeros(1, int(source.meta["val"].shape[-1])))
+    graph.add_tensor(bias, torch.ones(1))
+    first = _first_position(graph)
+    with graph.inserting(before=source.next, path=f"{name}.depth") as b:
+        scores = b.call(aten.linear.default, source, graph.read(weight), graph.read(bias))
+        if first is not None:
+            scores = b.call(aten.add.Tensor, scores, first)
+        gates = b.call(torch.ops.dyncomp.threshold_gates.default, scores)
+        closed = b.call(aten.rsub.Scalar, gates, 1) if rank else None
+    parts = tuple(Gated(graph, part, gates, closed, rank) for part in unit.parts)
+    return GatedUnit(name, gates, closed, source, weight, bias, parts)
+
+
+def _first_position(graph: Graph) -> fx.Node | None:
+    """[S, 1]: :data:`ALWAYS` at position 0, 0 elsewhere; made once. None for a model that does not read a sequence of tokens."""
+    shape = graph.inputs[0].shape
+    if len(shape) != 2 or not isinstance(shape[1], str):
+        return None
+    for node in graph.nodes:
+        if node.meta.get("first_position"):
+            return node
+    anchor = next(n for n in graph.nodes if n.op == "call_function")
+    with graph.inserting(before=anchor, path="depth") as b:
+        positions = b.call(aten.arange.default, b.call(aten.sym_size.int, graph.placeholders[0], 1))
+        first = b.call(aten.eq.Scalar, positions, 0)
+        node = b.call(aten.unsqueeze.default, b.call(aten.mul.Tensor, b.call(aten._to_copy.default, first, dtype=torch.float32), ALWAYS), 1)
+    node.meta["first_position"] = True
+    return node
+
+
+def _by_rows(graph: Graph, linear: Linear) -> str:
+    """The name of the weight as [out, in], read by no other layer: it may be fitted."""
+    readers = sum(len(n.users) for n in graph.nodes if n.op == "get_attr" and n.target == linear.weight)
+    if not linear.transposed and readers == 1:
+        return linear.weight
+    name = f"{linear.node.name}_weight"
+    graph.add_tensor(name, linear.weight_matrix(graph).contiguous())
+    return name

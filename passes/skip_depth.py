@@ -1,0 +1,254 @@
+"""Pass ``skip-depth``: let easy tokens skip attentions, FFNs or whole layers (Mixture-of-Depths)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from dyncomp.passes.depth_budget import allocate, sensitivities
+from dyncomp.passes.depth_gates import Gated, GatedUnit, Unit, insert_gates
+from dyncomp.passes.layerwise import residual_add, routing_facts
+from dyncomp.passes.least_squares import LeastSquares
+from torch import Tensor, fx
+
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import find_linears, find_regions
+from dyncomp.regions.depth import find_parts
+from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import Sweep, fast_matmul
+
+WHAT = ("ffn", "attention", "block")
+
+
+@dataclass(frozen=True)
+class SkipDepth(Pass):
+    """Give attentions and FFNs a router that lets a token pass them by.
+
+    before:  x + attention(norm(x)), x + ffn(norm(x))
+    after:   gates = dyncomp.threshold_gates(linear(norm(x), router))                         # [B, S, 1]
+             x + dyncomp.gated_linear(…, gates, Wo) + stand-in(norm(x)) for the tokens whose gate is 0
+             x + dyncomp.routed_ffn(norm(x), gates, …) + stand-in(norm(x)) for the tokens whose gate is 0
+
+    Mixture-of-Depths (2404.02258) without training: the router is the ridge regression of how much of a part's contribution the
+    stand-in, a low-rank linear map, cannot give; it is causal, one score a token. Keys and values are computed for every token, those
+    that skip included. Parts are fitted in order, each on what the fitted parts before it give, and the projection back to the residual
+    stream of the tokens that stay is refitted as in ``refit-down``. How much each layer skips follows from what the loss is when that
+    layer alone is replaced by its stand-in.
+    """
+
+    name: ClassVar[str] = "skip-depth"
+
+    what: str = "block"
+    """``ffn``, ``attention``, or ``block``: an attention and the FFN after it, skipped together."""
+    active: float = 0.875
+    """Mean fraction of (token, part) visits that are computed, over all parts of that kind, those without a router included."""
+    blocks: str = "auto"
+    """``auto`` (shares by measured sensitivity), ``all`` or ``alternate`` (every other: equal shares), or positions: ``1+3+5``."""
+    keep_first: int = 0
+    keep_last: int = 0
+    """Layers at the start and at the end that every token runs."""
+    standin: str = "linear"
+    """What a token that skips gets: ``linear``, a low-rank map fitted to what it would have got, or ``none``."""
+    rank: int = 32
+    """Of the stand-in, its constant counted."""
+    follow_dense: float = 0.5
+    """0 fits to what the part itself gives, 1 to the dense model's residual stream; between them, a blend."""
+    ridge: float = 0.2
+    """Of the refit, as a fraction of the mean diagonal of the Gram matrix."""
+    kv: str = "compute"
+    """Keys and values of tokens that skip an attention: ``compute``."""
+    windows: int = 4
+    """Calibration windows that ``blocks=auto`` measures the loss on; nothing is fitted to them."""
+
+    def __post_init__(self) -> None:
+        if self.what not in WHAT:
+            raise RequestError(f"skip-depth: what={self.what} is not known", hint=f"use {', '.join(WHAT)}")
+        if not 0 < self.active <= 1:
+            raise RequestError(f"skip-depth: the active fraction {self.active:g} is not in (0, 1]", hint="for example active=87.5%")
+        if self.standin not in ("linear", "none"):
+            raise RequestError(f"skip-depth: standin={self.standin} is not known", hint="use linear or none")
+        if self.rank < 2:
+            raise RequestError(f"skip-depth: a stand-in of rank {self.rank}", hint="rank is at least 2, or standin=none")
+        if self.kv in ("share", "absent"):
+            raise RequestError(f"skip-depth: kv={self.kv} is not built: no backend keeps a cache with holes", hint="use kv=compute")
+        if self.kv != "compute":
+            raise RequestError(f"skip-depth: kv={self.kv} is not known", hint="use kv=compute")
+        if self.blocks not in ("auto", "all", "alternate") and not all(p.lstrip("-").isdigit() for p in self.blocks.split("+")):
+            raise RequestError(f"skip-depth: blocks={self.blocks} is not known", hint="use auto, all, alternate, or positions as 1+3+5")
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        units, refused = find_units(graph, self.what)
+        if not units:
+            reasons = "; ".join(sorted({r.reason for r in refused}))
+            raise RequestError(f"skip-depth: the graph has no {self.what} that tokens can skip", hint=reasons or None)
+        chosen = self._chosen(len(units))
+        skipped = (1 - self.active) * len(units)
+        if skipped > len(chosen):
+            raise RequestError(
+                f"skip-depth: {self.active:.1%} active means skipping {skipped:.1f} of {len(units)}, and {len(chosen)} may be skipped",
+                hint="raise active, or let more be skipped (blocks, keep-first, keep-last)",
+            )
+        batches = ctx.need_calibration(self.name).batches
+        result = PassResult(refused=refused)
+        shares = dict.fromkeys(chosen, skipped / max(len(chosen), 1))
+        if self.blocks == "auto":
+            candidates = [units[i] for i in chosen]
+            losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self.rank if self.standin == "linear" else 0)
+            shares = dict(zip(chosen, allocate(losses, skipped), strict=True))
+            result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
+        gated = [(insert_gates(graph, units[i], self._rank), shares[i]) for i in chosen if shares[i] > 0]
+        with fast_matmul(), torch.no_grad():
+            self._fit(graph, gated, batches, ctx)
+        for unit, share in gated:
+            result.changed += [p.name for p in unit.parts]
+            graph.info.setdefault("depth", {})[unit.name] = {"what": self.what, "parts": [p.name for p in unit.parts], "skipped": share}
+        result.facts |= {"what": self.what, "active": self.active, "skipped": {u.name: round(s, 4) for u, s in gated}}
+        return result
+
+    @property
+    def _rank(self) -> int:
+        return self.rank if self.standin == "linear" else 0
+
+    def _chosen(self, count: int) -> list[int]:
+        """Positions of the units that may be skipped."""
+        if self.blocks in ("auto", "all"):
+            chosen = range(count)
+        elif self.blocks == "alternate":
+            chosen = range(1, count, 2)
+        else:
+            positions = [int(p) for p in self.blocks.split("+")]
+            if any(not -count <= p < count for p in positions):
+                raise RequestError(f"skip-depth: blocks={self.blocks}, and there are {count}", hint=f"positions are 0 to {count - 1}")
+            chosen = sorted(p % count for p in positions)  # type: ignore[assignment]
+        return [i for i in chosen if self.keep_first <= i < count - self.keep_last]
+
+    # ---- fitting ---------------------------------------------------------------------------------------------------
+    def _fit(self, graph: Graph, gated: list[tuple[GatedUnit, float]], batches: list[dict[str, Tensor]], ctx: Context) -> None:
+        sweep = Sweep(graph, batches)
+        follow = Follow(ctx.dense, batches) if self.follow_dense > 0 and ctx.dense is not None else None
+        for position, (unit, share) in enumerate(gated):
+            for index, part in enumerate(unit.parts):
+                x, inputs = sweep.advance(part.source), sweep.advance(part.inputs)
+                streams = sweep.values(part.stream) if sweep.has(part.stream) else None
+                wanted = follow.target(part, streams) if follow is not None and streams is not None else None
+                if index == 0:
+                    kept = self._fit_router(graph, unit, share, sweep)
+                    sweep.provide(unit.gates, kept)
+                    if unit.closed is not None:
+                        sweep.provide(unit.closed, [1 - gates for gates in kept])
+                self._fit_part(part, x, inputs, wanted, kept)
+                if part.part.ffn is not None:
+                    facts = routing_facts(graph, part.name)
+                    facts["active"] = facts.get("active", 1.0) * (1 - share)
+            ctx.progress(self.name, position + 1, len(gated))
+
+    def _fit_router(self, graph: Graph, unit: GatedUnit, share: float, sweep: Sweep) -> list[Tensor]:
+        """Fit the router and set its threshold; the gates [B, S, 1] it gives, a batch each."""
+        source = sweep.values(unit.source)
+        errors = self._left_over(unit, sweep.branch())
+        problem = LeastSquares(source[0].shape[-1], 1)
+        for x, error in zip(source, errors, strict=True):
+            problem.add(x[:, 1:].flatten(0, 1), (error[:, 1:].flatten()[:, None] + 1e-8).log())
+        weight, bias = problem.solve(1e-2)
+        scores = [(x @ weight + bias).squeeze(-1) for x in source]
+        ordered = torch.cat([s[:, 1:].flatten() for s in scores]).sort().values
+        rank = min(round(share * len(ordered)), len(ordered)) - 1
+        threshold = float(ordered[rank]) if rank >= 0 else float(ordered[0]) - 1.0
+        if rank == len(ordered) - 1:
+            threshold += ALL_SKIP  # on other text too
+        graph.add_tensor(unit.weight, weight.T.contiguous())
+        graph.add_tensor(unit.bias, bias - threshold)
+        kept = [(s > threshold).float()[..., None] for s in scores]
+        for gates in kept:
+            gates[:, 0] = 1
+        return kept
+
+    def _left_over(self, unit: GatedUnit, sweep: Sweep) -> list[Tensor]:
+        """Of each token [B, S], the energy that no stand-in gives it, relative to that of the residual stream; a batch each."""
+        total: list[Tensor] = []
+        energy: list[Tensor] = []
+        for part in unit.parts:
+            x, inputs = sweep.advance(part.source), sweep.advance(part.inputs)
+            if not energy:
+                streams = sweep.values(part.stream) if sweep.has(part.stream) else x
+                energy = [s.square().sum(-1) for s in streams]
+            given = _contributions(part, inputs)
+            if self._rank:
+                problem = LeastSquares(x[0].shape[-1], part.d_out)
+                for a, y in zip(x, given, strict=True):
+                    problem.add(a.flatten(0, 1), y.flatten(0, 1))
+                down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1)
+                given = [y - (a @ down @ up + bias) for a, y in zip(x, given, strict=True)]
+            total = [t + y for t, y in zip(total, given, strict=True)] if total else given
+        return [t.square().sum(-1) / e.clamp_min(1e-12) for t, e in zip(total, energy, strict=True)]
+
+    def _fit_part(self, part: Gated, x: list[Tensor], inputs: list[Tensor], wanted: list[Tensor] | None, kept: list[Tensor]) -> None:
+        weight, bias = part.projection()
+        features = weight.shape[1]
+        blend = self.follow_dense if wanted is not None else 0.0
+        refit = LeastSquares(features, part.d_out)
+        missing: list[Tensor] = []
+        for index, gates in enumerate(kept):
+            h, open_ = part.features(inputs[index].flatten(0, 1)), gates.flatten() != 0
+            y = torch.nn.functional.linear(h, weight, bias)
+            target = y if wanted is None else (1 - blend) * y + blend * wanted[index].flatten(0, 1)
+            missing.append(target)
+            if blend > 0 and part.refittable:
+                refit.add(h[open_], (target - y)[open_])
+        if refit.rows > MIN_ROWS:
+            delta, _ = refit.solve(self.ridge)
+            part.set_projection(weight + delta.T)
+        if self._rank:
+            problem = LeastSquares(x[0].shape[-1], part.d_out)
+            for a, target, gates in zip(x, missing, kept, strict=True):
+                closed = gates.flatten() == 0
+                problem.add(a.flatten(0, 1)[closed], target[closed] - part.constant)
+            if problem.rows > MIN_ROWS:
+                part.set_stand_in(*problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1))
+
+
+STAND_IN_RIDGE = 0.1
+MIN_ROWS = 32
+"""Tokens needed to fit anything to them."""
+ALL_SKIP = 1e3
+"""Above every score: a part that no token is to run."""
+
+
+def find_units(graph: Graph, what: str) -> tuple[list[Unit], list[Refusal]]:
+    """What tokens can skip together, in graph order, and what not."""
+    regions = find_regions(graph)
+    parts, refused = find_parts(regions.blocks, find_linears(graph))
+    if what != "block":
+        return [Unit((p,)) for p in parts if p.kind == what], refused
+    units: list[Unit] = []
+    for part in parts:
+        if part.kind == "ffn" and units and len(units[-1].parts) == 1:
+            units[-1] = Unit((*units[-1].parts, part))
+        elif part.kind == "attention":
+            units.append(Unit((part,)))
+    return [u for u in units if len(u.parts) == 2], refused
+
+
+def _contributions(part: Gated, inputs: list[Tensor]) -> list[Tensor]:
+    """What the part gives every token, [B, S, d_out] a batch."""
+    weight, bias = part.projection()
+    return [torch.nn.functional.linear(part.features(i.flatten(0, 1)), weight, bias).unflatten(0, i.shape[:2]) for i in inputs]
+
+
+class Follow:
+    """The dense model's residual stream after each part, beside a sweep over the graph that is fitted."""
+
+    def __init__(self, dense: Graph, batches: list[dict[str, Tensor]]) -> None:
+        parts, _ = find_parts(find_regions(dense).blocks, find_linears(dense))
+        self._added: dict[str, fx.Node | None] = {p.name: residual_add(p.result)[0] for p in parts}
+        self._sweep = Sweep(dense, batches)
+
+    def target(self, part: Gated, streams: list[Tensor]) -> list[Tensor] | None:
+        """What the part would have to give for the stream after it to be the dense model's; None where it is not added directly."""
+        added = self._added.get(part.name)
+        if added is None or residual_add(part.result)[0] is None:
+            return None
+        return [t - s for t, s in zip(self._sweep.advance(added), streams, strict=True)]
