@@ -71,9 +71,9 @@ def count(
         graph: dense or routed, on any device.
         batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension. Attention costs grow with it;
             the causal half is not taken off.
-        active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, of the inputs that counted, per
-            weight of a ``dyncomp::sparse_linear``, and of the tokens that did not skip, per :class:`~dyncomp.regions.depth.Skip` name; 1
-            where absent.
+        active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, of the inputs that
+            counted, per weight of a ``dyncomp::sparse_linear``, and of the tokens that did not skip, per
+            :class:`~dyncomp.regions.depth.Skip` name; 1 where absent.
         regions: those of this graph, if they are at hand.
 
     Returns:
@@ -87,7 +87,7 @@ def count(
     active = dict(active or {})
     sparse = {node: str(node.args[1].target) for node in sparse_nodes(graph)}  # type: ignore[union-attr]
     skips = find_skips(graph)
-    known = [*(r.name for r in (*regions.routed, *skips)), *sparse.values()]
+    known = [r.name for r in regions.routed] + [s.name for s in skips] + list(sparse.values())
     unknown = sorted(set(active) - set(known))
     if unknown:
         raise RequestError(f"no routed FFN, sparse weight or gate is called {unknown[0]!r}", hint=f"those there are: {known}")

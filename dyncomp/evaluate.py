@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from dyncomp.bootstrap import interval
 from dyncomp.graph import Graph
-from dyncomp.regions import find_routed
-from dyncomp.regions.depth import find_skips
+from dyncomp.regions import RoutedFFN, find_routed
+from dyncomp.regions.depth import Skip, find_skips
 from dyncomp.sweep import Sweep
 
 _POSITIONS = 128
@@ -116,9 +116,7 @@ def evaluate(
     quality = Quality(len(windows), windows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
-    gates: dict[str, dict[str, list[Tensor]]] = {
-        name: {r.name: [] for r in [*find_routed(graph), *find_skips(graph)]} for name, graph in models.items()
-    }
+    gates: dict[str, dict[str, list[Tensor]]] = {name: {r.name: [] for r in _gated(graph)} for name, graph in models.items()}
     with torch.no_grad():
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
@@ -212,11 +210,11 @@ def _run(graph: Graph, ids: Tensor, gates: dict[str, list[Tensor]]) -> Tensor:
         return lambda _, value: seen.append((value != 0).flatten(0, -2))
 
     noted: dict[fx.Node, list[Tensor]] = {}
-    for region in [*find_routed(graph), *find_skips(graph)]:
+    for region in _gated(graph):
         noted.setdefault(region.gates, [])
     watch = {node: note(seen) for node, seen in noted.items()}
     output = Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch=watch)[0]
-    for region in [*find_routed(graph), *find_skips(graph)]:
+    for region in _gated(graph):
         gates[region.name] += noted[region.gates]
     return output
 
@@ -230,6 +228,11 @@ def model_inputs(graph: Graph, ids: Tensor) -> dict[str, Tensor]:
 def batches(graph: Graph, windows: Tensor, *, batch: int = 4) -> list[dict[str, Tensor]]:
     """Windows as graph inputs, ``batch`` at a time."""
     return [model_inputs(graph, ids) for ids in windows.split(batch)]
+
+
+def _gated(graph: Graph) -> list[RoutedFFN | Skip]:
+    """What has gates."""
+    return [*find_routed(graph), *find_skips(graph)]
 
 
 def _load(active: Tensor) -> RoutingLoad:

@@ -60,8 +60,8 @@ class Gated:
         if part.query is not None:
             node = part.query.nodes[0]
             with graph.inserting(before=node, path=part.name) as b:
-                x, weight, *bias = node.args
-                gated = b.call(gated_linear._opoverload, x, self.gates, weight, *bias)
+                x, weight, *biases = node.args
+                gated = b.call(gated_linear._opoverload, x, self.gates, weight, *biases)
             node.replace_all_uses_with(gated)
             graph.module.graph.erase_node(node)
         self.refittable = True
