@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyncomp.backends.ort.experts import expand_experts
+from dyncomp.backends.ort.gated import expand_gated
 
 from dyncomp.graph import Graph
 
@@ -18,6 +19,7 @@ def finish(model: Any, graph: Graph) -> None:
         value.shape = ir.Shape(list(spec.shape))
     for value, name in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = name
+    expand_gated(model)
     expand_experts(model)
     for node in model.graph.all_nodes():
         if node.domain in ("com.microsoft", "dyncomp"):

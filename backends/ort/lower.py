@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from dyncomp.backends.ort.attention import select_attention
+from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
 from dyncomp.backends.ort.native import DOMAIN, available, library
@@ -110,6 +111,8 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
     if native:
         select_sparse_ffns(graph)
         select_quantized_ffns(graph)
+    select_gated(graph)
+    if native:
         select_routed_ffns(graph)
     select_attention(graph, native=native)
     select_moe(graph)

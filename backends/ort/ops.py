@@ -128,6 +128,26 @@ def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str
     return _one("dyncomp::RoutedFFN", [x, gates, *weights], attributes, x, [x.shape[0], d_out])
 
 
+def take_rows(x: Tensor, gates: Tensor) -> Tensor:
+    """A mark for :mod:`dyncomp.backends.ort.gated`: the tokens of x [B, S, d] whose gate [B, S, 1] is not 0.
+
+    There may be fewer rows than the [B * S, d] it says: nothing but what treats rows alike may follow until they are put back.
+    """
+    return _one("dyncomp::TakeRows", [x, gates], {}, x, [x.shape[0] * x.shape[1], x.shape[2]])
+
+
+def put_rows(y: Tensor, gates: Tensor, binary: bool) -> Tensor:
+    """The other mark: those rows times their gates at their places, zeros elsewhere, [B, S, d_out]. ``binary``: gates are 0 or 1."""
+    attributes = {"binary": int(binary), "width": int(y.shape[1])}
+    return _one("dyncomp::PutRows", [y, gates], attributes, y, [*gates.shape[:2], y.shape[1]])
+
+
+def merge_rows(opened: Tensor, closed: Tensor, gates: Tensor, others: Tensor) -> Tensor:
+    """Both kinds of rows at their places, [B, S, d]: ``opened`` where gates [B, S, 1] are 1, ``closed`` where others = 1 - gates are."""
+    return _one("dyncomp::MergeRows", [opened, closed, gates, others], {"width": int(opened.shape[1])}, opened,
+                [*gates.shape[:2], opened.shape[1]])  # fmt: skip
+
+
 def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: int, bits: int, block: int) -> Tensor:
     """``x @ W.T`` by ONNX Runtime's own kernel: [..., K] -> [..., N]. codes [N, K / block, block * bits / 8], scales [N * K / block].
 

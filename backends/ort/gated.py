@@ -1,0 +1,198 @@
+"""Operations under gates of tokens -> a branch that gathers the tokens whose gate is open, computes them and scatters them back.
+
+In two steps: the graph to export marks where rows are taken and put back; the ONNX model then gets an ``If`` around what lies between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from dyncomp.backends.ort import ops
+from dyncomp.backends.ort.rows import join_rows
+from torch import fx
+
+from dyncomp.activations import emit_activation
+from dyncomp.graph import Builder, Graph
+from dyncomp.ops import gated_linear, routed_ffn, threshold_gates, topk_gates
+
+aten = torch.ops.aten
+_GATED, _ROUTED = gated_linear._opoverload, routed_ffn._opoverload
+_BINARY = {threshold_gates._opoverload, topk_gates._opoverload}
+
+
+def select_gated(graph: Graph) -> None:
+    """Lower every ``dyncomp.gated_linear``, and every ``dyncomp.routed_ffn`` with one expert.
+
+    before:  gated_linear(x, gates, W, b)
+    after:   put_rows(linear(take_rows(x, gates), W, b), gates)
+    """
+    for node in graph.nodes:
+        if node.target is _GATED:
+            x, gates, weight, bias = (*node.args, None)[:4]
+            with graph.inserting(before=node) as b:
+                y = b.call(aten.linear.default, b.call(ops.take_rows, x, gates), weight, *([bias] if bias is not None else []))
+                _put(b, node, y, gates)
+        elif node.target is _ROUTED and node.args[1].meta["val"].shape[-1] == 1 and node.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
+            x, gates, *_ = node.args
+            with graph.inserting(before=node) as b:
+                _put(b, node, _expert(graph, b, b.call(ops.take_rows, x, gates), node), gates)
+    graph.clean()
+    join_rows(graph)
+
+
+def _put(b: Builder, node: fx.Node, y: fx.Node, gates: Any) -> None:
+    node.replace_all_uses_with(b.call(ops.put_rows, y, gates, _binary(gates)))
+    b.graph.module.graph.erase_node(node)
+
+
+def _expert(graph: Graph, b: Builder, x: fx.Node, node: fx.Node) -> fx.Node:
+    """The one expert of a ``routed_ffn`` for every row: [n, d] -> [n, d_out]."""
+    _, _, w_up, b_up, w_down, activation = node.args
+    up, down = (graph.tensor(w).detach()[0] for w in (w_up, w_down))  # type: ignore[arg-type]
+    bias = graph.tensor(b_up).detach()[0] if b_up is not None else None  # type: ignore[arg-type]
+    neurons = down.shape[1]
+    hidden = []
+    for index in range(up.shape[0] // neurons):
+        rows = slice(index * neurons, (index + 1) * neurons)
+        weight = f"{w_up.target}_{index}"  # type: ignore[union-attr]
+        graph.add_tensor(weight, up[rows].contiguous())
+        arguments = [graph.read(weight)]
+        if bias is not None:
+            graph.add_tensor(f"{weight}_bias", bias[rows].contiguous())
+            arguments.append(graph.read(f"{weight}_bias"))
+        hidden.append(b.call(aten.linear.default, x, *arguments))
+    h = hidden[0] if activation == "identity" else emit_activation(b.call, str(activation), hidden[0])
+    if len(hidden) == 2:
+        h = b.call(aten.mul.Tensor, h, hidden[1])
+    graph.add_tensor(f"{w_down.target}_0", down.contiguous())  # type: ignore[union-attr]
+    return b.call(aten.linear.default, h, graph.read(f"{w_down.target}_0"))  # type: ignore[union-attr]
+
+
+def _binary(gates: Any) -> bool:
+    """Whether the gates can be seen to be 0 or 1."""
+    if gates.target in _BINARY:
+        return True
+    if gates.target is aten.rsub.Scalar:
+        return gates.args[1] == 1 and len(gates.args) == 2 and _binary(gates.args[0])
+    return gates.target is aten.mul.Tensor and all(isinstance(a, fx.Node) and _binary(a) for a in gates.args)
+
+
+# ---- the ONNX model ------------------------------------------------------------------------------------------------
+def expand_gated(model: Any) -> None:
+    """Put what lies between every ``dyncomp.TakeRows`` and ``dyncomp.PutRows`` of an ``onnx_ir.Model`` into a branch.
+
+    before:  y = PutRows(f(TakeRows(x, gates)), gates)
+    after:   y = If(any(gates), rows = Transpose(NonZero(gates)); ScatterND(zeros, rows, f(GatherND(x, rows))), zeros)
+
+    One token then computes f or nothing; many compute f for those whose gate is open. ``MergeRows`` is two such branches, the second
+    of which scatters into what the first gives.
+    """
+    import onnx_ir as ir
+
+    known: dict[Any, Any] = {}
+    for node in list(model.graph):
+        if node.domain != "dyncomp" or node.op_type not in ("PutRows", "MergeRows"):
+            continue
+        branches = _Branches(ir, model.graph, node, known)
+        if node.op_type == "PutRows":
+            y = branches.add(node.inputs[0], node.inputs[1], None, binary=bool(node.attributes["binary"].as_int()))
+        else:
+            opened, closed, gates, others = node.inputs
+            y = branches.add(opened, gates, branches.add(closed, others, None, binary=True), binary=True)
+        branches.replace(y)
+    model.graph.remove([n for n in model.graph if (n.domain, n.op_type) == ("dyncomp", "TakeRows") and not n.outputs[0].uses()])
+
+
+class _Branches:
+    """The branches that stand for one mark.
+
+    Args:
+        known: whether any gate is open, by gates; and the numbers of tokens [2] under None.
+    """
+
+    def __init__(self, ir: Any, graph: Any, mark: Any, known: dict[Any, Any]) -> None:
+        self.ir, self.graph, self.mark, self.known = ir, graph, mark, known
+        self.tape, self.count = ir.tape.Tape(), 0
+
+    def add(self, y: Any, gates: Any, base: Any, *, binary: bool) -> Any:
+        """``base`` (zeros when None) with the rows y where the gates are not 0; what makes y moves into the branch."""
+        ir, last = self.ir, self.ir.tape.Tape()
+        inside, takes = _between(y)
+        first = ir.tape.Tape()
+        rows = first.op("Transpose", [first.op("NonZero", [first.op("Squeeze", [gates, _ints(ir, first, 2)])])], {"perm": [1, 0]})  # [n, 2]
+        gathered = {take.outputs[0]: first.op("GatherND", [take.inputs[0], rows]) for take in takes}
+        y = gathered.get(y, y)
+        for node in inside:
+            for index, value in enumerate(node.inputs):
+                if value in gathered:
+                    node.replace_input_with(index, gathered[value])
+            for value in node.outputs:
+                value.shape = None  # that of all tokens, which these are not
+        if not binary:
+            y = last.op("Mul", [y, last.op("GatherND", [gates, rows])])
+        result = last.op("ScatterND", [self._zeros(last) if base is None else base, rows, y])
+        self.graph.remove(inside)
+        empty = ir.tape.Tape()
+        nothing = self._zeros(empty) if base is None else empty.op("Identity", [base])
+        self.count += 1
+        name = f"{self.mark.outputs[0].name}_{self.count}"
+        branches = {
+            "then_branch": _graph(ir, [*first.nodes, *inside, *last.nodes], result, f"{name}_computed"),
+            "else_branch": _graph(ir, list(empty.nodes), nothing, f"{name}_skipped"),
+        }
+        return self.tape.op("If", [self._any(gates, binary)], branches)
+
+    def replace(self, y: Any) -> None:
+        y.type = self.mark.outputs[0].type
+        self.ir.convenience.replace_nodes_and_values(self.graph, self.mark, [self.mark], list(self.tape.nodes), [self.mark.outputs[0]], [y])
+
+    def _any(self, gates: Any, binary: bool) -> Any:
+        if gates not in self.known:
+            largest = self.tape.op("ReduceMax", [gates if binary else self.tape.op("Abs", [gates])], {"keepdims": 0})
+            self.known[gates] = self.tape.op("Cast", [largest], {"to": int(self.ir.DataType.BOOL)})
+        return self.known[gates]
+
+    def _zeros(self, tape: Any) -> Any:
+        """[B, S, width]."""
+        if None not in self.known:
+            gates = self.mark.inputs[1 if self.mark.op_type == "PutRows" else 2]
+            self.known[None] = self.tape.op("Shape", [gates], {"start": 0, "end": 2})
+        shape = tape.op("Concat", [self.known[None], _ints(self.ir, tape, self.mark.attributes["width"].as_int())], {"axis": 0})
+        return tape.op("ConstantOfShape", [shape], {"value": self.ir.tensor(np.zeros(1, np.float32))})
+
+
+def _ints(ir: Any, tape: Any, *values: int) -> Any:
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
+
+
+def _between(y: Any) -> tuple[list[Any], list[Any]]:
+    """(nodes from the rows that were taken to ``y``, in order; the ``TakeRows`` nodes)."""
+    order: list[Any] = []
+    takes: list[Any] = []
+    seen: dict[Any, bool] = {}
+
+    def visit(node: Any) -> bool:
+        """Whether it is computed from rows that were taken."""
+        if node in seen:
+            return seen[node]
+        if (node.domain, node.op_type) == ("dyncomp", "TakeRows"):
+            takes.append(node)
+            seen[node] = True
+            return True
+        before = [visit(value.producer()) for value in node.inputs if value is not None and value.producer() is not None]
+        seen[node] = any(before)
+        if seen[node]:
+            order.append(node)
+        return seen[node]
+
+    visit(y.producer())
+    return order, takes
+
+
+def _graph(ir: Any, nodes: list[Any], output: Any, name: str) -> Any:
+    for index, node in enumerate(nodes):  # names are global: give each branch its own
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}_{index}_{i}"
+    return ir.Graph([], [output], nodes=nodes, name=name)
