@@ -92,7 +92,7 @@ class Quality:
 
     def active_ffn(self, model: str, widths: dict[str, int], dense_width: int) -> float:
         """Mean active fraction over all FFN neurons, ``dense_width`` of which are in FFNs that were kept dense."""
-        active = sum(widths[name] * use.active for name, use in self.load[model].items())
+        active = sum(width * self.load[model][name].active for name, width in widths.items())
         return (active + dense_width) / (sum(widths.values()) + dense_width)
 
 

@@ -81,11 +81,12 @@ def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict
     return rise / len(batches)
 
 
-def allocate(losses: Sequence[float], total: float, power: float = 2.0) -> list[float]:
+def allocate(losses: Sequence[float], total: float, power: float = 1.2) -> list[float]:
     """Shares in [0, 1] that add up to ``total``, minimising ``sum of losses * share ** power``.
 
-    A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: its router chooses well, so
-    that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to s ** (1 / (1 - power)).
+    A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: above 1, since its router
+    chooses, so that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to
+    s ** (1 / (1 - power)). 1.2 is what SmolLM2-135M's attentions show: skipping 22 % of each costs 0.20 nats, of all that they cost 1.2.
     """
     floor = 1e-4  # nats: what a few windows can tell from nothing
     weights = torch.tensor([max(loss, floor) for loss in losses], dtype=torch.float64) ** (1 / (1 - power))

@@ -99,7 +99,7 @@ class SkipDepth(Pass):
             losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self.rank if self.standin == "linear" else 0)
             shares = dict(zip(chosen, allocate(losses, skipped), strict=True))
             result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
-        gated = [(insert_gates(graph, units[i], self._rank), shares[i]) for i in chosen if shares[i] > 0]
+        gated = [(insert_gates(graph, units[i], self._rank), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
         with fast_matmul(), torch.no_grad():
             self._fit(graph, gated, batches, ctx)
         for unit, share in gated:
@@ -211,6 +211,8 @@ class SkipDepth(Pass):
 
 
 STAND_IN_RIDGE = 0.1
+MIN_SHARE = 0.01
+"""Of tokens that skip, below which a layer gets no router: it would cost more than it spares."""
 MIN_ROWS = 32
 """Tokens needed to fit anything to them."""
 ALL_SKIP = 1e3
