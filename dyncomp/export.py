@@ -16,13 +16,16 @@ import torch
 from dyncomp.bundle import Bundle, disk_errors, open_bundle, versions
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
+from dyncomp.interpret import float_activations
 from dyncomp.models.extras import require
 from dyncomp.models.gguf_file import GgufFile, read_gguf
+from dyncomp.pipeline import relative_error
+from dyncomp.regions import find_routed
 from dyncomp.report.card import model_card
 
 RECORD = "dyncomp-export.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TEMPER = range(6, 21)
+TEMPER = range(6, 25)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,68 @@ def _gguf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) ->
     return record | {"check": found}
 
 
+def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    from dyncomp.deploy import check_parity, lower_ort, with_cache
+
+    made = opened.path / "artifacts" / "ort"
+    if made.is_dir():
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        lowered = with_cache(graph)[0]
+    else:
+        lowered, _ = lower_ort(graph, folder)
+    parity = check_parity(lowered, folder)
+    if (tokenizer := opened.tokenizer()) is not None:
+        tokenizer.save_pretrained(folder)
+    notes = [
+        "model.onnx with its data, config.json (inputs, outputs, KV cache) and the tokenizer: onnxruntime alone runs it, as "
+        "examples/onnxruntime_only.py of dyncomp shows",
+        "no genai_config.json: onnxruntime-genai binds past_key_values, present and an attention mask, this model takes past_length and "
+        "chosen and updates caches of fixed capacity in place",
+    ]
+    if (folder / "dyncomp_ort.so").is_file():
+        notes.append(
+            "register dyncomp_ort.so with SessionOptions.register_custom_ops_library: it holds the operators of the domain dyncomp"
+        )
+    return {"check": {"class": "ONNX Runtime", "relative_error": parity["relative_error"]}, "notes": notes}
+
+
+def _pt2(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    from dyncomp.models.program import load_program
+
+    def sample(sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape]) for spec in graph.inputs]
+        return tuple(
+            torch.randn(shape, generator=generator).to(spec.dtype) if spec.dtype.is_floating_point
+            else torch.randint(1, 2 if "mask" in spec.name else 64, shape, generator=generator).to(spec.dtype)
+            for spec, shape in shapes
+        )  # fmt: skip
+
+    names = dict.fromkeys(d for spec in graph.inputs for d in spec.shape if isinstance(d, str))
+    auto = torch.export.Dim.AUTO
+    dynamic = tuple({i: auto for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in graph.inputs)
+    with torch.no_grad():
+        program = torch.export.export(
+            graph.module, sample({name: 3 + 2 * i for i, name in enumerate(names)}), dynamic_shapes=dynamic, strict=False
+        )
+        torch.export.save(program, folder / "model.pt2")
+        fresh = sample({name: 4 + 5 * i for i, name in enumerate(names)})
+        loaded = load_program(folder / "model.pt2", name="model.pt2")
+        theirs = loaded.module(**dict(zip(loaded.example_inputs, fresh, strict=True)))
+        with float_activations(graph):
+            error = relative_error(theirs, graph(*fresh))
+    if not error <= 1e-5:
+        raise PassError(f"the exported program differs from the graph by {error:.1e} (relative); allowed 1e-05")
+    if (tokenizer := opened.tokenizer()) is not None:
+        tokenizer.save_pretrained(folder)
+    notes = (
+        ["load it with torch.export.load after `import dyncomp.ops`, which registers the operators it uses"] if find_routed(graph) else []
+    )
+    if graph.quantized:
+        notes.append("quantized weights are in it decoded")
+    return {"check": {"class": "torch.export", "relative_error": error}, "notes": notes}
+
+
 def _gguf_source(opened: Bundle) -> GgufFile | None:
     """The header of the GGUF file a bundle's model came from, if it is still there."""
     from gguf import GGML_QUANT_SIZES
@@ -175,7 +240,7 @@ def _gguf_source(opened: Bundle) -> GgufFile | None:
     return read_gguf(path, {int(k): v for k, v in GGML_QUANT_SIZES.items()}) if path.suffix == ".gguf" and path.is_file() else None
 
 
-BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf, "gguf": _gguf}
+BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf, "gguf": _gguf, "ort": _ort, "pt2": _pt2}
 """Name -> writes a bundle's graph into a folder, checks it, and returns facts for the record."""
 
 

@@ -16,6 +16,8 @@ from dyncomp.backends.gguf.write import write as gguf_write
 from dyncomp.backends.hf.architectures import ARCHITECTURES
 from dyncomp.backends.hf.check import compare
 from dyncomp.backends.hf.write import choose, explain, write
+from dyncomp.passes.layerwise import ExpertView, set_gates
+from helpers import assert_close
 from tiny import VOCAB, trace_tiny
 
 from dyncomp import bundle
@@ -24,10 +26,12 @@ from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import BackendError, PassError, RequestError
 from dyncomp.export import ExportRequest, export
 from dyncomp.graph import Graph
+from dyncomp.models import load_model
 from dyncomp.pipeline import Context, Pipeline, parse_passes
 from dyncomp.quantized import round_to_nearest
-from dyncomp.regions import find_regions
+from dyncomp.regions import find_regions, find_routed
 from dyncomp.regions.decoder import Decoder, find_decoder
+from dyncomp.trace import trace_model
 
 SHARED = "carve-experts{experts=8 shared=2 keep-dense=}, fit-router{gates=topk k=4 bias=false}, refit-down{bias=false}"
 UNSHARED = "carve-experts{experts=8 keep-dense=}, fit-router{gates=topk k=3 bias=false}, refit-down{bias=false}"
@@ -199,3 +203,36 @@ def test_codes_are_in_a_gguf_file_as_they_are(bits: int, symmetric: bool, name: 
     assert torch.equal(torch.from_numpy(dequantize(data, GGMLQuantizationType[form])), value.decode())
     assert encode(round_to_nearest(torch.randn(4, 64), bits, 64, symmetric=symmetric)) is None
     assert encode(round_to_nearest(torch.randn(4, 64), bits, 32, symmetric=not symmetric)) is None
+
+
+@pytest.mark.parametrize("backend", ["ort", "pt2"])
+def test_programs_are_whole_folders_that_compute_the_same(backend: str, tmp_path) -> None:
+    record = export(ExportRequest(make_bundle(tmp_path, converted("llama", SHARED)), tmp_path / "out", backend=backend))
+    assert record["check"]["relative_error"] < 1e-4
+    assert (tmp_path / "out" / {"ort": "model.onnx", "pt2": "model.pt2"}[backend]).is_file()
+    assert any({"ort": "onnxruntime-genai", "pt2": "dyncomp.ops"}[backend] in note for note in record["notes"])
+    if backend == "pt2":
+        ids = torch.randint(2, VOCAB, (3, 9))
+        again = load_model(str(tmp_path / "out" / "model.pt2")).module(input_ids=ids)
+        assert_close(again, converted("llama", SHARED)(ids), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_the_same_text_in_its_stock_class(tmp_path) -> None:
+    """SmolLM2 carved at random, with random routers: what it writes is nonsense, and the same nonsense."""
+    loaded = load_model("smollm2-135m")
+    graph = trace_model(loaded)
+    Pipeline(parse_passes("carve-experts{experts=8 shared=2 keep-dense= cluster=random}")).run(graph, Context())
+    for seed, region in enumerate(find_routed(graph)):
+        view = ExpertView(graph, region)
+        set_gates(graph, view, k=7)
+        weight = torch.randn(8, 576, generator=torch.Generator().manual_seed(seed)) / 24
+        weight[:2] = 0
+        graph.add_tensor(view.router_weight, weight)
+        graph.add_tensor(view.router_bias, torch.tensor([1e4] * 2 + [0.0] * 6))
+    graph.clean()
+    architecture, decoder, shape = choose(graph, "granite-moe")
+    write(decoder, shape, architecture, tmp_path, source=loaded.config, temper=22, dtype=torch.float32)
+    found = compare(graph, tmp_path, loaded.tokenizer)
+    assert found["relative_error"] < 2e-4
+    assert found["greedy_equal"] == found["greedy_tokens"] == 64

@@ -39,7 +39,8 @@ class Architecture:
         scaled: the routed experts' outputs are scaled by a field of the configuration, not in the weights.
         temper: p that suits it. Where experts are chosen by their scores any p keeps their order. Where they are chosen by probability,
             float32 tells two apart only when their scores differ by about 2^(p - 24); a small p makes weights unequal by about 2^-p,
-            and that moves the scores of the layers after it: 12 is between the two.
+            and that moves the scores of the layers after it: 12 is between the two. Granite's class in transformers chooses by scores,
+            and any p up to 24 does; other programs may choose by probability there too, hence 14.
         extra: its own fields of ``config.json``.
     """
 

@@ -13,10 +13,16 @@ from dyncomp.cli import options
 @click.command("export")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--backend", default="hf", show_default=True, help="hf (a checkpoint that stock classes load) or gguf (llama.cpp).")
+@click.option(
+    "--backend", default="hf", show_default=True, help="hf (a checkpoint that stock classes load), gguf (llama.cpp), ort (ONNX) or pt2."
+)
 @click.option("--architecture", default="auto", show_default=True, help="Of the checkpoint; auto is the first that can hold the model.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the checkpoint's weights: float32 or bfloat16.")
-@click.option("--temper", type=int, help="p of tempered routers, 10 to 14. [default: what suits the architecture]")
+@click.option(
+    "--temper",
+    type=int,
+    help="p of tempered routers: 10 to 14, or 22 for Granite in transformers alone. [default: what suits the architecture]",
+)
 @click.option("--explain", is_flag=True, help="Write nothing; say for each architecture what it cannot express.")
 @options.as_json
 def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choices: Any) -> None:
@@ -45,5 +51,7 @@ def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choice
         return
     what = " ".join(str(record[key]) for key in ("architecture", "dtype") if key in record)
     click.echo(f"{out}: {record['backend']} {what}".rstrip())
+    for note in record.get("notes", []):
+        click.echo(f"  note: {note}")
     for key, value in record.get("check", {}).items():
         click.echo(f"  {key.replace('_', ' ')}: {f'{value:.1e}' if isinstance(value, float) else value}")
