@@ -101,3 +101,16 @@ def test_records_and_dumps(tmp_path) -> None:
 def test_not_a_number_is_always_an_error() -> None:
     with pytest.raises(PassError, match=r"nan|inf"):
         Pipeline([ScaleOutput(factor=float("nan"))]).run(trace_tiny("llama"), probe())
+
+
+def test_every_recipe_resolves_and_what_it_fixes_is_not_overridden() -> None:
+    from dyncomp.recipe import RECIPES
+
+    for name, recipe in RECIPES.items():
+        assert name == "dense" or recipe.resolve()
+    specs = [p.spec for p in RECIPES["qwen-moe-64x8"].resolve()]
+    assert specs == ["carve-experts{experts=64 shared=4 keep-dense=}", "fit-router{gates=topk k=8 bias=false}", "refit-down{bias=false}"]
+    with pytest.raises(RequestError, match="fixes what --active says"):
+        RECIPES["mixtral-8x2"].resolve(active=0.5)
+    with pytest.raises(RequestError, match="a threshold is a bias"):
+        parse_passes("fit-router{bias=false}")
