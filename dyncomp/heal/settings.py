@@ -15,7 +15,7 @@ class Settings:
     """Wall-clock time. The number of steps that fit is found once, by timing a step, and noted: it is part of the result."""
     steps: int = 0
     """Optimiser steps, in place of ``minutes``: two runs with equal steps and seed give identical weights."""
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Peak learning rate of the weights (AdamW, warm-up over a twentieth of the steps, then a cosine to 2 %)."""
     router_lr: float = 10.0
     """Times ``lr``: the learning rate of routers."""
