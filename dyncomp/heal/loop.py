@@ -240,7 +240,7 @@ class Trainer:
         """Of everything a run's result depends on: the options, the text, and the weights it begins with."""
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.settings), self._seed]).encode())
         for part in (self._windows, self._held_out, *(p.detach() for p in self.weights.parameters().values())):
-            digest.update(part.contiguous().numpy())
+            digest.update(part.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _snapshot(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
