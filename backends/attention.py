@@ -123,6 +123,7 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
     """linear(x, Wq), linear(x, Wk), linear(x, Wv) -> linear(x, [Wq; Wk; Wv]); the same for sparse ones with the same thresholds."""
     if len({(n.target, n.args[3:]) for n in linears}) != 1:
         return None
+    target: Any = linears[0].target
     arguments = [(*n.args, None)[:3] for n in linears]
     x = arguments[0][0]
     weights: list[Any] = [a[1] for a in arguments]
@@ -145,7 +146,7 @@ def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node |
             graph.info["active_inputs"] = active | {name: max(noted)}
         return graph.read(name)
 
-    return b.call(linears[0].target, x, joined(weights), joined(biases) if biases[0] is not None else None, *linears[0].args[3:])
+    return b.call(target, x, joined(weights), joined(biases) if biases[0] is not None else None, *linears[0].args[3:])
 
 
 def _replace_output(graph: Graph, out: fx.Node, flat: fx.Node, heads: int, head_dim: int) -> None:

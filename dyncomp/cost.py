@@ -90,7 +90,8 @@ def count(
     known = [r.name for r in regions.routed] + [s.name for s in skips] + list(sparse.values())
     unknown = sorted(set(active) - set(known))
     if unknown:
-        raise RequestError(f"no routed FFN is called {unknown[0]!r}, nor a sparse weight or a gate of tokens", hint=f"those there are: {known}")
+        what = f"no routed FFN is called {unknown[0]!r}, nor a sparse weight or a gate of tokens"
+        raise RequestError(what, hint=f"those there are: {known}")
     if any(not 0 <= share <= 1 for share in active.values()):
         raise RequestError(f"active fractions lie between 0 and 1, got {active}")
     members = _members(graph, regions)

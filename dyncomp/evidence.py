@@ -124,7 +124,7 @@ def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ct
 def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
     weights it does not read, on average."""
-    changed = {r.name for r in (*find_experts(converted), *find_regions(converted).sparse_ffns)}
+    changed = {r.name for r in find_experts(converted)} | {f.name for f in find_regions(converted).sparse_ffns}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
@@ -141,7 +141,7 @@ def calibrated_share(graph: Graph) -> float:
     for ffn in regions.sparse_ffns:
         sizes = {linear.weight: linear.in_features * linear.out_features for linear in (*ffn.ups, ffn.down)}
         active += ffn.d_ff * sum(inputs.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
-    return active / sum(f.d_ff for f in (*regions.ffns, *experts, *regions.sparse_ffns))
+    return active / sum([f.d_ff for f in (*regions.ffns, *regions.sparse_ffns)] + [r.d_ff for r in experts])
 
 
 def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:

@@ -168,14 +168,14 @@ def _gguf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) ->
 
 
 def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
-    from dyncomp.deploy import check_parity, lower_ort, with_cache
+    from dyncomp.deploy import check_parity, lower_artifact, with_cache
 
     made = opened.path / "artifacts" / "ort"
     if made.is_dir():
         shutil.copytree(made, folder, dirs_exist_ok=True)
         lowered = with_cache(graph)[0]
     else:
-        lowered, _ = lower_ort(graph, folder)
+        lowered, _ = lower_artifact(graph, folder)
     parity = check_parity(lowered, folder)
     if (tokenizer := opened.tokenizer()) is not None:
         tokenizer.save_pretrained(folder)

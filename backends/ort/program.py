@@ -64,7 +64,8 @@ def exported_program(graph: Graph) -> ExportedProgram:
     results = tuple(copied[n] for n in graph.output_nodes)
     flat.output(results).meta["val"] = tuple(n.meta["val"] for n in results)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results]
-    signature = ModuleCallSignature([], [], *(pytree.tree_structure(t) for t in (((0,) * len(graph.inputs), {}), results)))
+    arguments = pytree.tree_structure(((0,) * len(graph.inputs), {}))
+    signature = ModuleCallSignature([], [], arguments, pytree.tree_structure(results))
     return FlatProgram(
         root=torch.nn.Module(), graph=flat, graph_signature=ExportGraphSignature(inputs, outputs), range_constraints={},
         state_dict={str(n.target): graph.tensor(n) for n in graph.nodes if n.op == "get_attr"},

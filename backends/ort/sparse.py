@@ -43,6 +43,7 @@ def select_sparse_linears(graph: Graph, *, native: bool) -> None:
     for node in sparse_nodes(graph):
         x, weight, bias, thresholds = node.args
         assert isinstance(weight, fx.Node)
+        assert bias is None or isinstance(bias, fx.Node)
         name = str(weight.target)
         value = graph.quantized.get(name) if native else None
         with graph.inserting(before=node) as b:
