@@ -31,7 +31,7 @@ class Sparsify(Pass):
     before:  linear(x, W, b)
     after:   dyncomp.sparse_linear(x, W, b, thresholds)
 
-    An input counts where ``|x_j| * importance_j`` exceeds a threshold of the layer (TEAL, 2408.14690, section 4; WINA, 2505.19427).
+    An input counts where ``|x_j| * importance_j`` exceeds a threshold of the layer (TEAL, 2408.14690; WINA, 2505.19427).
     Layers that read the same activations (query, key and value; gate and up) share it, and so one choice of inputs. Thresholds are
     quantiles on calibration text, each layer's on what the converted layers before it give; the vocabulary head is left alone.
 

@@ -173,9 +173,9 @@ def test_evaluate_on_questions(place) -> None:
     assert set(figures["accuracy"]) == {"dense", "converted"}
     low, high = result["quality"]["other.txt"]["intervals"]["increase"]["converted"]
     assert low <= result["quality"]["other.txt"]["increase"]["converted"] <= high
-    (place / "bad.jsonl").write_text('{"question": "a"}\n')
-    with pytest.raises(DyncompError, match=r"bad\.jsonl, line 1"):
-        run(place, "evaluate", "out", "--task", "bad.jsonl")
+    (place / "questions.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(DyncompError, match=r"questions\.jsonl, line 1"):
+        run(place, "evaluate", "out", "--task", "questions.jsonl")
 
 
 def test_inspect_compares_routers(place) -> None:

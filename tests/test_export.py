@@ -228,7 +228,8 @@ def test_a_real_model_writes_the_same_text_in_its_stock_class(tmp_path) -> None:
         set_gates(graph, view, k=7)
         weight = torch.randn(8, 576, generator=torch.Generator().manual_seed(seed)) / 24
         weight[:2] = 0
-        graph.add_tensor(view.router_weight, weight)
+        scores = ExpertView(graph, find_routed(graph)[seed]).gates.args[0]
+        graph.add_tensor(str(scores.args[1].target), weight)
         graph.add_tensor(view.router_bias, torch.tensor([1e4] * 2 + [0.0] * 6))
     graph.clean()
     architecture, decoder, shape = choose(graph, "granite-moe")

@@ -21,10 +21,10 @@ from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
 from dyncomp.backends.ort.native import DOMAIN, available, library
 from dyncomp.backends.ort.norm import select_norms
-from dyncomp.backends.ort.program import exported_program
 from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.ort.routed import select_routed_ffns
 from dyncomp.backends.ort.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
+from dyncomp.backends.program import exported_program
 
 from dyncomp.errors import BackendError, MissingExtraError
 from dyncomp.graph import Graph

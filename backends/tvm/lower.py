@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dyncomp.backends.program import exported_program
 from dyncomp.backends.tvm.machine import Machine, this_machine
 from dyncomp.backends.tvm.require import require_compiler
-from torch import fx
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
@@ -69,7 +69,7 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     report("select", 0, 4)
     selected = select(graph, tile)
     report("export", 1, 4)
-    program = _export(selected)
+    program = exported_program(selected)
     report("compile", 2, 4)
     module = import_graph(selected, program, tile)
     compiled, kernels, order = compile_module(module, machine)
@@ -87,40 +87,10 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
 
 
-class _Positional(torch.nn.Module):
-    """The graph module behind a forward() that torch.export can bind."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = module
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.graph_module(*inputs)
-
-
-def _export(graph: Graph) -> torch.export.ExportedProgram:
-    sizes: dict[str, int] = {}
-    for spec in graph.inputs:
-        for dim in spec.shape:
-            if isinstance(dim, str):
-                sizes.setdefault(dim, 5 + 2 * len(sizes))
-    if "capacity" in sizes:
-        sizes["capacity"] = 64  # must hold the example's tokens
-    example = tuple(torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in graph.inputs)
-    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
-    shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} or None for s in graph.inputs)
-    try:
-        with torch.no_grad():
-            return torch.export.export(_Positional(graph.module), example, dynamic_shapes=(shapes,), strict=False)
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BackendError(f"the graph cannot be exported: {text}", hint="use --backend ort") from error
-
-
 def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
     """The parameters by the name the program's inputs have."""
-    values = dict(program.named_parameters()) | dict(program.named_buffers()) | dict(program.constants)
-    return {s.arg.name: values[s.target] for s in program.graph_signature.input_specs if s.target is not None and s.target in values}
+    specs = program.graph_signature.input_specs
+    return {s.arg.name: program.state_dict[s.target] for s in specs if s.target is not None}
 
 
 def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -61,5 +61,5 @@ def balance_loss(scores: Tensor, gates: Tensor) -> Tensor:
 
 
 def z_loss(scores: Tensor) -> Tensor:
-    """Mean squared log-partition of one router (ST-MoE, 2202.08906, section 3): keeps scores small; [..., E]."""
+    """Mean squared log-partition of one router (ST-MoE, 2202.08906): keeps scores small; [..., E]."""
     return torch.logsumexp(scores.float(), -1).square().mean()

@@ -28,7 +28,7 @@ def mean_gate(layer: Layer, options: RouterOptions) -> Scores:
 
 def representative(layer: Layer, options: RouterOptions) -> Scores:
     """``scores = |act(linear(x, G)) * linear(x, U)|`` of one neuron an expert: the one whose activations are nearest to the expert's
-    mean activation (CMoE, 2502.04416, section 4.2)."""
+    mean activation (CMoE, 2502.04416)."""
     view = layer.view
     mean = torch.zeros(view.experts, view.neurons)
     cross, squares, spread = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(view.experts)

@@ -9,7 +9,7 @@ from dyncomp.passes.routers.scores import RouterOptions, Scores, targets
 
 def ridge(layer: Layer, options: RouterOptions) -> Scores:
     """``scores = linear(x, W, b)``: ridge regression of the logarithm of each expert's output energy (or of its norm, the target
-    of D2DMoE, 2310.04361, section 3.3) on x."""
+    of D2DMoE, 2310.04361) on x."""
     view = layer.view
     problem = LeastSquares(view.d_model, view.experts)
     for x, target in zip(layer.inputs, targets(layer, options.target), strict=True):

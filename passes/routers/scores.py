@@ -49,7 +49,7 @@ def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str, k: in
 
     before:  scores = linear(x, W, b);       gates = dyncomp.threshold_gates(scores)
     after:   scores = linear(f(x), W', b');  gates = dyncomp.threshold_gates(scores)     # the threshold is part of b'
-             ``relative``: gates = dyncomp.threshold_gates(scores - max(scores) + t)     # D2DMoE, 2310.04361, equation 5
+             ``relative``: gates = dyncomp.threshold_gates(scores - max(scores) + t)     # D2DMoE, 2310.04361
              ``topk``:     gates = dyncomp.topk_gates(scores, k)
     """
     shared, prefix = view.shared, f"{view.name}.router"

@@ -1,12 +1,13 @@
-"""A graph as the ExportedProgram that torch.onnx reads, without tracing it again."""
+"""A graph as the ExportedProgram that torch.onnx and TVM read, without tracing it again."""
 
 from __future__ import annotations
 
+import operator
 import types
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
@@ -42,8 +43,11 @@ def exported_program(graph: Graph) -> ExportedProgram:
     """``graph`` as :func:`torch.export.export` would give it: constants are inputs of their own, calls are of operators.
 
     Args:
-        graph: changed: functions it calls are expanded. Every node needs its ``meta["val"]``.
+        graph: changed: functions it calls are expanded.
     """
+    modes = {getattr(n.meta.get("val"), "fake_mode", None) for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    if None in modes or len(modes) > 1:
+        graph.infer_shapes()  # what made the graph worked on real tensors, or on shapes of several runs
     expand_functions(graph)
     flat = fx.Graph()
     constants: dict[str, fx.Node] = {}
@@ -91,15 +95,20 @@ def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -
         args, kwargs = pytree.tree_unflatten([next(given) if isinstance(v, fx.Node) else v for v in leaves], structure)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with torch.no_grad(), enable_python_dispatcher():
-        traced = make_fx(call, decomposition_table=decompositions)(*[n.meta["val"] for n in operands])
+    values = [n.meta["val"] for n in operands]
+    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))  # for tensors that the call itself makes
+    with torch.no_grad(), enable_python_dispatcher(), mode:
+        traced = make_fx(call, decomposition_table=decompositions)(*values)
     copied: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op == "get_attr":
                 raise BackendError(f"{node.target} makes a tensor of its own", hint="give it as a constant of the graph")
             if inner.op == "call_function":
-                copied[inner] = module.graph.node_copy(inner, copied.__getitem__)
+                if inner.target is torch.ops.aten.sym_numel.default:  # ONNX has no form for it
+                    copied[inner] = _elements(module.graph, copied[inner.args[0]])  # type: ignore[index]
+                else:
+                    copied[inner] = module.graph.node_copy(inner, copied.__getitem__)
                 copied[inner].meta["path"] = node.meta.get("path", "")
     result = traced.graph.output_node().args[0]
     for user in list(node.users) if not isinstance(result, fx.Node) else ():
@@ -108,3 +117,22 @@ def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(copied[result])
     module.graph.erase_node(node)
+
+
+def _elements(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """The number of elements of ``x``, as a product of its sizes."""
+    sizes = x.meta["val"].shape
+    total: Any = 1
+    count = 1
+    for axis, size in enumerate(sizes):
+        dim: Any = size
+        if not isinstance(size, int):
+            dim = graph.call_function(torch.ops.aten.sym_size.int, (x, axis))
+            dim.meta["val"] = size
+        count = count * size
+        if isinstance(total, int) and isinstance(dim, int):
+            total = total * dim
+        else:
+            total = graph.call_function(operator.mul, (total, dim))
+            total.meta["val"] = count
+    return total
