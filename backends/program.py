@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
@@ -96,7 +97,7 @@ def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [n.meta["val"] for n in operands]
-    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))  # for tensors that the call itself makes
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))  # for tensors that the call itself makes
     with torch.no_grad(), enable_python_dispatcher(), mode:
         traced = make_fx(call, decomposition_table=decompositions)(*values)
     copied: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
@@ -106,7 +107,7 @@ def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -
                 raise BackendError(f"{node.target} makes a tensor of its own", hint="give it as a constant of the graph")
             if inner.op == "call_function":
                 if inner.target is torch.ops.aten.sym_numel.default:  # ONNX has no form for it
-                    copied[inner] = _elements(module.graph, copied[inner.args[0]])  # type: ignore[index]
+                    copied[inner] = _elements(module.graph, copied[inner.args[0]])
                 else:
                     copied[inner] = module.graph.node_copy(inner, copied.__getitem__)
                 copied[inner].meta["path"] = node.meta.get("path", "")
