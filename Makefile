@@ -1,13 +1,14 @@
 # make demo   creates .venv, installs, converts SmolLM2-135M-Instruct, prints the report, generates text
 # make test   the same set-up, then the whole suite, lint and types
 # make bench  measures what docs/results.md shows, and writes it
+# make quality  measures the tables of docs/quality.md row by row, and writes it (hours; continues where it was)
 # make lint   ruff and mypy
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench quality lint install clean
 demo: $(STAMP)
 	$(BIN)/dyncomp convert smollm2-135m -o demo
 	$(BIN)/dyncomp inspect demo
@@ -23,6 +24,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.results
+
+quality: $(STAMP)
+	$(BIN)/python -m bench.quality
 
 install: $(STAMP)
 

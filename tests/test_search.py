@@ -114,7 +114,7 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     done = _rewrite(request, no_progress, lines.append)
     names = [t["name"] for t in done.report["search"]["trials"]]
     assert names == [
-        "int8", "int4, rounded", "int4, head too", "85% of the inputs, int4", "75% of the inputs, int4", "65% of the inputs, int4",
+        "int8", "int4, rounded", "int4, head too", "75% of the inputs, int4", "65% of the inputs, int4",
         "90% of 2 experts, int4", "75% of 2 experts, int4", "90% of the neurons, static, int4", "75% of the neurons, static, int4",
     ]  # fmt: skip
     assert done.report["search"]["chosen"] == names[-1]
