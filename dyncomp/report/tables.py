@@ -226,7 +226,7 @@ def table(title: str, *columns: str) -> Table:
 
 def _console() -> Console:
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def show(*items: Table | Text | str) -> None:
