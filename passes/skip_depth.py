@@ -96,7 +96,7 @@ class SkipDepth(Pass):
         shares = dict.fromkeys(chosen, skipped / max(len(chosen), 1))
         if self.blocks == "auto":
             candidates = [units[i] for i in chosen]
-            losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self.rank if self.standin == "linear" else 0)
+            losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self._rank)
             shares = dict(zip(chosen, allocate(losses, skipped), strict=True))
             result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
         gated = [(insert_gates(graph, units[i], self._rank), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]

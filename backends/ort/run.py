@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from dyncomp.backends.ort.lower import CONFIG, MODEL, SCHEMA
+from dyncomp.backends.artifact import Array, as_array, first_line, read_config
+from dyncomp.backends.ort.lower import MODEL, SCHEMA
 from dyncomp.backends.ort.native.build import library
 from dyncomp.backends.ort.providers import require_providers
 from torch import Tensor
 
-from dyncomp.errors import BackendError, ModelError, RequestError
+from dyncomp.errors import BackendError, RequestError
 from dyncomp.hardware import default_threads
 
-Array = np.ndarray[Any, Any]
 _EXPORT = "export the bundle again: dyncomp export --backend ort"
 
 
@@ -46,7 +43,7 @@ class OrtModel:
         import onnxruntime as ort
 
         self.directory, self.threads = Path(directory), threads or default_threads()
-        self.config = _read_config(self.directory)
+        self.config = read_config(self.directory, SCHEMA, again=_EXPORT, older="convert the model again")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
@@ -60,7 +57,7 @@ class OrtModel:
         try:
             self.session = ort.InferenceSession(str(self.directory / MODEL), options, providers=wanted)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {self.directory / MODEL}: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot load {self.directory / MODEL}: {first_line(error)}") from error
         self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
         self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
 
@@ -82,11 +79,11 @@ class OrtModel:
         """
         if set(inputs) != set(self.inputs):
             raise RequestError(f"the model takes the inputs {list(self.inputs)}, got {sorted(inputs)}")
-        feeds = {s["name"]: _as_array(inputs[s["name"]], s) for s in self.config["inputs"]}
+        feeds = {s["name"]: as_array(inputs[s["name"]], s) for s in self.config["inputs"]}
         try:
             return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
 
     def placement(self) -> dict[str, dict[str, int]]:
         """Execution provider -> operator -> number of nodes it was given."""
@@ -101,32 +98,3 @@ class OrtModel:
     def end_profiling(self) -> Path:
         """Stop profiling; returns the file that was written."""
         return Path(self.session.end_profiling())
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        if config["schema"] != SCHEMA:
-            hint = "update dyncomp" if config["schema"] > SCHEMA else "convert the model again"
-            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema {SCHEMA}", hint=hint)
-        return dict(config)
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint=_EXPORT) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint=_EXPORT) from error
-
-
-def _as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.ndim != len(spec["shape"]):
-        raise RequestError(f"the input {spec['name']!r} has shape {list(array.shape)}, it should be {spec['shape']}")
-    dtype = np.dtype(spec["dtype"])
-    if array.dtype != dtype:
-        if array.dtype.kind != dtype.kind:
-            raise RequestError(f"the input {spec['name']!r} is {array.dtype}, it should be {dtype}")
-        array = array.astype(dtype)
-    return np.ascontiguousarray(array)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

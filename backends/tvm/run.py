@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from dyncomp.backends.tvm.lower import ALIGNMENT, CONFIG, LIBRARY, PARAMETERS, SCHEMA
+from dyncomp.backends.artifact import Array, as_array, first_line, read_config
+from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import require_machine
 from dyncomp.backends.tvm.require import require_runtime
 from torch import Tensor
@@ -20,7 +19,6 @@ from torch import Tensor
 from dyncomp.errors import BackendError, ModelError, RequestError
 from dyncomp.hardware import default_threads
 
-Array = np.ndarray[Any, Any]
 _AGAIN = "lower the model again: dyncomp convert --backend tvm"
 _POOLED = 2  # kind of allocator, as relax.VirtualMachine numbers them
 _CPU = 1
@@ -42,7 +40,7 @@ class TvmModel:
 
     def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
         self.directory, self.threads = Path(directory), threads or default_threads()
-        self.config = _read_config(self.directory)
+        self.config = read_config(self.directory, SCHEMA, again=_AGAIN, older=_AGAIN)
         require_machine(self.config["machine"])
         ffi = load_runtime()
         try:
@@ -50,7 +48,7 @@ class TvmModel:
             self._vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
             self._main = self._vm["main"]
         except Exception as error:
-            raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {_first_line(error)}", hint=_AGAIN) from error
+            raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {first_line(error)}", hint=_AGAIN) from error
         self._set_threads = ffi.get_global_func("runtime.config_threadpool")
         self._from_dlpack = ffi.from_dlpack
         self._memory = _read_aligned(self.directory / PARAMETERS)
@@ -76,7 +74,7 @@ class TvmModel:
         """
         if set(inputs) != set(self.inputs):
             raise RequestError(f"the model takes the inputs {list(self.inputs)}, got {sorted(inputs)}")
-        arrays = [aligned_copy(_as_array(inputs[s["name"]], s)) for s in self.config["inputs"]]
+        arrays = [aligned_copy(as_array(inputs[s["name"]], s)) for s in self.config["inputs"]]
         found = self.call([self.bind(a) for a in arrays])
         return {name: np.array(np.from_dlpack(value)) for name, value in zip(self.outputs, found, strict=True)}
 
@@ -92,7 +90,7 @@ class TvmModel:
         try:
             found = self._main(*inputs, *self._parameters)
         except Exception as error:
-            raise BackendError(f"TVM failed: {_first_line(error)}") from error
+            raise BackendError(f"TVM failed: {first_line(error)}") from error
         return list(found) if len(self.outputs) > 1 or isinstance(found, list | tuple) or hasattr(found, "__len__") else [found]
 
     def placement(self) -> dict[str, int]:
@@ -118,7 +116,7 @@ def load_runtime() -> Any:
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise BackendError(f"TVM's runtime cannot be loaded: {_first_line(error)}") from error
+        raise BackendError(f"TVM's runtime cannot be loaded: {first_line(error)}") from error
     return tvm_ffi
 
 
@@ -164,30 +162,3 @@ def _view(memory: Array, entry: dict[str, Any], directory: Path) -> Array:
     if entry["offset"] + size > memory.nbytes:
         raise ModelError(f"{directory / PARAMETERS} is too short", hint=_AGAIN)
     return memory[entry["offset"] : entry["offset"] + size].view(dtype).reshape(entry["shape"])
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        if config["schema"] != SCHEMA:
-            hint = "update dyncomp" if config["schema"] > SCHEMA else _AGAIN
-            raise ModelError(f"{directory / CONFIG} has schema {config['schema']}; this dyncomp reads schema {SCHEMA}", hint=hint)
-        return dict(config)
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory} holds no lowered model ({CONFIG} is missing)", hint=_AGAIN) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory / CONFIG} is damaged: {_first_line(error)}", hint=_AGAIN) from error
-
-
-def _as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.ndim != len(spec["shape"]):
-        raise RequestError(f"the input {spec['name']!r} has shape {list(array.shape)}, it should be {spec['shape']}")
-    dtype = np.dtype(spec["dtype"])
-    if array.dtype != dtype and array.dtype.kind != dtype.kind:
-        raise RequestError(f"the input {spec['name']!r} is {array.dtype}, it should be {dtype}")
-    return array.astype(dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,6 +1,6 @@
 """Several processes that train one model: each computes a part of every batch, gradients are summed.
 
-``torchrun --nproc-per-node N -m dyncomp heal …`` starts them; without it there is one.
+A program of one's own starts them with ``torchrun`` and trains inside :func:`joined`; ``dyncomp heal`` itself is one process.
 """
 
 from __future__ import annotations
