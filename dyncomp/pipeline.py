@@ -7,7 +7,6 @@ command line, in a recipe and in a bundle's manifest at once.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from dyncomp.errors import DyncompError, PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import release_memory
 
 if typing.TYPE_CHECKING:
     from dyncomp.calibrate import Calibration
@@ -105,13 +105,6 @@ class Pass:
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         raise NotImplementedError
 
-    def check(self, before: Graph, after: Graph, ctx: Context) -> float | None:
-        """Relative error of ``after`` against ``before`` on the probe inputs, or None when there is nothing to compare."""
-        if ctx.probe is None or before.inputs != after.inputs:
-            return None
-        with torch.no_grad():
-            return relative_error(after(**ctx.probe), before(**ctx.probe))
-
     @property
     def spec(self) -> str:
         """``name{option=value …}`` with the options that differ from their defaults."""
@@ -129,6 +122,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((actual - expected).abs().max() / scale)
+
+
+def _on_probe(graph: Graph, ctx: Context) -> Tensor | None:
+    """The graph's output on the probe inputs, where they fit."""
+    if ctx.probe is None or {i.name for i in graph.inputs} != ctx.probe.keys():
+        return None
+    with torch.no_grad():
+        output: Tensor = graph(**ctx.probe)
+    return output
 
 
 @dataclass
@@ -164,12 +166,14 @@ class Pipeline:
         """
         records: list[PassRecord] = []
         for group in self._groups():
-            before, start, index = graph.copy(), time.perf_counter(), len(records)
+            start, index, inputs = time.perf_counter(), len(records), graph.inputs
+            expected = _on_probe(graph, ctx)  # outputs, not a copy of the graph: that would keep the weights the pass replaces
             ctx.running = last = group[-1]
             try:
                 results = [last.run(graph, ctx)] if len(group) == 1 else type(last).together(group, graph, ctx)  # type: ignore[misc]
                 graph.clean()
-                error = last.check(before, graph, ctx)
+                found = _on_probe(graph, ctx) if graph.inputs == inputs else None
+                error = relative_error(found, expected) if found is not None and expected is not None else None
             except RequestError:
                 raise
             except Exception as failure:
@@ -186,8 +190,7 @@ class Pipeline:
                 (self.dump / f"{index:02d}-{'+'.join(p.name for p in group)}.txt").write_text(graph.text())
             if on_done is not None:
                 on_done(done)
-            del before
-            gc.collect()  # graphs refer to themselves; the copy's replaced weights would wait for it
+            release_memory()
         return records
 
     def _groups(self) -> list[list[Pass]]:

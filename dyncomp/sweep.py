@@ -23,24 +23,9 @@ from dyncomp.ops import routed_ffn_reference
 aten = torch.ops.aten
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention in the precision that :func:`fast_matmul` allows."""
-    if query.dtype is not torch.float32 or not bfloat16_allowed():
-        return aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
-
-    def half(value: Any) -> Any:
-        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    options = {name: half(option) for name, option in kwargs.items()}
-    return aten.scaled_dot_product_attention.default(*map(half, (query, key, value, *args)), **options).float()
-
-
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
-_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference,
-    aten.scaled_dot_product_attention.default: _attention,
-}
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
 
 
 class Sweep:
@@ -78,7 +63,8 @@ class Sweep:
         """
         segment = self._segment(to)
         for index in range(len(self._batches)):
-            self._run(segment, index, watch or {})
+            with reduced_products():
+                self._run(segment, index, watch or {})
             if tick is not None:
                 tick()
         self._done.update(segment)
@@ -89,7 +75,7 @@ class Sweep:
 
     def values(self, node: fx.Node) -> list[Tensor]:
         """The values of a node that has run and is still needed, one for each batch."""
-        return [self._lookup(node, index) for index in range(len(self._batches))]
+        return [_handed_out(self._lookup(node, index)) for index in range(len(self._batches))]
 
     def provide(self, node: fx.Node, values: Sequence[Tensor]) -> None:
         """Give the values of a node that has not run, one for each batch, where the caller has them already."""
@@ -133,9 +119,10 @@ class Sweep:
             store = static if node in self._static_nodes else values
             if node not in store:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
-                store[node] = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+                with full_products() if node in self._static_nodes else contextlib.nullcontext():
+                    store[node] = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
             if node in watch:
-                watch[node](index, store[node])
+                watch[node](index, _handed_out(store[node]))
             for source in node.all_input_nodes:
                 if source in left:
                     left[source] -= 1
@@ -148,6 +135,11 @@ class Sweep:
         if node in self._static_nodes:
             return self._static[tuple(tuple(t.shape) for t in self._batches[index].values())][node]
         return self._values[index][node]
+
+
+def _handed_out(value: Any) -> Any:
+    """What :func:`reduced_products` left in bfloat16 is given to others in float32."""
+    return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value
 
 
 @contextlib.contextmanager
@@ -169,9 +161,33 @@ def bfloat16_allowed() -> bool:
     return torch.get_float32_matmul_precision() == "medium" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def release_memory() -> None:
-    """Give back what is no longer used: graphs refer to themselves and wait for the garbage collector, and the C library keeps
-    freed blocks. Called between the stages of long work."""
-    gc.collect()
+def reduced_products() -> contextlib.AbstractContextManager[Any]:
+    """Inside :func:`fast_matmul`: linear layers and attention take and *give* bfloat16, which is up to three times faster than
+    float32 tensors that are only multiplied in bfloat16. Sums and norms stay in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_allowed())
+
+
+@contextlib.contextmanager
+def full_products() -> Iterator[None]:
+    """The opposite: for what depends on positions alone, such as rotary angles, which bfloat16 would get wrong."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def release_memory(*, collect: bool = True) -> None:
+    """Give back what is no longer used. Called between the stages of long work, and without ``collect`` between its layers.
+
+    The C library keeps freed blocks: each layer's new weights would be put beside them.
+
+    Args:
+        collect: look for graphs that nobody holds any more (they refer to themselves), which takes a while.
+    """
+    if collect:
+        gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

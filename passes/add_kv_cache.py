@@ -68,10 +68,6 @@ class AddKVCache(Pass):
         graph.module, graph.inputs, graph.outputs, graph.info = work.module, work.inputs, work.outputs, work.info
         return PassResult(changed=[a.path for a in attentions], facts={**facts, "relative_error": error})
 
-    def check(self, before: Graph, after: Graph, ctx: Context) -> float | None:
-        """The inputs change, so the pass checks itself (``facts["relative_error"]``)."""
-        return None
-
 
 class _Rewrite:
     def __init__(self, graph: Graph, context: int, chosen: bool) -> None:

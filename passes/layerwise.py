@@ -14,7 +14,7 @@ from dyncomp.graph import Graph
 from dyncomp.ops import expert_hidden
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
-from dyncomp.sweep import Sweep, bfloat16_allowed, fast_matmul
+from dyncomp.sweep import Sweep, fast_matmul, reduced_products, release_memory
 
 aten = torch.ops.aten
 _GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
@@ -98,13 +98,13 @@ class Layer:
     def hidden(self) -> Iterator[Tensor]:
         """Hidden activations of every expert, [n, E, F] a batch; computed once for all passes that look at this layer.
 
-        Kept in bfloat16 where :func:`~dyncomp.sweep.fast_matmul` computes in it: ``tokens * d_ff * 2`` bytes.
+        Kept as :func:`~dyncomp.sweep.reduced_products` gives them: in bfloat16 where the CPU has it, ``tokens * d_ff * 2`` bytes.
         """
         if self._hidden_of is None or not self._hidden_of.is_set_to(self.view.w_up):
             self._hidden, self._hidden_of = [], self.view.w_up
-            kept = torch.bfloat16 if bfloat16_allowed() else self.view.w_up.dtype
-            for x in self.inputs:
-                self._hidden.append(self.view.hidden(x.reshape(-1, self.view.d_model)).to(kept))
+            with reduced_products():
+                for x in self.inputs:
+                    self._hidden.append(self.view.hidden(x.reshape(-1, self.view.d_model)))
         for h in self._hidden:
             yield h.to(self.view.w_up.dtype)
 
@@ -114,7 +114,8 @@ class Layer:
         found = []
         for x, h in zip(self.inputs, self.hidden(), strict=True):
             gates = self.view.gate_values(x.reshape(-1, self.view.d_model))
-            found.append(torch.nn.functional.linear((h * gates[..., None]).flatten(1), down).view(*x.shape[:-1], -1))
+            with reduced_products():
+                found.append(torch.nn.functional.linear((h * gates[..., None]).flatten(1), down).view(*x.shape[:-1], -1))
         return found
 
 
@@ -173,6 +174,8 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
                 result.changed.append(region.name)
             layer.view = ExpertView(graph, same_region(graph, region))
             sweep.provide(region.node, layer.outputs())
+            del layer
+            release_memory(collect=False)
             ctx.progress(stage, position + 1, len(regions))
     return results
 

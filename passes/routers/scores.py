@@ -10,6 +10,7 @@ from dyncomp.passes.layerwise import ExpertView, Layer
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
+from dyncomp.sweep import reduced_products
 
 aten = torch.ops.aten
 ALWAYS = 1e4
@@ -96,7 +97,9 @@ def energies(layer: Layer) -> list[Tensor]:
     found = []
     for hidden in layer.hidden():
         h = hidden.transpose(0, 1)  # [E, n, F]
-        found.append(((h @ gram) * h).sum(-1).clamp_min(0).T)
+        with reduced_products():
+            projected = h @ gram
+        found.append((projected * h).sum(-1).clamp_min(0).T)
     return found
 
 
