@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from dyncomp.backends.ort.decoder import Binding, allocate_caches, append_in_pieces, cache_names
+from dyncomp.backends.decoder import allocate_caches, cache_names
+from dyncomp.backends.ort.decoder import Binding, append_in_pieces
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array
 
