@@ -16,7 +16,7 @@ from dyncomp.graph import Graph
 from dyncomp.pipeline import Context
 from dyncomp.sweep import Sweep, fast_matmul
 
-RIDGE = 0.1
+STAND_IN_RIDGE = 0.1
 
 
 def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int) -> list[float]:
@@ -38,7 +38,7 @@ def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows:
                 x, y = first.advance(part.source), first.advance(part.result)
                 ahead = second.advance(part.source) if fork is None else fork.advance(part.source)
                 fork = second.branch() if fork is None else fork
-                given = _stand_in(x, y, ahead, rank)
+                given = stand_in(x, y, ahead, rank)
                 true = fork.branch().advance(part.result)
                 fork.provide(part.result, [torch.cat([t[:, :1], g[:, 1:]], 1) for t, g in zip(true, given, strict=True)])
             assert fork is not None
@@ -47,13 +47,18 @@ def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows:
     return losses
 
 
-def _stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -> list[Tensor]:
+def stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -> list[Tensor]:
+    """What a low-rank map fitted from ``x`` to ``y`` gives on ``ahead``; zeros at rank 0. All [B, S, features] a batch.
+
+    Args:
+        rank: of the map, its constant counted.
+    """
     if not rank:
         return [a.new_zeros(*a.shape[:-1], y[0].shape[-1]) for a in ahead]
     problem = LeastSquares(x[0].shape[-1], y[0].shape[-1])
     for a, b in zip(x, y, strict=True):
         problem.add(a.flatten(0, 1), b.flatten(0, 1))
-    down, up, bias = problem.solve_low_rank(RIDGE, rank - 1)
+    down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, rank - 1)
     return [a @ down @ up + bias for a in ahead]
 
 

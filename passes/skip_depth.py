@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.depth_budget import allocate, sensitivities
+from dyncomp.passes.depth_budget import STAND_IN_RIDGE, allocate, sensitivities, stand_in
 from dyncomp.passes.depth_gates import Gated, GatedUnit, Unit, insert_gates
 from dyncomp.passes.layerwise import residual_add, routing_facts
 from dyncomp.passes.least_squares import LeastSquares
@@ -176,13 +176,8 @@ class SkipDepth(Pass):
                 streams = sweep.values(part.stream) if sweep.has(part.stream) else x
                 energy = [s.square().sum(-1) for s in streams]
             given = _contributions(part, inputs)
-            if self._rank:
-                problem = LeastSquares(x[0].shape[-1], part.d_out)
-                for a, y in zip(x, given, strict=True):
-                    problem.add(a.flatten(0, 1), y.flatten(0, 1))
-                down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1)
-                given = [y - (a @ down @ up + bias) for a, y in zip(x, given, strict=True)]
-            total = [t + y for t, y in zip(total, given, strict=True)] if total else given
+            left = [y - s for y, s in zip(given, stand_in(x, given, x, self._rank), strict=True)]
+            total = [t + y for t, y in zip(total, left, strict=True)] if total else left
         return [t.square().sum(-1) / e.clamp_min(1e-12) for t, e in zip(total, energy, strict=True)]
 
     def _fit_part(self, part: Gated, x: list[Tensor], inputs: list[Tensor], wanted: list[Tensor] | None, kept: list[Tensor]) -> None:
@@ -210,7 +205,6 @@ class SkipDepth(Pass):
                 part.set_stand_in(*problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1))
 
 
-STAND_IN_RIDGE = 0.1
 MIN_SHARE = 0.01
 """Of tokens that skip, below which a layer gets no router: it would cost more than it spares."""
 MIN_ROWS = 32
