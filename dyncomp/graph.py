@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -185,13 +186,13 @@ class Graph:
             yield Builder(self, path if path is not None else anchor.meta.get("path", ""))
 
     def copy(self) -> Graph:
-        """A graph whose nodes may be changed freely; the tensors are shared with this one."""
+        """A graph whose nodes and facts may be changed freely; the tensors are shared with this one."""
         module = fx.GraphModule(self.module, fx.Graph())
         module.graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         result = module.graph.graph_copy(self.module.graph, mapping)
         module.graph.output(result).meta = dict(self._output.meta)
-        clone = Graph(module, self.inputs, self.outputs, dict(self.info), dict(self.quantized))
+        clone = Graph(module, self.inputs, self.outputs, copy.deepcopy(self.info), dict(self.quantized))
         clone._adopt_tensors(self)
         module.recompile()
         return clone

@@ -118,7 +118,6 @@ def compare_routers(
     rows = []
     for name in routers:
         graph = (dense if name == STATIC else carved).copy()
-        graph.info = graph.info | {"routing": {n: dict(f) for n, f in graph.info.get("routing", {}).items()}}
         probe, start = _Probe(), time.perf_counter()
         passes: list[Pass] = [PruneStatic(active=active)]
         if name != STATIC:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
@@ -149,7 +147,6 @@ def test_every_router_gives_the_share_asked_for_and_the_graph_computes_what_was_
     for router in FAMILIES:
         for gates in ("threshold", "relative"):
             routed = graph.copy()
-            routed.info = copy.deepcopy(graph.info)
             Pipeline([FitRouter(active=0.6, router=router, gates=gates)]).run(routed, ctx)
             region = find_routed(routed)[0]
             used = []
@@ -183,7 +180,6 @@ def test_budgets_go_where_neurons_matter() -> None:
     errors = {}
     for budgets in ("uniform", "kl"):
         routed = graph.copy()
-        routed.info = copy.deepcopy(graph.info)
         facts = Pipeline([FitRouter(active=0.6, budgets=budgets)]).run(routed, ctx)[0].result.facts
         errors[budgets] = _error(routed, ctx)
     first, second = facts["budgets"].values()
@@ -193,10 +189,10 @@ def test_budgets_go_where_neurons_matter() -> None:
 
 
 def test_allocation_equalises_the_price_of_a_neuron() -> None:
-    curves = {"a": {0.8: 0.04, 0.5: 0.25}, "b": {0.8: 0.16, 0.5: 1.0}}  # (1 - x)² and 4 (1 - x)²: slopes 2t and 8t
-    shares = allocate(curves, {"a": 10, "b": 10}, 0.75, {"a": 0.0, "b": 0.0})
+    losses = {"a": 0.25, "b": 1.0}  # (1 - x)² and 4 (1 - x)² at one half: slopes 2t and 8t
+    shares = allocate(losses, {"a": 10, "b": 10}, 0.75, {"a": 0.0, "b": 0.0})
     assert shares == pytest.approx({"a": 0.6, "b": 0.9}, abs=1e-6)
-    assert allocate(curves, {"a": 10, "b": 10}, 0.75, {"a": 0.7, "b": 0.0}) == pytest.approx({"a": 0.7, "b": 0.8}, abs=1e-6)
+    assert allocate(losses, {"a": 10, "b": 10}, 0.75, {"a": 0.7, "b": 0.0}) == pytest.approx({"a": 0.7, "b": 0.8}, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SOME)
