@@ -109,6 +109,10 @@ class Graph:
             value = getattr(value, part)
         return value
 
+    def reads(self, name: str) -> bool:
+        """Whether some node reads the tensor ``name``."""
+        return any(n.op == "get_attr" and n.target == name for n in self.module.graph.nodes)
+
     def constants(self) -> dict[str, Tensor]:
         """Every tensor that some node reads, by dotted name, in graph order."""
         return {str(n.target): self.tensor(n) for n in self.module.graph.nodes if n.op == "get_attr" and n.users}

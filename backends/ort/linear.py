@@ -38,7 +38,6 @@ def select_linears(graph: Graph) -> None:
 def transposed(graph: Graph, weight: fx.Node) -> fx.Node:
     """A node that reads the transpose of a constant."""
     name = f"{weight.target}_transposed"
-    constants = {n.target for n in graph.nodes if n.op == "get_attr"}
-    if name not in constants:
+    if not graph.reads(name):
         graph.add_tensor(name, graph.tensor(weight).detach().t().contiguous())
     return graph.read(name)

@@ -110,7 +110,7 @@ def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node
     """Codes, scales and offsets in the native layout, as constants; made once for weights that several nodes read."""
     codes, scales = f"{name}_codes", f"{name}_scales"
     offsets = f"{name}_offsets" if value.offsets is not None else None
-    if not _has(graph, codes):
+    if not graph.reads(codes):
         graph.add_tensor(codes, torch.from_numpy(pack_codes(value.codes.numpy(), value.bits)), trainable=False)
         graph.add_tensor(scales, torch.from_numpy(pack_scales(value.scales.numpy())), trainable=False)
         if offsets is not None and value.offsets is not None:
@@ -121,15 +121,11 @@ def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node
 def _blocks(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node]:
     """Codes and scales of a symmetric weight as MatMulNBits wants them."""
     codes, scales, rows = f"{name}_codes", f"{name}_scales", value.codes.shape[0]
-    if not _has(graph, codes):
+    if not graph.reads(codes):
         stored = pack_nibbles(value.codes) if value.bits == 4 else value.codes
         graph.add_tensor(codes, stored.reshape(rows, value.scales.shape[1], -1).contiguous(), trainable=False)
         graph.add_tensor(scales, value.scales.float().flatten(), trainable=False)
     return graph.read(codes), graph.read(scales)
-
-
-def _has(graph: Graph, name: str) -> bool:
-    return any(n.op == "get_attr" and n.target == name for n in graph.nodes)
 
 
 def _constant(graph: Graph, name: str, value: Tensor | None) -> Any:

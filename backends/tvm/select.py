@@ -127,6 +127,6 @@ def _filled(graph: Graph, value: float, size: int) -> fx.Node:
 def _derived(graph: Graph, name: str, make: Any) -> fx.Node:
     """A node that reads the constant ``name``, made when it does not exist."""
     name = name.replace(".panels", "_panels")
-    if not any(n.op == "get_attr" and n.target == name for n in graph.nodes):
+    if not graph.reads(name):
         graph.add_tensor(name, make())
     return graph.read(name)
