@@ -21,6 +21,7 @@ from dyncomp.models.extras import require
 from dyncomp.models.gguf_file import GgufFile, read_gguf
 from dyncomp.pipeline import relative_error
 from dyncomp.regions import find_routed
+from dyncomp.regions.tokens import random_inputs
 from dyncomp.report.card import model_card
 
 RECORD = "dyncomp-export.json"
@@ -121,10 +122,7 @@ def _hf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> d
     architecture, decoder, shape = choose(graph, request.architecture)
     temper = architecture.temper if request.temper is None else request.temper
     write(decoder, shape, architecture, folder, source=opened.manifest.source.config, temper=temper, dtype=DTYPES[request.dtype])
-    tokenizer = opened.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    found = compare(graph, folder, tokenizer)
+    found = compare(graph, folder, _save_tokenizer(opened, folder))
     allowed = TOLERANCE[request.dtype]
     if not found["median_error"] <= allowed:
         raise PassError(
@@ -177,8 +175,7 @@ def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
     else:
         lowered, _ = lower_artifact(graph, folder)
     parity = check_parity(lowered, folder)
-    if (tokenizer := opened.tokenizer()) is not None:
-        tokenizer.save_pretrained(folder)
+    _save_tokenizer(opened, folder)
     notes = [
         "model.onnx with its data, config.json (inputs, outputs, KV cache) and the tokenizer: onnxruntime alone runs it, as "
         "examples/onnxruntime_only.py of dyncomp shows",
@@ -195,38 +192,39 @@ def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
 def _pt2(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
     from dyncomp.models.program import load_program
 
-    def sample(sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape]) for spec in graph.inputs]
-        return tuple(
-            torch.randn(shape, generator=generator).to(spec.dtype) if spec.dtype.is_floating_point
-            else torch.randint(1, 2 if "mask" in spec.name else 64, shape, generator=generator).to(spec.dtype)
-            for spec, shape in shapes
-        )  # fmt: skip
-
     names = dict.fromkeys(d for spec in graph.inputs for d in spec.shape if isinstance(d, str))
     auto = torch.export.Dim.AUTO
     dynamic = tuple({i: auto for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in graph.inputs)
     with torch.no_grad():
         program = torch.export.export(
-            graph.module, sample({name: 3 + 2 * i for i, name in enumerate(names)}), dynamic_shapes=dynamic, strict=False
+            graph.module,
+            tuple(random_inputs(graph, {name: 3 + 2 * i for i, name in enumerate(names)}).values()),
+            dynamic_shapes=dynamic,
+            strict=False,
         )
         torch.export.save(program, folder / "model.pt2")
-        fresh = sample({name: 4 + 5 * i for i, name in enumerate(names)})
+        fresh = list(random_inputs(graph, {name: 4 + 5 * i for i, name in enumerate(names)}).values())
         loaded = load_program(folder / "model.pt2", name="model.pt2")
         theirs = loaded.module(**dict(zip(loaded.example_inputs, fresh, strict=True)))
         with float_activations(graph):
             error = relative_error(theirs, graph(*fresh))
     if not error <= 1e-5:
         raise PassError(f"the exported program differs from the graph by {error:.1e} (relative); allowed 1e-05")
-    if (tokenizer := opened.tokenizer()) is not None:
-        tokenizer.save_pretrained(folder)
+    _save_tokenizer(opened, folder)
     notes = (
         ["load it with torch.export.load after `import dyncomp.ops`, which registers the operators it uses"] if find_routed(graph) else []
     )
     if graph.quantized:
         notes.append("quantized weights are in it decoded")
     return {"check": {"class": "torch.export", "relative_error": error}, "notes": notes}
+
+
+def _save_tokenizer(opened: Bundle, folder: Path) -> Any:
+    """The bundle's tokenizer, put beside the model; None when it has none."""
+    tokenizer = opened.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _gguf_source(opened: Bundle) -> GgufFile | None:
