@@ -1,4 +1,4 @@
-"""What the backends that write artifacts share: reading ``config.json`` back, and checking inputs against it."""
+"""What the backends that write artifacts share: what ``config.json`` says, reading it back, and checking inputs against it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ import torch
 from torch import Tensor
 
 from dyncomp.errors import ModelError, RequestError
+from dyncomp.graph import Graph
 
 Array = np.ndarray[Any, Any]
 CONFIG = "config.json"
+
+
+def describe(graph: Graph, schema: int) -> dict[str, Any]:
+    """What the configuration beside every lowered model says first."""
+    return {
+        "schema": schema,
+        "name": graph.info.get("name", "model"),
+        "task": graph.info.get("task"),
+        "context_length": graph.info.get("context_length"),
+        "kv_cache": graph.info.get("kv_cache"),
+        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
+        "outputs": list(graph.outputs),
+        "precision": graph.precision,
+    }
 
 
 def read_config(directory: Path, schema: int, *, again: str, older: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dyncomp.backends.artifact import CONFIG, describe
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
@@ -32,7 +33,7 @@ from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import find_routed
 from dyncomp.regions.norm import fuse_rms_norms
 
-MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "config.json"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 SCHEMA = 2  # of CONFIG; 2: logits of the `chosen` tokens
 LIBRARY = "dyncomp_ort.so"
 """The kernels, beside a model that needs them, for programs that run it without dyncomp. dyncomp itself never loads this copy."""
@@ -169,14 +170,7 @@ def _operator_name(node: Any) -> str:
 
 def _config(graph: Graph, operators: dict[str, int], ours: bool) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        "name": graph.info.get("name", "model"),
-        "task": graph.info.get("task"),
-        "context_length": graph.info.get("context_length"),
-        "kv_cache": graph.info.get("kv_cache"),
-        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
-        "outputs": list(graph.outputs),
-        "precision": graph.precision,
+        **describe(graph, SCHEMA),
         "kernels": "dyncomp" if ours else "onnxruntime",
         **({"sparse_linear": sparse_kernels(graph, operators)} if sparse_nodes(graph) else {}),
         "operators": dict(sorted(operators.items())),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dyncomp.backends.artifact import CONFIG, describe
 from dyncomp.backends.program import exported_program
 from dyncomp.backends.tvm.machine import Machine, this_machine
 from dyncomp.backends.tvm.require import require_compiler
@@ -16,7 +17,7 @@ from dyncomp.backends.tvm.require import require_compiler
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
 
-LIBRARY, PARAMETERS, CONFIG = "model.so", "parameters.bin", "config.json"
+LIBRARY, PARAMETERS = "model.so", "parameters.bin"
 SCHEMA = 1
 ALIGNMENT = 64
 Progress = Callable[[str, int, int], None]
@@ -108,14 +109,7 @@ def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict
 
 def _config(graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        "name": graph.info.get("name", "model"),
-        "task": graph.info.get("task"),
-        "context_length": graph.info.get("context_length"),
-        "kv_cache": graph.info.get("kv_cache"),
-        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
-        "outputs": list(graph.outputs),
-        "precision": graph.precision,
+        **describe(graph, SCHEMA),
         "machine": machine.describe(),
         "kernels": kernels,
         "parameters": parameters,
