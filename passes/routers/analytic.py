@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from dyncomp.passes.layerwise import ExpertView, Layer
 from dyncomp.passes.routers.neuron import neuron_rows
-from dyncomp.passes.routers.scores import RouterOptions, Scores, targets
+from dyncomp.passes.routers.scores import Emit, Read, RouterOptions, Scores, targets
 from torch import Tensor, fx
 
 from dyncomp.activations import emit_activation
 from dyncomp.graph import Builder
 
 aten = torch.ops.aten
-Emit = Callable[[Builder, fx.Node, Callable[[str], fx.Node]], fx.Node]
 
 
 def mean_gate(layer: Layer, options: RouterOptions) -> Scores:
@@ -52,7 +49,7 @@ def representative(layer: Layer, options: RouterOptions) -> Scores:
 def _emit_representative(view: ExpertView, biased: bool) -> Emit:
     activation, experts, gated = view.activation, view.experts, view.gated
 
-    def emit(b: Builder, x: fx.Node, read: Callable[[str], fx.Node]) -> fx.Node:
+    def emit(b: Builder, x: fx.Node, read: Read) -> fx.Node:
         h = b.call(aten.linear.default, x, read("neurons"), *([read("neurons_bias")] if biased else []))
         if not gated:
             return b.call(aten.abs.default, emit_activation(b.call, activation, h))
@@ -90,7 +87,7 @@ def spectral(layer: Layer, options: RouterOptions) -> Scores:
 def _emit_spectral(view: ExpertView, names: list[str], rank: int) -> Emit:
     experts = view.experts
 
-    def emit(b: Builder, x: fx.Node, read: Callable[[str], fx.Node]) -> fx.Node:
+    def emit(b: Builder, x: fx.Node, read: Read) -> fx.Node:
         total: fx.Node | None = None
         for name in names:
             z = b.call(aten.linear.default, x, read(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from dyncomp.passes.layerwise import Layer
 from dyncomp.passes.least_squares import LeastSquares
-from dyncomp.passes.routers.scores import RouterOptions, Scores, targets
+from dyncomp.passes.routers.scores import Read, RouterOptions, Scores, targets
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder
@@ -33,8 +33,8 @@ def mlp(layer: Layer, options: RouterOptions) -> Scores:
     return Scores(last, weight.T.contiguous(), {"hidden": hidden, "hidden_bias": bias}, _emit)
 
 
-def _emit(builder: Builder, x: fx.Node, read: object) -> fx.Node:
-    h = builder.call(aten.relu.default, builder.call(aten.linear.default, x, read("hidden"), read("hidden_bias")))  # type: ignore[operator]
+def _emit(builder: Builder, x: fx.Node, read: Read) -> fx.Node:
+    h = builder.call(aten.relu.default, builder.call(aten.linear.default, x, read("hidden"), read("hidden_bias")))
     return builder.call(aten.cat.default, [x, h], -1)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from dyncomp.passes.layerwise import ExpertView, Layer
 from dyncomp.passes.least_squares import LeastSquares
-from dyncomp.passes.routers.scores import RouterOptions, Scores, targets
+from dyncomp.passes.routers.scores import Emit, Read, RouterOptions, Scores, targets
 from torch import Tensor, fx
 
 from dyncomp.activations import ACTIVATIONS, emit_activation
@@ -86,10 +84,10 @@ def _mass(x: Tensor, t: dict[str, Tensor], view: ExpertView) -> Tensor:
     return h.square().unflatten(-1, (view.experts, -1)).sum(-1)
 
 
-def _emitter(view: ExpertView) -> Callable[[Builder, fx.Node, Callable[[str], fx.Node]], fx.Node]:
+def _emitter(view: ExpertView) -> Emit:
     gated, activation, experts, neurons = view.gated, view.activation, view.experts, view.neurons
 
-    def emit(b: Builder, x: fx.Node, read: Callable[[str], fx.Node]) -> fx.Node:
+    def emit(b: Builder, x: fx.Node, read: Read) -> fx.Node:
         z = b.call(aten.linear.default, x, read("project"))
         h = emit_activation(b.call, activation, b.call(aten.linear.default, z, read("expand"), read("expand_bias")))
         h = b.call(aten.mul.Tensor, h, read("norms"))

@@ -17,6 +17,12 @@ ALWAYS = 1e4
 """Bias of a shared expert: above every score."""
 
 
+Read = Callable[[str], fx.Node]
+"""Name of a router's tensor -> the node that reads it."""
+Emit = Callable[[Builder, fx.Node, Read], fx.Node]
+"""(builder, x, read) -> features [.., n], nodes of the graph."""
+
+
 @dataclass(frozen=True)
 class RouterOptions:
     """What the families may be told (see :class:`dyncomp.passes.FitRouter`)."""
@@ -34,7 +40,7 @@ class Scores:
 
     Args:
         features: tensors of the part before the last product, by name.
-        emit: (builder, x, name -> node) -> features [.., n] that are multiplied with ``weight``.
+        emit: makes the features that are multiplied with ``weight``.
         weight: [E, n]; None: the features are the scores, n = E.
         bias: [E].
     """
@@ -42,7 +48,7 @@ class Scores:
     bias: Tensor
     weight: Tensor | None = None
     features: dict[str, Tensor] | None = None
-    emit: Callable[[Builder, fx.Node, Callable[[str], fx.Node]], fx.Node] | None = None
+    emit: Emit | None = None
 
 
 def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str, k: int = 1) -> None:
