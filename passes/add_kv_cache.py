@@ -16,11 +16,12 @@ from dyncomp.graph import Graph, TensorSpec
 from dyncomp.ops import cached_attention
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.attention import Attention, find_attentions
+from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.partial import ShapeOnly, dominator
 from dyncomp.regions.refusal import Refusal
 
 aten = torch.ops.aten
-_HEAD = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, torch.ops.dyncomp.sparse_linear.default}
+_HEAD = {*PRODUCTS, torch.ops.dyncomp.sparse_linear.default}
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,12 @@ from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, Quantized, round_to_nearest
 from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
 from dyncomp.regions.depth import find_skips
-from dyncomp.regions.linear import constant
+from dyncomp.regions.linear import PRODUCTS, constant
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
 aten = torch.ops.aten
-_PRODUCTS = (
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, torch.ops.dyncomp.sparse_linear.default,
-    torch.ops.dyncomp.gated_linear.default,
-)  # fmt: skip
+_PRODUCTS = (*PRODUCTS, torch.ops.dyncomp.sparse_linear.default, torch.ops.dyncomp.gated_linear.default)
 
 
 @dataclass(frozen=True)

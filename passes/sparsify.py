@@ -16,11 +16,11 @@ from dyncomp.interpret import sparse_nodes
 from dyncomp.ops import keep_large, sparse_linear
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import Linear, find_linears, find_regions
+from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _SAMPLE = 4_000_000  # values that a threshold is taken from
 
 
@@ -108,7 +108,7 @@ class Sparsify(Pass):
                 continue
             if linear.thresholds is not None:
                 result.refused.append(Refusal(linear.weight, self.name, "small inputs of it count as zero already"))
-            elif linear.axis != -1 or product.target not in _PRODUCTS:
+            elif linear.axis != -1 or product.target not in PRODUCTS:
                 result.refused.append(Refusal(linear.weight, self.name, "it is not a plain linear layer"))
             elif linear.weight in graph.quantized and linear.transposed:
                 result.refused.append(Refusal(linear.weight, self.name, "its quantized weight is stored transposed", "quantize afterwards"))

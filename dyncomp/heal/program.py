@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn_reference
+from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.norm import fuse_rms_norms
 
 aten = torch.ops.aten
@@ -163,7 +164,4 @@ class Program:
         return [s for s in segments if s]
 
 
-_PRODUCTS = {
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.scaled_dot_product_attention.default,
-    torch.ops.dyncomp.routed_ffn.default,
-}  # fmt: skip
+_PRODUCTS = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}

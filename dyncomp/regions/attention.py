@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.mask import Mask, classify_mask, integer_literals
 from dyncomp.regions.partial import SHAPE_QUERIES, ShapeOnly, evaluate, symbolic_shape
 from dyncomp.regions.refusal import Refusal
@@ -19,10 +20,7 @@ aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _MATMUL = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
-_PROJECTION = {
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.convolution.default, aten.conv1d.default,
-    torch.ops.dyncomp.sparse_linear.default,
-}  # fmt: skip
+_PROJECTION = {*PRODUCTS, aten.convolution.default, aten.conv1d.default, torch.ops.dyncomp.sparse_linear.default}
 _SWAPS_LAST = {(aten.transpose.int, -1, -2), (aten.transpose.int, -2, -1), (aten.transpose.int, 2, 3), (aten.transpose.int, 3, 2)}
 
 

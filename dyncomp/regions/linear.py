@@ -15,6 +15,8 @@ from dyncomp.graph import Graph
 
 aten = torch.ops.aten
 _GATED = torch.ops.dyncomp.gated_linear.default
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+"""The spellings of a linear layer whose weight is a matrix and whose features come last."""
 
 
 @dataclass(frozen=True)
