@@ -197,16 +197,9 @@ inline Weights8 high(const Lanes& l, int p) {
   return signed_codes(w.high.a, w.high.b);
 }
 inline I halves(I a, I b) { return {a.a, b.a}; }
-inline int64_t compress(const int8_t* codes, int32_t stride, int32_t* offsets, int8_t* values) {
-  int64_t n = 0;
-  for (int32_t j = 0; j < kBlock; j++) {
-    offsets[n] = j * stride, values[n] = codes[j];
-    n += codes[j] != 0;
-  }
-  return n;
-}
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
+#include "compress.h"
 #include "gather_body.h"
 
 }  // namespace

@@ -150,16 +150,9 @@ inline I halves(I a, I b) {
   for (int i = 0; i < 8; i++) a[8 + i] = b[i];
   return a;
 }
-inline int64_t compress(const int8_t* codes, int32_t stride, int32_t* offsets, int8_t* values) {
-  int64_t n = 0;
-  for (int32_t j = 0; j < kBlock; j++) {
-    offsets[n] = j * stride, values[n] = codes[j];
-    n += codes[j] != 0;
-  }
-  return n;
-}
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
+#include "compress.h"
 #include "gather_body.h"
 
 }  // namespace
