@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ARCHITECTURES, HEADS, trace_tiny
 from torch import Tensor, nn
 
+from bench.tiny import ARCHITECTURES, HEADS, trace_tiny
 from dyncomp.graph import Graph
 from dyncomp.regions.attention import find_attentions
 from dyncomp.regions.mask import Mask, classify_mask

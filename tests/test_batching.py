@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ort import with_cache
 from test_runtime import END, Bytes
-from tiny import enliven, trace_tiny
 
+from bench.tiny import enliven, trace_tiny
 from dyncomp.errors import BackendError, RequestError
 from dyncomp.runtime.batching import SHORTEST_PREFIX, Batcher
 from dyncomp.runtime.generate import Generator

@@ -9,8 +9,8 @@ import pytest
 import torch
 from dyncomp.passes import CarveExperts
 from helpers import assert_close
-from tiny import ARCHITECTURES, built, sample, trace_tiny
 
+from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp import bundle
 from dyncomp.bundle import Manifest, Source, open_bundle
 from dyncomp.errors import BundleError, DyncompError, GraphError, RequestError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from tiny import ARCHITECTURES, built, sample, trace_tiny
 
+from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp.calibrate import MARKED, Calibration, calibrate, fingerprint
 from dyncomp.regions import find_regions
 from dyncomp.sweep import Sweep

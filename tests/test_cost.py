@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from helpers import route
-from tiny import ARCHITECTURES, FFN, HEADS, HIDDEN, LAYERS, VOCAB, trace_tiny
 
+from bench.tiny import ARCHITECTURES, FFN, HEADS, HIDDEN, LAYERS, VOCAB, trace_tiny
 from dyncomp.cost import count
 from dyncomp.errors import RequestError
 from dyncomp.regions import find_regions

@@ -12,9 +12,9 @@ from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.passes.skip_depth import find_units
 from helpers import assert_close
-from tiny import ARCHITECTURES, built, sample, trace_tiny
 from torch.library import opcheck
 
+from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.cost import count
 from dyncomp.errors import RequestError

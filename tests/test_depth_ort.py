@@ -14,8 +14,8 @@ from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, SkipDe
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.skip_depth import find_units
 from test_depth import context, gated
-from tiny import trace_tiny
 
+from bench.tiny import trace_tiny
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.pipeline import Context, Pipeline

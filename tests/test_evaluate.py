@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from dyncomp.passes import CarveExperts
 from dyncomp.passes.layerwise import ExpertView
 from helpers import assert_close
-from tiny import VOCAB, tokens, trace_tiny
 
+from bench.tiny import VOCAB, tokens, trace_tiny
 from dyncomp.bootstrap import interval
 from dyncomp.evaluate import evaluate, load_summary, model_inputs
 from dyncomp.pipeline import Context, Pipeline

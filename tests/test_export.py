@@ -18,8 +18,8 @@ from dyncomp.backends.hf.check import compare
 from dyncomp.backends.hf.write import choose, explain, write
 from dyncomp.passes.layerwise import ExpertView, set_gates
 from helpers import assert_close
-from tiny import VOCAB, trace_tiny
 
+from bench.tiny import VOCAB, trace_tiny
 from dyncomp import bundle
 from dyncomp.bundle import Manifest, Source
 from dyncomp.calibrate import Calibration, calibrate

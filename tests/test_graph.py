@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from tiny import tokens, trace_tiny
 from torch import nn
 
+from bench.tiny import tokens, trace_tiny
 from dyncomp.errors import GraphError
 from dyncomp.graph import Graph, op_name
 from dyncomp.trace import trace
@@ -35,6 +35,7 @@ def test_text_of_a_linear():
 
 def test_copies_are_independent():
     original = trace_tiny("llama")
+    original.info["routing"] = {"ffn": {"active": 1.0}}
     text, names, ids = original.text(), list(original.constants()), tokens(2, 5)
     before = original(ids)
     copy = original.copy()
@@ -42,14 +43,14 @@ def test_copies_are_independent():
         assert copy.tensor(name) is original.tensor(name), "tensors are shared, not copied"
     name = "model.model.layers.0.mlp.down_proj.weight"
     copy.add_tensor(name, torch.zeros_like(copy.tensor(name)))
-    copy.info["name"] = "changed"
+    copy.info["name"], copy.info["routing"]["ffn"]["active"] = "changed", 0.5
     for node in copy.nodes:
         if op_name(node) == "silu":
             node.target = aten.relu.default
     copy.clean()
     assert original.text() == text
     assert list(original.constants()) == names
-    assert original.info["name"] == "llama"
+    assert (original.info["name"], original.info["routing"]["ffn"]["active"]) == ("llama", 1.0)
     assert_close(original(ids), before, rel=0)
     assert not torch.allclose(copy(ids), before)
 

@@ -18,9 +18,9 @@ from heal_worker import SETTINGS as WORKER_SETTINGS
 from helpers import assert_close
 from safetensors.torch import load_file, save_file
 from test_passes import context
-from tiny import tokens, trace_tiny
 from torch import Tensor
 
+from bench.tiny import tokens, trace_tiny
 from dyncomp.errors import PassError, RequestError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph

@@ -8,9 +8,9 @@ from dyncomp.passes import AddKVCache
 from dyncomp.passes.verify_cache import verify_cache
 from helpers import assert_close
 from test_attention import Eager
-from tiny import ARCHITECTURES, tokens, trace_tiny
 from torch import Tensor, nn
 
+from bench.tiny import ARCHITECTURES, tokens, trace_tiny
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, parse_passes

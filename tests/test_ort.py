@@ -18,9 +18,9 @@ from dyncomp.passes import AddKVCache, CarveExperts
 from dyncomp.passes.layerwise import ExpertView, Layer, routing_facts, set_threshold
 from dyncomp.passes.routers import FAMILIES, RouterOptions, install
 from helpers import assert_close, relative_error
-from tiny import FFN, enliven, tokens, trace_tiny
 from torch import Tensor, nn
 
+from bench.tiny import FFN, enliven, tokens, trace_tiny
 from dyncomp import cost
 from dyncomp.calibrate import Calibration
 from dyncomp.errors import BackendError, ModelError, ProviderError, RequestError

@@ -9,8 +9,8 @@ from dyncomp.passes.budgets import allocate
 from dyncomp.passes.layerwise import ExpertView
 from dyncomp.passes.routers import FAMILIES
 from helpers import assert_close
-from tiny import ARCHITECTURES, built, sample, trace_tiny
 
+from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph

@@ -9,8 +9,8 @@ import dyncomp.passes  # noqa: F401
 import pytest
 import torch
 from dyncomp.passes import CarveExperts, FitRouter
-from tiny import tokens, trace_tiny
 
+from bench.tiny import tokens, trace_tiny
 from dyncomp.errors import PassError, RequestError
 from dyncomp.pipeline import Context, Pass, PassResult, Pipeline, make_pass, parse_passes
 

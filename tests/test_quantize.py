@@ -21,9 +21,9 @@ from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ort import carve
-from tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
 from torch import Tensor
 
+from bench.tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import assert_close, route
-from tiny import ARCHITECTURES, FFN, HIDDEN, TOKENS, VOCAB, TokenModel, built, sample, tokens, trace_tiny
 
+from bench.tiny import ARCHITECTURES, FFN, HIDDEN, TOKENS, VOCAB, TokenModel, built, sample, tokens, trace_tiny
 from dyncomp.errors import GraphError, RequestError
 from dyncomp.regions import find_ffns, find_regions, find_routed, replace_ffn
 from dyncomp.trace import trace

@@ -12,8 +12,8 @@ from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.recompute import Array, Recompute
 from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 from test_ort import OrtModel, carve, lower, with_cache
-from tiny import trace_tiny
 
+from bench.tiny import trace_tiny
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.hardware import default_threads, detect

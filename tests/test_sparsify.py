@@ -9,9 +9,9 @@ import pytest
 import torch
 from dyncomp.backends.ort.native.build import available
 from helpers import assert_close, relative_error
-from tiny import built, sample, trace_tiny
 from torch import Tensor
 
+from bench.tiny import built, sample, trace_tiny
 from dyncomp.calibrate import Calibration
 from dyncomp.cost import count
 from dyncomp.errors import RequestError

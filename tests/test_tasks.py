@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCAB, trace_tiny
 
+from bench.tiny import VOCAB, trace_tiny
 from dyncomp.errors import TextError
 from dyncomp.tasks import Item, Task, load_task, run_task
 

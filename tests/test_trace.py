@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from tiny import ARCHITECTURES, TOKENS, built, sample, tokens, trace_tiny
 from tiny_checkpoint import write_checkpoint
 from torch import nn
 
+from bench.tiny import ARCHITECTURES, TOKENS, built, sample, tokens, trace_tiny
 from dyncomp.errors import RequestError, TraceError
 from dyncomp.graph import op_name
 from dyncomp.models import load_for_inspection, load_model

@@ -20,13 +20,14 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ort import carve, with_cache
-from tiny import trace_tiny
 from torch import Tensor
 
+from bench.tiny import trace_tiny
 from dyncomp.errors import BackendError, ModelError, RequestError
-from dyncomp.graph import Graph
+from dyncomp.graph import Graph, op_name
 from dyncomp.ops import cached_attention, rotary, routed_ffn
 from dyncomp.regions.tokens import random_inputs
+from dyncomp.trace import trace
 
 tvm = pytest.importorskip("tvm")
 

@@ -7,9 +7,10 @@ import random
 from pathlib import Path
 
 import torch
-from tiny import enliven
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench.tiny import enliven
 
 _WORDS = [
     "the", "of", "a", "river", "stone", "light", "under", "over", "quick", "slow", "small", "great",

@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures: what every pass and backend is tried on for breadth.
+"""Tiny random models of real architectures: what the tests try every pass and backend on, and what docs/models.md is measured on.
 
 :data:`ARCHITECTURES` is data: how to build each model, what to feed it, and the regions it must be found to have.
 The weights are random but lively (every layer changes its input by about as much as its input), so that a wrong
@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_handwritten import ConvNet, NanoGPT, TorchEncoder
 from torch import Tensor, nn
 
+from bench.tiny_handwritten import ConvNet, NanoGPT, TimmViT, TorchEncoder
 from dyncomp.graph import Graph
 from dyncomp.trace import trace
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS = 96, 32, 64, 2, 4
 Inputs = dict[str, Tensor]
 Dims = dict[str, dict[int, str]]
+Kw = dict[str, Any]
 
 
 class Model(nn.Module):
@@ -51,6 +52,16 @@ class PixelModel(Model):
 class SoundModel(Model):
     def forward(self, input_features: Tensor) -> Tensor:
         return getattr(self.model(input_features=input_features), self.output)
+
+
+class Seq2SeqModel(Model):
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return getattr(self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids), self.output)
+
+
+class SpeechModel(Model):
+    def forward(self, input_features: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return getattr(self.model(input_features=input_features, decoder_input_ids=decoder_input_ids), self.output)
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ def sample(inputs: Inputs, dims: Dims, sizes: Mapping[str, int], seed: int = 1) 
 TOKENS: Dims = {"input_ids": {0: "batch", 1: "sequence"}}
 MASKED: Dims = TOKENS | {"attention_mask": {0: "batch", 1: "sequence"}}
 PIXELS: Dims = {"pixel_values": {0: "batch"}}
+TARGET: Dims = {"decoder_input_ids": {0: "batch", 1: "target"}}
 
 
 def _ids() -> Inputs:
@@ -132,18 +144,30 @@ def _ids_and_mask() -> Inputs:
     return _ids() | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
 
 
+def _target() -> Inputs:
+    return {"decoder_input_ids": tokens(2, 5, seed=1)}
+
+
 def _pixels() -> Inputs:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
 # What transformers calls the same sizes, by family.
-_COMMON = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-_TEXT = _COMMON | {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-_DECODER = _TEXT | {"num_key_value_heads": 2, "use_cache": False}
-_GPT = {"n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
-_DISTIL = {"dim": HIDDEN, "hidden_dim": FFN, "n_layers": LAYERS, "n_heads": HEADS}
-_T5 = {"d_model": HIDDEN, "d_kv": 8, "d_ff": FFN, "num_layers": LAYERS, "num_heads": HEADS, "use_cache": False, "decoder_start_token_id": 0}
-_UNGROUPED = dict.fromkeys(("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups"), 1)
+_COMMON: Kw = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+_TEXT: Kw = _COMMON | {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_DECODER: Kw = _TEXT | {"num_key_value_heads": 2, "use_cache": False}
+_GPT: Kw = {"n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
+_DISTIL: Kw = {"dim": HIDDEN, "hidden_dim": FFN, "n_layers": LAYERS, "n_heads": HEADS}
+_T5: Kw = {
+    "d_model": HIDDEN,
+    "d_kv": 8,
+    "d_ff": FFN,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "use_cache": False,
+    "decoder_start_token_id": 0,
+}
+_UNGROUPED: Kw = dict.fromkeys(("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups"), 1)
 
 
 def _transformers(
@@ -175,18 +199,32 @@ def _vision(name: str, family: str, expect: dict[str, Any], **options: Any) -> T
     return Tiny(name, build, **expect)
 
 
-def _whisper() -> tuple[nn.Module, Inputs, Dims]:
+def _whisper() -> tuple[Any, Inputs]:
     import transformers
 
-    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
+    sizes: Kw = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
              {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": FFN}.items()}  # fmt: skip
     config = transformers.WhisperConfig(
-        vocab_size=VOCAB, d_model=HIDDEN, num_mel_bins=8, max_source_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-        decoder_start_token_id=1, begin_suppress_tokens=None, **sizes,
+        vocab_size=VOCAB, d_model=HIDDEN, num_mel_bins=8, max_source_positions=16, max_target_positions=64, use_cache=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, begin_suppress_tokens=None, **sizes,
     )  # fmt: skip
     features = {"input_features": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))}
-    encoder = enliven(transformers.WhisperModel(config).encoder)
-    return SoundModel(encoder, "last_hidden_state"), features, {"input_features": {0: "batch"}}
+    return enliven(transformers.WhisperForConditionalGeneration(config)), features
+
+
+def _whisper_encoder() -> tuple[nn.Module, Inputs, Dims]:
+    model, features = _whisper()
+    return SoundModel(model.model.encoder, "last_hidden_state"), features, {"input_features": {0: "batch"}}
+
+
+def _whisper_whole() -> tuple[nn.Module, Inputs, Dims]:
+    model, features = _whisper()
+    return SpeechModel(model, "logits"), features | _target(), {"input_features": {0: "batch"}} | TARGET
+
+
+def _seq2seq(name: str, model: str, config: str, expect: dict[str, Any], **options: Any) -> Tiny:
+    inputs, dims = _ids() | _target(), TOKENS | TARGET
+    return Tiny(name, _transformers(Seq2SeqModel, model, config, _TEXT | options, inputs, dims, "logits"), vocab=True, **BOTH | expect)
 
 
 def _nanogpt() -> tuple[nn.Module, Inputs, Dims]:
@@ -198,20 +236,25 @@ def _torch_encoder() -> tuple[nn.Module, Inputs, Dims]:
     return enliven(TorchEncoder(HIDDEN, FFN, LAYERS, HEADS)), example, {"x": {0: "batch", 1: "sequence"}}
 
 
+def _timm_vit() -> tuple[nn.Module, Inputs, Dims]:
+    return enliven(TimmViT(HIDDEN, FFN, LAYERS, HEADS, image=16, patch=8, classes=10)), _pixels(), PIXELS
+
+
 def _convnet() -> tuple[nn.Module, Inputs, Dims]:
     return enliven(ConvNet()), _pixels(), PIXELS
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
-GELU = {"activation": "gelu"}
-GELU_TANH = {"activation": "gelu_tanh"}
-RELU = {"activation": "relu"}
-QUICK = {"activation": "quick_gelu"}
-SILU = {"activation": "silu", "gated": True, "layout": "separate", "bias": False}
-GEGLU = SILU | GELU_TANH
-PARALLEL = {"blocks": {"parallel": LAYERS}}
-NO_BIAS = {"bias": False}
-TIED = {"tied": True}
+GELU: Kw = {"activation": "gelu"}
+GELU_TANH: Kw = {"activation": "gelu_tanh"}
+RELU: Kw = {"activation": "relu"}
+QUICK: Kw = {"activation": "quick_gelu"}
+SILU: Kw = {"activation": "silu", "gated": True, "layout": "separate", "bias": False}
+GEGLU: Kw = SILU | GELU_TANH
+PARALLEL: Kw = {"blocks": {"parallel": LAYERS}}
+NO_BIAS: Kw = {"bias": False}
+TIED: Kw = {"tied": True}
+BOTH: Kw = {"ffns": 2 * LAYERS, "attentions": 3 * LAYERS, "blocks": {"attention": 3 * LAYERS, "ffn": 2 * LAYERS}}  # encoder and decoder
 
 ARCHITECTURES: dict[str, Tiny] = {
     tiny.name: tiny
@@ -237,6 +280,9 @@ ARCHITECTURES: dict[str, Tiny] = {
                  n_layer=LAYERS, n_head=HEADS),
         _decoder("nemotron", "Nemotron", {"activation": "relu2"} | NO_BIAS),
         _decoder("mixtral", "Mixtral", {"ffns": 0, "blocks": {"attention": LAYERS}}, num_local_experts=4, num_experts_per_tok=2),
+        # the expert that every token runs is an FFN like any other
+        _decoder("qwen2_moe", "Qwen2Moe", SILU, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                 shared_expert_intermediate_size=FFN),
         # its scan is a Python loop: the sequence cannot be dynamic
         _decoder("mamba", "Mamba", {"ffns": 0, "attentions": 0, "blocks": {}} | TIED, dims={"input_ids": {0: "batch"}}, state_size=4),
         # encoders
@@ -250,14 +296,18 @@ ARCHITECTURES: dict[str, Tiny] = {
         _encoder("clip_text", "CLIPTextModel", "CLIPTextConfig", QUICK),
         _encoder("t5", "T5EncoderModel", "T5Config", RELU | NO_BIAS, feed_forward_proj="relu", **_T5),
         _encoder("t5_gated", "T5EncoderModel", "T5Config", GEGLU, feed_forward_proj="gated-gelu", **_T5),
+        # encoder and decoder
+        _seq2seq("t5_whole", "T5ForConditionalGeneration", "T5Config", RELU | NO_BIAS | TIED, feed_forward_proj="relu", **_T5),
+        Tiny("whisper_whole", _whisper_whole, vocab=True, tied=True, **BOTH),
         # vision and audio
         _vision("vit", "ViT", GELU),
         _vision("dinov2", "Dinov2", GELU, mlp_ratio=2),
         _vision("dinov2_swiglu", "Dinov2", SILU | {"bias": True, "d_ff": 48}, mlp_ratio=2, use_swiglu_ffn=True),  # 64 * 2 / 3, rounded up
         _vision("clip_vision", "CLIPVision", QUICK),
-        Tiny("whisper_encoder", _whisper),
+        Tiny("whisper_encoder", _whisper_encoder),
         # plain PyTorch
         Tiny("nanogpt", _nanogpt, activation="gelu_tanh", vocab=True, tied=True),
+        Tiny("timm_vit", _timm_vit),
         Tiny("torch_encoder", _torch_encoder, activation="relu"),
         Tiny("convnet", _convnet, ffns=0, attentions=0, blocks={}),
     )
