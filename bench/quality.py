@@ -1,6 +1,6 @@
 """Measure what docs/quality.md shows, and write it. Never edit that file by hand.
 
-    python -m bench.quality [--only TEXT …] [--minutes N] [--list]
+    python -m bench.quality [--only TEXT …] [--minutes N] [--again] [--list]
 
 Each row is one list of passes on one model; it is stored in docs/quality.json as soon as it is measured, and rows that are there
 already are not measured again. Rows that are not there were not measured.
@@ -8,15 +8,11 @@ already are not measured again. Rows that are not there were not measured.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from bench import rowwise
 from dyncomp.bundle import versions
 from dyncomp.cache import cache_folder
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
@@ -30,7 +26,6 @@ from dyncomp.report.tables import between
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENS, WINDOWS = 40_960, 16
 
 
@@ -80,28 +75,7 @@ def rows() -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.json")
-    parser.add_argument("--only", nargs="*", default=[], help="rows whose model, table or passes contain one of these")
-    parser.add_argument("--minutes", type=float, help="begin no row later")
-    parser.add_argument("--list", action="store_true", help="print the rows and whether they were measured")
-    arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
-    wanted = [r for r in rows() if not arguments.only or any(t in f"{r.table} {r.label} {r.key}" for t in arguments.only)]
-    if arguments.list:
-        for row in wanted:
-            print("measured " if row.key in results["rows"] else "missing  ", row.key)
-        return
-    started, bench = time.perf_counter(), _Bench()
-    for row in wanted:
-        if row.key in results["rows"]:
-            continue
-        if arguments.minutes is not None and time.perf_counter() - started > arguments.minutes * 60:
-            break
-        print(row.key, file=sys.stderr, flush=True)
-        results["rows"][row.key] = bench.measure(row)
-        write(results, arguments.out)
-    write(results, arguments.out)
+    rowwise.main(__doc__, "quality.json", {r.key: r for r in rows()}, _Bench().measure, markdown)
 
 
 class _Bench:
@@ -135,13 +109,6 @@ class _Bench:
             calibrate(dense, find_regions(dense).ffns, calibration, cache=cache_folder() / f"bench-quality-{name}.safetensors")
             self.model = loaded, dense, texts, Context(calibration, batches(dense, texts.calibration[:1, :64])[0], dense=dense)
         return self.model
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, out)
-    out.with_suffix(".md").write_text(markdown(results))
 
 
 def markdown(results: dict[str, Any]) -> str:
