@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import hashlib
 import html
 import json
+import os
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -16,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dyncomp.cache import cache_folder
 from dyncomp.errors import TextError
 from dyncomp.models.extras import package_folder
 
@@ -127,20 +132,14 @@ def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | 
     body = length - 2 if framed else length
     if body < 1:
         raise TextError(f"a window of {length} tokens is too short for this tokenizer's {frame}")
-    separator = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id) if t is not None), None)
-    stream: list[int] = []
-    # `verbose=False`: documents are meant to be longer than the model's context here.
-    for ids in tokenizer(list(corpus.documents), add_special_tokens=False, verbose=False)["input_ids"]:
-        stream += ids
-        if separator is not None:
-            stream.append(separator)
+    stream = _tokens(corpus, tokenizer)
     count = len(stream) // body
     if count < 1:
         raise TextError(
             f"the text {corpus.name!r} has {len(stream)} tokens, less than one window of {length}",
             hint=f"give a longer text: {length * 40} tokens or more (about {length * 40 * 4 // 1000} kB) calibrate well",
         )
-    out = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)  # [windows, body]
+    out = stream[: count * body].to(torch.int64).view(count, body)  # [windows, body]
     if framed:
         ends = torch.tensor(frame, dtype=torch.int64).expand(count, 2)
         out = torch.cat([ends[:, :1], out, ends[:, 1:]], dim=1)  # [windows, length]
@@ -149,6 +148,42 @@ def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | 
     # Drawn from everywhere: the first windows would be those of a few long documents.
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return out[drawn[: max(1, -(-tokens // length))]]
+
+
+def _tokens(corpus: Corpus, tokenizer: Any) -> Tensor:
+    """All documents' tokens in a row, int32 [tokens]; kept in the cache folder, for a packaged text takes seconds to tokenize."""
+    separator = next((t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id) if t is not None), None)
+    file = _kept_tokens(corpus, tokenizer, separator)
+    if file is not None and file.is_file():
+        with contextlib.suppress(OSError, SafetensorError, KeyError):  # a damaged file counts as absent
+            return load_file(file)["tokens"]
+    stream: list[int] = []
+    # `verbose=False`: documents are meant to be longer than the model's context here.
+    for ids in tokenizer(list(corpus.documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        stream += ids
+        if separator is not None:
+            stream.append(separator)
+    tokens = torch.tensor(stream, dtype=torch.int32)
+    if file is not None:
+        with contextlib.suppress(OSError, SafetensorError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            save_file({"tokens": tokens}, part)
+            os.replace(part, file)
+    return tokens
+
+
+def _kept_tokens(corpus: Corpus, tokenizer: Any, separator: int | None) -> Path | None:
+    """Where the tokens of a corpus are kept; None for short texts, and for tokenizers that nothing describes in full."""
+    described = getattr(tokenizer, "backend_tokenizer", None)
+    if described is None or corpus.characters < _SHORTEST_KEPT:
+        return None
+    import tokenizers
+    import transformers
+
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    facts = [corpus.fingerprint, described.to_str(), kind, separator, tokenizers.__version__, transformers.__version__]
+    return cache_folder() / "tokens" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _halves(corpus: Corpus, held_out: float) -> tuple[str, str]:
@@ -236,6 +271,7 @@ def labelled_news() -> Iterator[tuple[str, str]]:
 
 
 _SHORTEST_ARTICLE = 1000  # characters of prose
+_SHORTEST_KEPT = 200_000  # characters of a text whose tokens are kept
 _PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
 _HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(_PACKAGED)}"
 

@@ -16,11 +16,12 @@ aten = torch.ops.aten
 
 
 def own_cache(folder: Path) -> str:
-    """A new cache folder for DYNCOMP_CACHE; the compiled native operators, which take half a minute, are the real cache's."""
-    native = cache_folder() / "native"
-    native.mkdir(parents=True, exist_ok=True)
+    """A new cache folder for DYNCOMP_CACHE; what takes long, the native operators and the tokens of packaged texts, is the real one's."""
     folder.mkdir()
-    (folder / "native").symlink_to(native)
+    for name in ("native", "tokens"):
+        kept = cache_folder() / name
+        kept.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(kept)
     return str(folder)
 
 

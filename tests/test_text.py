@@ -150,6 +150,34 @@ def test_windows_are_drawn_from_everywhere():
     assert windows(corpus, Words(), length=5, tokens=10_000).shape == (20, 5)  # all there is
 
 
+def test_the_tokens_of_a_long_text_are_kept(monkeypatch, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def tokenizer(**ids: int) -> PreTrainedTokenizerFast:
+        made = Tokenizer(models.WordLevel({"<s>": 0, "<u>": 1} | ids, "<u>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>", unk_token="<u>")
+
+    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr("dyncomp.text._SHORTEST_KEPT", 10)
+    corpus, one = Corpus("c", ("a b c", "c c b a")), tokenizer(a=2, b=3, c=4)
+    first = windows(corpus, one, length=3)
+    assert first.tolist() == [[2, 3, 4], [0, 4, 4], [3, 2, 0]]
+    (file,) = (tmp_path / "tokens").iterdir()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", None)  # not asked again
+    assert torch.equal(windows(corpus, one, length=3), first)
+    monkeypatch.undo()
+    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr("dyncomp.text._SHORTEST_KEPT", 10)
+    assert windows(corpus, tokenizer(a=4, b=3, c=2), length=3).tolist() == [[4, 3, 2], [0, 2, 2], [3, 4, 0]]
+    assert windows(Corpus("c", ("b b b", "c c b a")), one, length=3).tolist()[0] == [3, 3, 3]
+    file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(windows(corpus, one, length=3), first)
+    windows(Corpus("c", ("a b c a",)), one, length=2)  # a short one is not kept
+    assert len(list((tmp_path / "tokens").iterdir())) == 3
+
+
 def test_too_little_text():
     refused(lambda: windows(Corpus("tiny", ("a few words",)), Words(eos=9), length=512), "'tiny'", "4 tokens", "512", "longer text")
     refused(lambda: windows(Corpus("c", ("a b c",)), Words(cls=1, sep=2), length=2), "too short")
