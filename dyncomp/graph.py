@@ -13,7 +13,7 @@ import contextlib
 import copy
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
 from dyncomp.errors import GraphError, RequestError
 from dyncomp.interpret import Interpreter, rounds_activations
@@ -320,21 +320,61 @@ class Builder:
 
 
 class _ShapeInterpreter(fx.Interpreter):
+    """Runs a graph on fake tensors. What is computed from equal arguments is computed once: layers repeat each other, and a fake tensor
+    with symbolic sizes takes milliseconds to make."""
+
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)
         self.mode = mode
         self.extra_traceback = False
+        self.seen: dict[Hashable, Any] = {}
+        self.shares = not any(torch.Tag.inplace_view in getattr(n.target, "tags", ()) for n in module.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "get_attr" and isinstance(result, Tensor) and not hasattr(result, "fake_mode"):
-            if result.is_meta:  # a model without weights: as if they were there
-                with self.mode:
-                    result = torch.empty(result.shape, dtype=result.dtype)
-            else:
-                result = self.mode.from_tensor(result, static_shapes=True)
+            key = (type(result), _description(result))
+            if key not in self.seen:
+                self.seen[key] = self._fake(result)
+            result = self.seen[key]
         n.meta["val"] = result
         return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = (target, _description(args), _description(kwargs))
+        if key not in self.seen:
+            result = super().call_function(target, args, kwargs)
+            if not self.shares or not _repeats(target, result):
+                return result
+            self.seen[key] = result
+        return self.seen[key]
+
+    def _fake(self, value: Tensor) -> Tensor:
+        if not value.is_meta:
+            return self.mode.from_tensor(value, static_shapes=True)
+        with self.mode:  # a model without weights: as if they were there
+            return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _description(value: Any) -> Hashable:
+    """What a fake tensor or another argument is to an operation: equal for those that it treats alike."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return (Tensor, value.dtype, value.device, tuple(map(_description, sizes)))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return (type(value), value.node.expr)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_description, value))
+    if isinstance(value, dict):
+        return tuple((name, _description(item)) for name, item in value.items())
+    return (type(value), value)
+
+
+def _repeats(target: Any, result: Any) -> bool:
+    """Whether an operation gives the same again: sizes that depend on data are new ones each time."""
+    if isinstance(target, torch._ops.OpOverload) and (target._schema.is_mutable or torch.Tag.data_dependent_output in target.tags):
+        return False
+    return not any(free_unbacked_symbols(value) for value in _tensors(result))
 
 
 def op_name(node: fx.Node) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from torch import nn
+from torch import fx, nn
 
 from bench.tiny import tokens, trace_tiny
 from dyncomp.errors import GraphError
@@ -53,6 +53,38 @@ def test_copies_are_independent():
     assert (original.info["name"], original.info["routing"]["ffn"]["active"]) == ("llama", 1.0)
     assert_close(original(ids), before, rel=0)
     assert not torch.allclose(copy(ids), before)
+
+
+def test_shapes_that_repeat_are_inferred_once(monkeypatch):
+    graph, computed = trace_tiny("llama"), []
+    call = fx.Interpreter.call_function
+    monkeypatch.setattr(fx.Interpreter, "call_function", lambda self, target, *a: computed.append(target) or call(self, target, *a))
+    graph.infer_shapes()
+    layers = [n for n in graph.nodes if n.op == "call_function" and n.target is aten.silu.default]
+    assert len(layers) > 1
+    assert computed.count(aten.silu.default) == 1
+    assert len({id(n.meta["val"]) for n in layers}) == 1
+
+
+def test_what_turns_a_tensor_over_in_place_does_not_turn_others_over():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x.relu().t_() + 1.0, x.relu() + 1.0
+
+    graph = trace(Twice(), {"x": torch.randn(2, 4)}, {"x": {0: "batch"}})
+    graph.infer_shapes()
+    assert [graph.shape(n) for n in graph.output_nodes] == [(4, "batch"), ("batch", 4)]
+
+
+def test_sizes_that_depend_on_data_are_each_their_own():
+    class Found(nn.Module):
+        def forward(self, x):
+            return x.nonzero(), (x + 0.5).nonzero()
+
+    graph = trace(Found(), {"x": torch.randn(2, 4)}, {"x": {0: "batch"}})
+    graph.infer_shapes()
+    first, second = (n.meta["val"].shape[0] for n in graph.output_nodes)
+    assert str(first) != str(second)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
