@@ -27,6 +27,7 @@ def place(tmp_path_factory):
     write_text(folder / "text.txt")
     patch = pytest.MonkeyPatch()
     patch.setenv("DYNCOMP_CACHE", own_cache(folder / "cache"))
+    patch.setattr(search, "release_memory", lambda: None)  # a tiny model has none to give back, and collecting garbage takes a second
     yield folder
     patch.undo()
 
