@@ -99,6 +99,7 @@ def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -
     values = [n.meta["val"] for n in operands]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))  # for tensors that the call itself makes
     with torch.no_grad(), enable_python_dispatcher(), mode:
+        values = [v.detach() if isinstance(v, Tensor) else v for v in values]  # tracing tells tensors apart; nodes may share one
         traced = make_fx(call, decomposition_table=decompositions)(*values)
     copied: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):

@@ -262,6 +262,7 @@ class Graph:
         """
         env = ShapeEnv()
         mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        mode.cache_enabled = False  # the interpreter has its own, over whole operations
         symbols: dict[int | str, Any] = {}
         for position, dim in enumerate(dict.fromkeys(d for spec in self.inputs for d in spec.shape if isinstance(d, str))):
             hint = (hints or {}).get(dim, 3 + 2 * position)
@@ -321,7 +322,7 @@ class Builder:
 
 class _ShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors. What is computed from equal arguments is computed once: layers repeat each other, and a fake tensor
-    with symbolic sizes takes milliseconds to make."""
+    with symbolic sizes takes milliseconds to make. Nodes then share one tensor: their values tell nothing about which is which."""
 
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dyncomp.backends.program import expand_functions
 from helpers import assert_close
 from torch import fx, nn
 
@@ -64,6 +65,22 @@ def test_shapes_that_repeat_are_inferred_once(monkeypatch):
     assert len(layers) > 1
     assert computed.count(aten.silu.default) == 1
     assert len({id(n.meta["val"]) for n in layers}) == 1
+
+
+def test_functions_of_tensors_of_one_shape_are_expanded_in_the_right_order():
+    def difference(a, b):
+        return a - 2.0 * b
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return (x + 1.0).relu() * (x + 2.0).relu()
+
+    graph, x = trace(Pair(), {"x": torch.randn(3, 4)}, {"x": {0: "batch"}}), torch.randn(2, 4)
+    next(n for n in graph.nodes if n.target is aten.mul.Tensor).target = difference
+    graph.infer_shapes()
+    expand_functions(graph)
+    graph.module.recompile()
+    assert_close(graph(x), difference((x + 1).relu(), (x + 2).relu()), rel=1e-6)
 
 
 def test_what_turns_a_tensor_over_in_place_does_not_turn_others_over():
