@@ -101,9 +101,7 @@ class ConvertRequest:
         if self.searched is not None:
             self.searched.validate()
             if self.backend == "tvm":
-                raise RequestError(
-                    "--backend tvm: a search tries quantized weights, which have no TVM kernels", hint="name a recipe: --recipe"
-                )
+                raise RequestError("--backend tvm: a search times candidates with ONNX Runtime", hint="name a recipe: --recipe")
             if self.backend == "torch":
                 raise RequestError("--backend torch has no artifact to time, so nothing can be searched", hint="name a recipe: --recipe")
         if self.active is not None and not 0 < self.active <= 1:
@@ -120,12 +118,15 @@ class ConvertRequest:
         if self.backend == "ort":  # say so now, not after minutes of work
             require_providers(None)
         if self.backend == "tvm":
+            from dyncomp.backends.native.build import HINT as COMPILER_HINT
+            from dyncomp.backends.native.build import unavailable_reason
             from dyncomp.backends.tvm.require import require_runtime
 
             require_runtime()
-            if self.quantize is not None:
+            if self.quantize is not None and (reason := unavailable_reason()) is not None:
                 raise RequestError(
-                    "--backend tvm has no kernels for quantized weights yet", hint="leave out --quantize, or use --backend ort"
+                    f"--backend tvm computes with quantized weights in native kernels, and {reason}",
+                    hint=f"{COMPILER_HINT}, leave out --quantize, or use --backend ort",
                 )
 
 

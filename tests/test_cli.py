@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from dyncomp.backends.ort.native import available
+from dyncomp.backends.native import available
 from dyncomp.passes import FitRouter
 from dyncomp.passes.routers import FAMILIES
 from helpers import own_cache

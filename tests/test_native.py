@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from dyncomp.backends.ort.native import (
+from dyncomp.backends.native import (
     ACTIVATION_CODES,
-    library,
     pack_codes,
     pack_floats,
     pack_scales,
     unavailable_reason,
     unpack_codes,
 )
-from dyncomp.backends.ort.native.build import available
+from dyncomp.backends.native.build import available
+from dyncomp.backends.ort.native import library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dyncomp.backends.native import available
 from dyncomp.backends.ort.decoder import OrtDecoder, decoder_for
 from dyncomp.backends.ort.lower import Lowered, lower
-from dyncomp.backends.ort.native import available
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, CarveExperts

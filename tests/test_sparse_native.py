@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dyncomp.backends.ort.native import ACTIVATION_CODES, pack_input_scales, pack_inputs, unavailable_reason
-from dyncomp.backends.ort.native.build import available
+from dyncomp.backends.native import ACTIVATION_CODES, pack_input_scales, pack_inputs, unavailable_reason
+from dyncomp.backends.native.build import available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import Array, Native, Quantized, isas

@@ -7,7 +7,7 @@ from pathlib import Path
 import dyncomp.passes  # noqa: F401  (registers the passes)
 import pytest
 import torch
-from dyncomp.backends.ort.native.build import available
+from dyncomp.backends.native.build import available
 from helpers import assert_close, relative_error
 from torch import Tensor
 

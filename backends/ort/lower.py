@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 from dyncomp.backends.artifact import CONFIG, describe
+from dyncomp.backends.native import available
+from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
+from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
+from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
-from dyncomp.backends.ort.native import DOMAIN, available, library
+from dyncomp.backends.ort.native import DOMAIN, library
+from dyncomp.backends.ort.nbits import select_matmul_nbits
 from dyncomp.backends.ort.norm import select_norms
-from dyncomp.backends.ort.quantized import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.ort.routed import select_routed_ffns
-from dyncomp.backends.ort.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 from dyncomp.backends.program import exported_program
 
 from dyncomp.errors import BackendError, MissingExtraError
@@ -110,16 +113,19 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
     if native:
-        select_sparse_ffns(graph)
-        select_quantized_ffns(graph)
+        select_sparse_ffns(graph, ops)
+        select_quantized_ffns(graph, ops)
     select_gated(graph)
     if native:
         select_routed_ffns(graph)
     select_attention(graph, native=native)
     select_moe(graph)
     select_norms(graph)
-    select_sparse_linears(graph, native=native)
-    select_quantized_linears(graph, native=native)
+    select_sparse_linears(graph, ops if native else None)
+    if native:
+        select_quantized_linears(graph, ops)
+    else:
+        select_matmul_nbits(graph)
     select_linears(graph)
     graph.clean()
     return graph
@@ -172,6 +178,6 @@ def _config(graph: Graph, operators: dict[str, int], ours: bool) -> dict[str, An
     return {
         **describe(graph, SCHEMA),
         "kernels": "dyncomp" if ours else "onnxruntime",
-        **({"sparse_linear": sparse_kernels(graph, operators)} if sparse_nodes(graph) else {}),
+        **({"sparse_linear": sparse_kernels(graph, operators.get(f"{DOMAIN}.SparseLinear", 0))} if sparse_nodes(graph) else {}),
         "operators": dict(sorted(operators.items())),
     }

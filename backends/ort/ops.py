@@ -161,7 +161,7 @@ def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
     terms: int,
 ) -> Tensor:  # fmt: skip
-    """dyncomp's kernel (:mod:`dyncomp.backends.ort.native`): [..., K] -> [..., N]. ``terms``: see
+    """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
     :func:`dyncomp.interpret.round_activations`."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
@@ -207,6 +207,6 @@ def float_ffn(
     x: Tensor, gates: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, router: Sequence[Tensor | None],
     down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
 ) -> Tensor:  # fmt: skip
-    """As :func:`quantized_ffn`, on float32 weights in tiles (:func:`~dyncomp.backends.ort.native.pack.pack_floats`)."""
+    """As :func:`quantized_ffn`, on float32 weights in tiles (:func:`~dyncomp.backends.native.pack.pack_floats`)."""
     values = dict(attributes)
     return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias], values, x, [*x.shape[:-1], values["rows"]])

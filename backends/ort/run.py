@@ -9,7 +9,7 @@ from typing import Any
 
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
 from dyncomp.backends.ort.lower import MODEL, SCHEMA
-from dyncomp.backends.ort.native.build import library
+from dyncomp.backends.ort.native import library
 from dyncomp.backends.ort.providers import require_providers
 from torch import Tensor
 

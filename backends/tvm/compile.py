@@ -42,8 +42,12 @@ def count_calls(module: Any) -> dict[str, int]:
     calls: collections.Counter[str] = collections.Counter()
 
     def visit(expression: Any) -> None:
-        if isinstance(expression, relax.Call) and expression.args and isinstance(expression.args[0], tvm.ir.GlobalVar):
-            calls[str(expression.args[0].name_hint)] += 1
+        if not isinstance(expression, relax.Call) or not expression.args:
+            return
+        if isinstance(function := expression.args[0], tvm.ir.GlobalVar):
+            calls[str(function.name_hint)] += 1
+        elif isinstance(function, relax.ExternFunc):
+            calls[str(function.global_symbol)] += 1
 
     relax.analysis.post_order_visit(module["main"], visit)
     return dict(sorted(calls.items()))

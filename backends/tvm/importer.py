@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import tvm
 from dyncomp.backends.tvm.kernels.attention import Attention
 from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
@@ -16,6 +17,7 @@ from dyncomp.backends.tvm.kernels.norm import norm as norm_kernel
 from dyncomp.backends.tvm.kernels.routed_ffn import routed_ffn as ffn_kernel
 from dyncomp.backends.tvm.kernels.sdpa import attention as sdpa_kernel
 from dyncomp.backends.tvm.kernels.tile import Tile
+from dyncomp.backends.tvm.native import PREFIX
 from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch import from_exported_program
@@ -60,6 +62,7 @@ class _Converters:
             "tvm_linear.default": self.linear,
             "tvm_norm.default": self.norm,
             "tvm_routed_ffn.default": self.routed_ffn,
+            "tvm_native.default": self.native,
             "tvm_cached_attention.default": self.cached_attention,
             "scaled_dot_product_attention.default": self.attention,
             "to.device": self.to_device,
@@ -107,6 +110,14 @@ class _Converters:
         if len(lead) > 1:
             gates = builder.emit(relax.op.reshape(gates, relax.ShapeExpr([_size(lead), experts])))
         return self.on_rows(importer, kernel, x, [gates, up, bias, down], lead, rows)
+
+    def native(self, node: fx.Node, importer: Any) -> Any:
+        """A packed function of the native library, on weights as it stores them."""
+        operator, inputs, attributes, leading, width = node.args
+        given = [_value(i, importer) if isinstance(i, fx.Node) else relax.op.null_value() for i in cast(list[Any], inputs)]
+        shape = [*list(given[0].ty.shape)[: cast(int, leading)], width]
+        call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(attributes), *given], relax.TensorType(shape, "float32"))
+        return importer.block_builder.emit(call)
 
     def on_rows(self, importer: Any, kernel: Any, x: Any, rest: list[Any], lead: list[Any], width: int) -> Any:
         """kernel(x [M, K], *rest) -> [M, width] on x [*lead, K]."""

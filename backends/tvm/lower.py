@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,22 @@ from typing import Any
 
 import torch
 from dyncomp.backends.artifact import CONFIG, describe
+from dyncomp.backends.native.build import HINT as COMPILER_HINT
+from dyncomp.backends.native.build import unavailable_reason
+from dyncomp.backends.native.sparse import sparse_kernels
 from dyncomp.backends.program import exported_program
 from dyncomp.backends.tvm.machine import Machine, this_machine
+from dyncomp.backends.tvm.native import PREFIX, instruction_set
+from dyncomp.backends.tvm.native import library as native_library
 from dyncomp.backends.tvm.require import require_compiler
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 
 LIBRARY, PARAMETERS = "model.so", "parameters.bin"
+NATIVE = "dyncomp_tvm.so"
+"""The native operators, beside a model that calls them."""
 SCHEMA = 1
 ALIGNMENT = 64
 Progress = Callable[[str, int, int], None]
@@ -28,7 +37,7 @@ class Lowered:
     """What lowering wrote.
 
     Args:
-        directory: holds ``model.so``, ``parameters.bin`` and ``config.json``.
+        directory: holds ``model.so``, ``parameters.bin``, ``config.json``, and ``dyncomp_tvm.so`` where weights are quantized.
         files: their paths.
         kernels: how many calls of each compiled function there are.
         inputs, outputs: names in order.
@@ -60,12 +69,10 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     from dyncomp.backends.tvm.kernels.tile import Tile
     from dyncomp.backends.tvm.select import select
 
-    if graph.quantized:
-        raise BackendError(
-            f"{len(graph.quantized)} weights are quantized, for which there are no TVM kernels yet", hint="use --backend ort"
-        )
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
+    if graph.quantized:
+        _require_native(machine)
     tile = Tile(machine.lanes, machine.vectors, machine.rows)
     report("select", 0, 4)
     selected = select(graph, tile)
@@ -76,15 +83,19 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     compiled, kernels, order = compile_module(module, machine)
     report("write", 3, 4)
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (LIBRARY, PARAMETERS, CONFIG):
+    for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE):
         (directory / name).unlink(missing_ok=True)
+    native = None
+    if any(name.startswith(PREFIX) for name in kernels):
+        shutil.copyfile(native_library(), directory / NATIVE)
+        native = instruction_set(directory / NATIVE)
     compiled.export_library(str(directory / LIBRARY))
     tensors = _tensors(program)
     entries = _write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
-    config = _config(graph, machine, kernels, entries)
+    config = _config(graph, machine, kernels, entries, native)
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     report("write", 4, 4)
-    files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG))
+    files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE) if (directory / name).exists())
     return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
 
 
@@ -107,10 +118,27 @@ def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict
     return entries
 
 
-def _config(graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]]) -> dict[str, Any]:
+def _require_native(machine: Machine) -> None:
+    """Quantized weights need the native kernels, compiled here for here."""
+    if (reason := unavailable_reason()) is not None:
+        raise BackendError(
+            f"quantized weights need native kernels for the TVM backend, and {reason}", hint=f"{COMPILER_HINT}, or --backend ort"
+        )
+    if machine.architecture != this_machine().architecture:
+        raise BackendError(
+            f"the native kernels for quantized weights are compiled for this machine, not for {machine.architecture}",
+            hint=f"lower the model on {machine.architecture}",
+        )
+
+
+def _config(
+    graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]], native: str | None
+) -> dict[str, Any]:
     return {
         **describe(graph, SCHEMA),
         "machine": machine.describe(),
         "kernels": kernels,
+        **({"native": {"library": NATIVE, "instruction_set": native}} if native is not None else {}),
+        **({"sparse_linear": sparse_kernels(graph, kernels.get(f"{PREFIX}sparse_linear", 0))} if sparse_nodes(graph) else {}),
         "parameters": parameters,
     }

@@ -1,11 +1,12 @@
 """The kernels as PyTorch operators, so that a graph that calls them can be exported; they compute nothing.
 
-``dyncomp.backends.tvm.importer`` turns each into a call of its kernel in :mod:`dyncomp.backends.tvm.kernels`.
+``dyncomp.backends.tvm.importer`` turns each into a call of its kernel in :mod:`dyncomp.backends.tvm.kernels`, or, for quantized weights, of
+an operator in :mod:`dyncomp.backends.native`, where they are described.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +56,58 @@ def cached_attention(
     """
     out = query.new_empty(*query.shape[:2], heads * key_cache.shape[3])
     return out, torch.empty_like(key_cache), torch.empty_like(value_cache)
+
+
+@_export_only
+def native(operator: str, inputs: Sequence[Tensor | None], attributes: str, leading: int, width: int) -> Tensor:
+    """One of the native operators; the first ``leading`` dimensions of its first input -> [..., width].
+
+    Args:
+        attributes: as the packed functions take them, `` rows=576 columns=1536 …``.
+    """
+    first = inputs[0]
+    assert first is not None
+    return first.new_empty(*first.shape[:leading], width, dtype=torch.float32)
+
+
+def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, int], width: int) -> Tensor:
+    first = inputs[0]
+    assert first is not None
+    text = "".join(f" {name}={int(value)}" for name, value in attributes.items())
+    result: Tensor = native(operator, list(inputs), text, first.dim() - (operator != "quantized_embedding"), width)
+    return result
+
+
+def quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
+    terms: int,
+) -> Tensor:  # fmt: skip
+    """[..., K] -> [..., N]."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
+    return _native("quantized_linear", [x, codes, scales, offsets, bias], attributes, rows)
+
+
+def quantized_embedding(
+    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
+) -> Tensor:
+    """Rows of a quantized table: [...] -> [..., K]."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
+    return _native("quantized_embedding", [ids, codes, scales, offsets], attributes, columns)
+
+
+def quantized_ffn(
+    x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+) -> Tensor:  # fmt: skip
+    """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets."""
+    values = dict(attributes)
+    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias], values, values["rows"])
+
+
+def sparse_linear(
+    x: Tensor, thresholds: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int,
+    bits: int, block: int, activation: int,
+) -> Tensor:  # fmt: skip
+    """``dyncomp.sparse_linear`` on weights packed input by input: [..., K] -> [..., N], or [..., N / 2] with an ``activation``."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "activation": activation}
+    return _native("sparse_linear", [x, thresholds, codes, scales, offsets, bias], attributes, rows if activation < 0 else rows // 2)

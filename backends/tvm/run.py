@@ -13,10 +13,11 @@ import numpy as np
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
 from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import require_machine
+from dyncomp.backends.tvm.native import instruction_set
 from dyncomp.backends.tvm.require import require_runtime
 from torch import Tensor
 
-from dyncomp.errors import BackendError, ModelError, RequestError
+from dyncomp.errors import BackendError, DyncompError, ModelError, RequestError
 from dyncomp.hardware import default_threads
 
 _AGAIN = "lower the model again: dyncomp convert --backend tvm"
@@ -44,9 +45,14 @@ class TvmModel:
         require_machine(self.config["machine"])
         ffi = load_runtime()
         try:
-            self._vm = ffi.load_module(str(self.directory / LIBRARY))["vm_load_executable"]()
+            module = ffi.load_module(str(self.directory / LIBRARY))
+            if native := self.config.get("native"):
+                module.import_module(_load_native(ffi, self.directory / native["library"]))
+            self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
             self._main = self._vm["main"]
+        except DyncompError:
+            raise
         except Exception as error:
             raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {first_line(error)}", hint=_AGAIN) from error
         self._set_threads = ffi.get_global_func("runtime.config_threadpool")
@@ -118,6 +124,27 @@ def load_runtime() -> Any:
     except OSError as error:
         raise BackendError(f"TVM's runtime cannot be loaded: {first_line(error)}") from error
     return tvm_ffi
+
+
+def _load_native(ffi: Any, path: Path) -> Any:
+    """The artifact's own native operators, as a module.
+
+    Raises:
+        ModelError: they are missing.
+        BackendError: they cannot be loaded here, or DYNCOMP_NATIVE_ISA asks for kernels that this processor does not have.
+    """
+    if not path.is_file():
+        raise ModelError(f"the native operators of a lowered model are missing: {path}", hint=_AGAIN)
+    try:
+        found, module = instruction_set(path), ffi.load_module(str(path))
+    except Exception as error:
+        raise BackendError(f"the native operators cannot be loaded: {first_line(error)}", hint=_AGAIN) from error
+    if not found:
+        raise BackendError(
+            f"this processor has no kernels {os.environ.get('DYNCOMP_NATIVE_ISA')!r}",
+            hint="set DYNCOMP_NATIVE_ISA to portable, or unset it",
+        )
+    return module
 
 
 _threads: list[int] = []

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, rotate_plainly
+from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
+from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS as ACTIVATIONS
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
@@ -26,9 +28,13 @@ def select(graph: Graph, tile: Tile) -> Graph:
     fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
+    select_sparse_ffns(graph, ops)
+    select_quantized_ffns(graph, ops)
     select_attention(graph)
     select_norms(graph)
     select_experts(graph, tile)
+    select_sparse_linears(graph, ops)
+    select_quantized_linears(graph, ops)
     select_linears(graph, tile)
     graph.clean()
     for name, value in graph.constants().items():

@@ -1,14 +1,118 @@
-// The entry point that ONNX Runtime calls when the library is registered with a session's options.
+// The operators for ONNX Runtime, and the entry point that it calls when the library is registered with a session's options.
+#include "abi.h"
 #include "operators.h"
 
 namespace dyncomp {
 namespace {
 
+class OrtAttributes final : public Attributes {
+ public:
+  OrtAttributes(const char* op, const OrtApi& api, const OrtKernelInfo* info) : Attributes(op), api_(api), info_(info) {}
+  OrtStatus* status() const { return status_; }
+
+ private:
+  void raise(const char* message) override { status_ = api_.CreateStatus(ORT_INVALID_ARGUMENT, message); }
+  bool read(const char* name, int64_t* value) override { return found(api_.KernelInfoGetAttribute_int64(info_, name, value)); }
+  bool read(const char* name, float* value) override { return found(api_.KernelInfoGetAttribute_float(info_, name, value)); }
+  bool found(OrtStatus* status) {
+    if (status != nullptr) api_.ReleaseStatus(status);
+    return status == nullptr;
+  }
+
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+  OrtStatus* status_ = nullptr;
+};
+
+class OrtCall final : public Call {
+ public:
+  OrtCall(const char* op, const OrtApi& api, OrtKernelContext* context) : Call(op), api_(api), context_(context) {
+    keep(api.KernelContext_GetInputCount(context, &inputs_));
+  }
+  OrtStatus* status() const { return status_; }
+
+ private:
+  void raise(const char* message) override { status_ = api_.CreateStatus(ORT_INVALID_ARGUMENT, message); }
+  bool keep(OrtStatus* status) {
+    if (status == nullptr) return true;
+    failed_ ? api_.ReleaseStatus(status) : void(status_ = status);
+    failed_ = true;
+    return false;
+  }
+
+  bool tensor(size_t index, const char* name, Shape* shape, const void** data) override {
+    const OrtValue* value = nullptr;
+    if (index >= inputs_ || !keep(api_.KernelContext_GetInput(context_, index, &value)) || value == nullptr) return false;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    if (!keep(api_.GetTensorTypeAndShape(value, &info))) return false;
+    bool read = keep(api_.GetDimensionsCount(info, &shape->rank));
+    if (read && shape->rank > kMaxRank) fail("the input %s has %zu dimensions; %zu are allowed", name, shape->rank, kMaxRank);
+    read = read && !failed() && keep(api_.GetDimensions(info, shape->sizes, shape->rank));
+    api_.ReleaseTensorTypeAndShapeInfo(info);
+    return read && keep(api_.GetTensorMutableData(const_cast<OrtValue*>(value), const_cast<void**>(data)));
+  }
+
+  float* result(size_t index, const Shape& shape) override {
+    OrtValue* value = nullptr;
+    void* pointer = nullptr;
+    if (keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value))) keep(api_.GetTensorMutableData(value, &pointer));
+    return static_cast<float*>(pointer);
+  }
+
+  void on_threads(size_t count, void (*function)(void*, size_t), void* user) override {
+    keep(api_.KernelContext_ParallelFor(context_, function, count, 0, user));
+  }
+
+  const OrtApi& api_;
+  OrtKernelContext* context_;
+  size_t inputs_ = 0;
+  OrtStatus* status_ = nullptr;
+};
+
 struct Entry : OrtCustomOp {
   const Operator* operation;
 };
 
+// What ONNX Runtime holds of a node.
+struct Node {
+  const OrtApi* api;
+  const Operator* operation;
+  void* kernel;
+};
+
 const Operator& of(const OrtCustomOp* op) { return *static_cast<const Entry*>(op)->operation; }
+
+ONNXTensorElementDataType type_of(Type type) {
+  switch (type) {
+    case Type::kFloat: return ORT_FLOAT;
+    case Type::kByte: return ORT_UINT8;
+    case Type::kInt64: return ORT_INT64;
+    case Type::kHalf: return ORT_FLOAT16;
+  }
+  __builtin_unreachable();
+}
+
+OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** node) {
+  OrtAttributes attributes(of(op).name, *api, info);
+  void* kernel = of(op).create(attributes);
+  if (kernel == nullptr) return attributes.status();
+  *node = new (std::nothrow) Node{api, &of(op), kernel};
+  if (*node == nullptr) of(op).destroy(kernel), attributes.fail("there is no memory left");
+  return attributes.status();
+}
+
+OrtStatus* compute(void* data, OrtKernelContext* context) {
+  const Node& node = *static_cast<const Node*>(data);
+  OrtCall call(node.operation->name, *node.api, context);
+  node.operation->compute(node.kernel, call);
+  return call.status();
+}
+
+void destroy(void* data) {
+  Node* node = static_cast<Node*>(data);
+  node->operation->destroy(node->kernel);
+  delete node;
+}
 
 Entry entry(const Operator& operation) {
   Entry e = {};
@@ -16,11 +120,11 @@ Entry entry(const Operator& operation) {
   e.version = 16;
   e.GetName = [](const OrtCustomOp* op) { return of(op).name; };
   e.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  e.GetInputType = [](const OrtCustomOp* op, size_t index) { return of(op).inputs[index].type; };
+  e.GetInputType = [](const OrtCustomOp* op, size_t index) { return type_of(of(op).inputs[index].type); };
   e.GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).count; };
   e.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
   e.GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).outputs; };
-  e.KernelDestroy = operation.destroy;
+  e.KernelDestroy = destroy;
   e.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
     return of(op).inputs[index].optional ? ORT_OPTIONAL : ORT_REQUIRED;
   };
@@ -30,10 +134,8 @@ Entry entry(const Operator& operation) {
   e.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
   e.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   e.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  e.CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return of(op).create(*api, info, kernel);
-  };
-  e.KernelComputeV2 = operation.compute;
+  e.CreateKernelV2 = create;
+  e.KernelComputeV2 = compute;
   return e;
 }
 
@@ -43,8 +145,7 @@ Entry entry(const Operator& operation) {
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dyncomp;
   static const Entry entries[] = {entry(quantized_linear), entry(sparse_linear), entry(quantized_ffn), entry(float_ffn),
-                                  entry(quantized_embedding),
-                                  entry(cached_attention)};
+                                  entry(quantized_embedding), entry(cached_attention)};
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) {  // even the oldest table can make a status
     const OrtApi* oldest = base->GetApi(1);

@@ -1,12 +1,14 @@
-"""``dyncomp.sparse_linear`` -> the native operator that skips inputs, or a plain linear layer of inputs with zeros."""
+"""``dyncomp.sparse_linear`` -> the native operator that skips inputs, or a plain linear layer of inputs with zeros.
+
+``ops`` is the backend's module of operators, with a function ``sparse_linear``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from dyncomp.backends.ort import ops
-from dyncomp.backends.ort.native import ACTIVATION_CODES, DOMAIN, pack_input_scales, pack_inputs
+from dyncomp.backends.native import ACTIVATION_CODES, pack_input_scales, pack_inputs
 from torch import fx
 
 from dyncomp.graph import Builder, Graph
@@ -24,7 +26,7 @@ token, weights from memory, AVX-512, 8 and 4 bits, 1 and 2 threads the two cross
 it the dense kernel runs."""
 
 
-def select_sparse_ffns(graph: Graph) -> None:
+def select_sparse_ffns(graph: Graph, ops: Any) -> None:
     """Gated FFNs whose up-projections share their thresholds -> one operator for both, activation and product inside.
 
     before:  g = sparse_linear(x, Wg, t); u = sparse_linear(x, Wu, t); sparse_linear(silu(g) * u, Wd, s)
@@ -34,21 +36,22 @@ def select_sparse_ffns(graph: Graph) -> None:
         up = _joined_up(graph, ffn)
         if up is None or (down := _gathered(graph, ffn.down)) is None:
             continue
-        _replace(graph, ffn, up, down)
+        _replace(graph, ffn, up, down, ops)
     graph.clean()
 
 
-def select_sparse_linears(graph: Graph, *, native: bool) -> None:
-    """What is left: the native operator where it pays (see :data:`GATHER_BELOW`), otherwise zeros in the input of a plain linear layer."""
+def select_sparse_linears(graph: Graph, ops: Any | None) -> None:
+    """What is left: the native operator, if there is one, where it pays (see :data:`GATHER_BELOW`), otherwise zeros in the input of a plain
+    linear layer."""
     for node in sparse_nodes(graph):
         x, weight, bias, thresholds = node.args
         assert isinstance(weight, fx.Node)
         assert bias is None or isinstance(bias, fx.Node)
         name = str(weight.target)
-        value = graph.quantized.get(name) if native else None
+        value = graph.quantized.get(name) if ops is not None else None
         with graph.inserting(before=node) as b:
             if value is not None and activation_terms(graph, name) == 1 and _pays(graph, name):
-                y = _call(graph, b, x, thresholds, name, value, bias, _NONE)
+                y = _call(graph, b, ops, x, thresholds, name, value, bias, _NONE)
             else:
                 small = b.call(aten.le.Tensor, b.call(aten.abs.default, x), thresholds)
                 kept = b.call(aten.where.ScalarSelf, small, 0.0, x)
@@ -57,12 +60,11 @@ def select_sparse_linears(graph: Graph, *, native: bool) -> None:
         graph.module.graph.erase_node(node)
 
 
-def sparse_kernels(graph: Graph, operators: dict[str, int]) -> dict[str, Any]:
-    """For an artifact's configuration: how the sparse linear layers of ``graph`` are computed."""
-    gathered = operators.get(f"{DOMAIN}.SparseLinear", 0)
+def sparse_kernels(graph: Graph, gathering: int) -> dict[str, Any]:
+    """For an artifact's configuration: how the sparse linear layers of ``graph`` are computed; ``gathering``: calls of the native operator."""
     return {
         "layers": len(sparse_nodes(graph)),
-        "gathering_operators": gathered,
+        "gathering_operators": gathering,
         "gather_below": GATHER_BELOW,
     }
 
@@ -90,7 +92,7 @@ def _joined_up(graph: Graph, ffn: FFN) -> Quantized | None:
     return join([p for p in parts if p is not None]) if same and all(p is not None for p in parts) else None
 
 
-def _replace(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> None:
+def _replace(graph: Graph, ffn: FFN, up: Quantized, down: Quantized, ops: Any) -> None:
     weights = ffn.weights(graph)
     biases = {}
     for part, value in (("up", weights.b_up), ("down", weights.b_down)):
@@ -100,13 +102,15 @@ def _replace(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> None:
     thresholds = [graph.read(str(linear.thresholds)) for linear in (ffn.ups[0], ffn.down)]
 
     def build(b: Builder, x: fx.Node) -> fx.Node:
-        h = _call(graph, b, x, thresholds[0], f"{ffn.name}.up", up, biases["up"], ACTIVATION_CODES[ffn.activation])
-        return _call(graph, b, h, thresholds[1], f"{ffn.name}.down", down, biases["down"], _NONE)
+        h = _call(graph, b, ops, x, thresholds[0], f"{ffn.name}.up", up, biases["up"], ACTIVATION_CODES[ffn.activation])
+        return _call(graph, b, ops, h, thresholds[1], f"{ffn.name}.down", down, biases["down"], _NONE)
 
     replace_ffn(graph, ffn, build)
 
 
-def _call(graph: Graph, b: Builder, x: Any, thresholds: Any, name: str, value: Quantized, bias: fx.Node | None, activation: int) -> fx.Node:
+def _call(
+    graph: Graph, b: Builder, ops: Any, x: Any, thresholds: Any, name: str, value: Quantized, bias: fx.Node | None, activation: int
+) -> fx.Node:  # fmt: skip
     """The native operator; its constants are made here."""
     parts = {"codes": torch.from_numpy(pack_inputs(value.codes.numpy(), value.bits))}
     for part, half in (("scales", value.scales), ("offsets", value.offsets)):

@@ -1,4 +1,4 @@
-"""Compile the library on first use, and keep it."""
+"""Compile a library of the operators for one runtime on first use, and keep it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,26 +24,33 @@ _FLAGS_OF = {
     "avx2.cc": _AVX2,
     "avx512.cc": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"),
 }
-_HINT = "install g++ (or clang++), or name a C++ compiler in the environment variable CXX"
+HINT = "install g++ (or clang++), or name a C++ compiler in the environment variable CXX"
 
 
-def library(folder: Path | None = None) -> Path:
-    """The shared library for ``SessionOptions.register_custom_ops_library``, compiled when it is not in the cache.
+def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] = ()) -> Path:
+    """The operators with the wrapper of a runtime, as a shared library, compiled when it is not in the cache.
 
     Args:
+        host: the folder of the wrapper's sources.
         folder: where compiled libraries are kept; by default ``native`` in dyncomp's cache folder.
+        includes: folders of headers that the wrapper needs.
 
     Raises:
         BackendError: there is no C++ compiler, it cannot compile the library, or the folder cannot be written.
     """
     compiler = _compiler()
     if compiler is None:
-        raise BackendError(_missing(), hint=_HINT)
+        raise BackendError(_missing(), hint=HINT)
     folder = cache_folder() / "native" if folder is None else folder
-    path = folder / f"dyncomp-{_key(compiler)}.so"
+    settings = (compiler, _version(compiler), _FLAGS, _FLAGS_OF, platform.machine())
+    sources, headers = {}, []
+    for place, more in ((_HERE, ()), (host, tuple(includes))):
+        headers += sorted(place.glob("*.h"))
+        sources |= {path: _key([path, *headers], (settings, more)) for path in sorted(place.glob("*.cc"))}
+    path = folder / f"dyncomp-{_key([], tuple(sources.values()))}.so"
     if not path.is_file():
         try:
-            _build(compiler, path)
+            _build(compiler, sources, includes, path)
         except OSError as error:
             raise BackendError(
                 f"the native operators cannot be written to {folder}: {error.strerror or error}",
@@ -80,29 +88,32 @@ def _version(compiler: tuple[str, ...]) -> str:
     return _run([*compiler, "--version"])
 
 
-def _key(compiler: tuple[str, ...]) -> str:
-    """Changes with the sources, the compiler and the flags."""
-    digest = hashlib.sha256()
-    for path in sorted([*_HERE.glob("*.cc"), *_HERE.glob("*.h")]):
+def _key(files: Sequence[Path], settings: tuple[object, ...]) -> str:
+    """Changes with what is in the files, and the settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((compiler, _version(compiler), _FLAGS, _FLAGS_OF, platform.machine())).encode())
     return digest.hexdigest()[:24]
 
 
-def _build(compiler: tuple[str, ...], path: Path) -> None:
-    """Compile each source and link; the library appears under its name when it is whole."""
+def _build(compiler: tuple[str, ...], sources: dict[Path, str], includes: Sequence[str], path: Path) -> None:
+    """Compile each source and link; what is made appears under its name when it is whole. Object files are kept: the libraries for
+    several runtimes share most of them."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as temporary:
 
         def compile_one(source: Path) -> str:
-            result = str(Path(temporary) / f"{source.stem}.o")
-            flags = _FLAGS_OF.get(source.name, ()) if x86 else ()
-            _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", result])
-            return result
+            found = path.parent / f"{source.stem}-{sources[source]}.o"
+            if not found.is_file():
+                flags = (*_FLAGS, *(_FLAGS_OF.get(source.name, ()) if x86 else ()), *(f"-I{i}" for i in (_HERE, *includes)))
+                part = Path(temporary) / found.name
+                _run([*compiler, *flags, "-c", str(source), "-o", str(part)])
+                os.replace(part, found)
+            return str(found)
 
         with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compile_one, sorted(_HERE.glob("*.cc"))))
+            objects = list(pool.map(compile_one, sources))
         whole = Path(temporary) / path.name
         _run([*compiler, "-shared", "-o", str(whole), *objects])
         os.replace(whole, path)
@@ -117,9 +128,9 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
-        raise BackendError(f"the C++ compiler {command[0]} does not start: {error}", hint=_HINT) from error
+        raise BackendError(f"the C++ compiler {command[0]} does not start: {error}", hint=HINT) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {done.returncode}")
-        raise BackendError(f"{command[0]} cannot compile the native operators: {first[:300]}", hint=_HINT)
+        raise BackendError(f"{command[0]} cannot compile the native operators: {first[:300]}", hint=HINT)
     return done.stdout

@@ -1,11 +1,13 @@
-// The operators as library.cc registers them.
+// The operators, as the libraries for ONNX Runtime and TVM offer them.
 #pragma once
-#include "context.h"
+#include "call.h"
 
 namespace dyncomp {
 
+enum class Type { kFloat, kByte, kInt64, kHalf };
+
 struct Input {
-  ONNXTensorElementDataType type;
+  Type type;
   bool optional;
 };
 
@@ -13,8 +15,8 @@ struct Operator {
   const char* name;
   const Input* inputs;
   size_t count;
-  OrtStatus* (*create)(const OrtApi& api, const OrtKernelInfo* info, void** kernel);
-  OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
+  void* (*create)(Attributes& attributes);  // null after an error
+  void (*compute)(const void* kernel, Call& call);
   void (*destroy)(void* kernel);
   size_t outputs = 1;
 };

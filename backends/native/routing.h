@@ -1,17 +1,16 @@
 // What the operators on experts share: their attributes, and which tokens use which expert.
 #pragma once
-#include "context.h"
+#include "call.h"
 
 namespace dyncomp {
 
 struct Experts {
-  const OrtApi* api;
   int64_t experts, columns, neurons, rows, gated, activation;
   int64_t k;  // a router opens so many experts for each token; 0: those whose score is positive
 };
 
 // Reads the attributes; `k` may be absent, which is 0.
-OrtStatus* read_experts(const OrtApi& api, const OrtKernelInfo* info, const char* name, Experts* op);
+Experts read_experts(Attributes& attributes);
 
 // The routing of one call: gates that are given, or a router [experts, columns] with its bias, or neither: every gate is 1.
 struct Routing {

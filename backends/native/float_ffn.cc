@@ -1,6 +1,5 @@
 // FloatFFN: y[t] = sum over the experts of gates[t, e] * FFN_e(x[t]) with weights of float32, computing only those whose gate is not 0.
 #include <algorithm>
-#include <new>
 
 #include "operators.h"
 #include "routing.h"
@@ -10,18 +9,13 @@ namespace {
 
 constexpr const char* kName = "FloatFFN";
 constexpr Input kInputs[] = {
-    {ORT_FLOAT, false}, {ORT_FLOAT, true},                      // x, gates
-    {ORT_FLOAT, false}, {ORT_FLOAT, true},                   // up, up_bias
-    {ORT_FLOAT, false}, {ORT_FLOAT, true},  {ORT_FLOAT, true},  // down, router, router_bias
-    {ORT_FLOAT, true},                                       // down_bias
+    {Type::kFloat, false}, {Type::kFloat, true},                      // x, gates
+    {Type::kFloat, false}, {Type::kFloat, true},                   // up, up_bias
+    {Type::kFloat, false}, {Type::kFloat, true},  {Type::kFloat, true},  // down, router, router_bias
+    {Type::kFloat, true},                                       // down_bias
 };
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Experts op = {};
-  if (OrtStatus* status = read_experts(api, info, kName, &op)) return status;
-  *kernel = new (std::nothrow) Experts(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
-}
+void* create(Attributes& attributes) { return keep(attributes, read_experts(attributes)); }
 
 void run_expand(const void* user, int64_t first, int64_t last) {
   active->expand_floats(*static_cast<const FloatFfnJob*>(user), first, last);
@@ -32,9 +26,8 @@ void run_contract(const void* user, int64_t first, int64_t last) {
   active->contract_floats(job, first * kWide, std::min(last * kWide, job.down_tiles));
 }
 
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+void compute(const void* kernel, Call& call) {
   const Experts& op = *static_cast<const Experts*>(kernel);
-  Call call(*op.api, context, kName);
   Shape shape;
   FloatFfnJob job = {};
   const int64_t parts_of_up = op.gated ? 2 : 1, chunk = kWide / parts_of_up * kTile;
@@ -47,24 +40,23 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   job.down = call.input<float>(4, "down", false, op.experts * tiles_of(op.rows) * op.neurons * kTile);
   job.down_bias = call.input<float>(7, "down_bias", true, op.rows);
   const Routing routing = read_routing(call, op, tokens, 1, 5);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
-  if (call.failed() || tokens == 0) return call.status();
+  if (call.failed() || tokens == 0) return;
 
   job.chunks = (op.neurons + chunk - 1) / chunk;
   void* parts[2];
-  if (!call.scratch({routing.most * job.chunks * chunk * sizeof(float), routing.bytes(op)}, parts)) return call.status();
+  if (!call.scratch({routing.most * job.chunks * chunk * sizeof(float), routing.bytes(op)}, parts)) return;
   job.hidden = static_cast<float*>(parts[0]);
   const Uses uses = list_uses(call, op, routing, job.input, parts[1]);
   if (uses.count == 0) {
     fill_output(job.down_bias, tokens, op.rows, job.output);
-    return call.status();
+    return;
   }
   describe(op, uses, &job);
   call.parallel(uses.total(op) * parts_of_up * op.neurons * op.columns, uses.count * job.chunks, run_expand, &job);
   call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kWide - 1) / kWide, run_contract, &job);
-  return call.status();
 }
 
 }  // namespace

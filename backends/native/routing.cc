@@ -50,23 +50,17 @@ void run_route(const void* user, int64_t first, int64_t last) {
 
 }  // namespace
 
-OrtStatus* read_experts(const OrtApi& api, const OrtKernelInfo* info, const char* name, Experts* op) {
-  op->api = &api;
-  const struct {
-    const char* name;
-    int64_t* value;
-  } attributes[] = {{"experts", &op->experts}, {"columns", &op->columns}, {"neurons", &op->neurons},
-                    {"rows", &op->rows},       {"gated", &op->gated},     {"activation", &op->activation}};
-  for (const auto& a : attributes) {
-    if (OrtStatus* status = attribute(api, info, a.name, a.value)) return status;
+Experts read_experts(Attributes& attributes) {
+  Experts op = {};
+  op.experts = attributes.integer("experts"), op.columns = attributes.integer("columns"), op.neurons = attributes.integer("neurons");
+  op.rows = attributes.integer("rows"), op.gated = attributes.integer("gated"), op.activation = attributes.integer("activation");
+  op.k = attributes.integer("k", 0);
+  for (int64_t size : {op.experts, op.columns, op.neurons, op.rows}) {
+    if (size < 1 || size > INT32_MAX) attributes.fail("experts, columns, neurons and rows should be positive");
   }
-  op->k = attribute_or(api, info, "k", 0);
-  for (int64_t size : {op->experts, op->columns, op->neurons, op->rows}) {
-    if (size < 1 || size > INT32_MAX) return error(api, name, "experts, columns, neurons and rows should be positive");
-  }
-  if (op->activation < 0 || op->activation >= kActivations) return error(api, name, "the activation has no function of that code");
-  if (op->k < 0 || op->k > op->experts) return error(api, name, "k is negative, or there are not so many experts");
-  return nullptr;
+  if (op.activation < 0 || op.activation >= kActivations) attributes.fail("the activation has no function of that code");
+  if (op.k < 0 || op.k > op.experts) attributes.fail("k is negative, or there are not so many experts");
+  return op;
 }
 
 size_t Routing::bytes(const Experts& op) const {

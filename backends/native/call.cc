@@ -1,10 +1,9 @@
-#include "context.h"
+#include "call.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <new>
 
 namespace dyncomp {
 namespace {
@@ -24,41 +23,40 @@ int64_t Shape::leading() const {
 }
 int64_t Shape::count() const { return leading() * last(); }
 
-Call::Call(const OrtApi& api, OrtKernelContext* context, const char* op) : api_(api), context_(context), op_(op) {
-  keep(api.KernelContext_GetInputCount(context, &inputs_));
-}
-
-void Call::keep(OrtStatus* status) {
-  if (status_ == nullptr) status_ = status;
-}
-
-void Call::fail(const char* format, ...) {
-  char text[256];
+void Failing::fail(const char* format, ...) {
+  if (failed_) return;
+  failed_ = true;
+  char text[320];
+  const int start = std::snprintf(text, sizeof text, "dyncomp.%s: ", op_);
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
+  std::vsnprintf(text + start, sizeof text - start, format, arguments);
   va_end(arguments);
-  if (!failed()) keep(error(api_, op_, text));
+  raise(text);
+}
+
+int64_t Attributes::integer(const char* name) {
+  int64_t value = 0;
+  if (!failed() && !read(name, &value)) fail("the attribute %s is missing", name);
+  return value;
+}
+
+int64_t Attributes::integer(const char* name, int64_t absent) {
+  int64_t value = absent;
+  return failed() || !read(name, &value) ? absent : value;
+}
+
+float Attributes::number(const char* name) {
+  float value = 0.0f;
+  if (!failed() && !read(name, &value)) fail("the attribute %s is missing", name);
+  return value;
 }
 
 const void* Call::data(size_t index, const char* name, bool optional, Shape* shape) {
-  const OrtValue* value = nullptr;
-  if (!failed() && index < inputs_) keep(api_.KernelContext_GetInput(context_, index, &value));
-  if (failed()) return nullptr;
-  if (value == nullptr) {
-    if (!optional) fail("the input %s is missing", name);
-    return nullptr;
-  }
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  keep(api_.GetTensorTypeAndShape(value, &info));
-  if (failed()) return nullptr;
-  keep(api_.GetDimensionsCount(info, &shape->rank));
-  if (!failed() && shape->rank > kMaxRank) fail("the input %s has %zu dimensions; %zu are allowed", name, shape->rank, kMaxRank);
-  if (!failed()) keep(api_.GetDimensions(info, shape->sizes, shape->rank));
-  api_.ReleaseTensorTypeAndShapeInfo(info);
-  void* pointer = nullptr;
-  if (!failed()) keep(api_.GetTensorMutableData(const_cast<OrtValue*>(value), &pointer));
-  return pointer;
+  const void* pointer = nullptr;
+  if (failed() || tensor(index, name, shape, &pointer)) return pointer;
+  if (!optional) fail("the input %s is missing", name);
+  return nullptr;
 }
 
 const void* Call::data(size_t index, const char* name, bool optional, int64_t count) {
@@ -69,14 +67,6 @@ const void* Call::data(size_t index, const char* name, bool optional, int64_t co
     return nullptr;
   }
   return pointer;
-}
-
-float* Call::output(const Shape& shape, size_t index) {
-  OrtValue* value = nullptr;
-  void* pointer = nullptr;
-  if (!failed()) keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value));
-  if (!failed()) keep(api_.GetTensorMutableData(value, &pointer));
-  return static_cast<float*>(pointer);
 }
 
 void Call::parallel(int64_t multiplications, int64_t units, void (*function)(const void*, int64_t, int64_t), const void* user) {
@@ -95,7 +85,7 @@ void Call::parallel(int64_t multiplications, int64_t units, void (*function)(con
     const int64_t first = static_cast<int64_t>(index) * p.together;
     p.function(p.user, first, std::min(first + p.together, p.units));
   };
-  keep(api_.KernelContext_ParallelFor(context_, run, static_cast<size_t>(count), 0, &pieces));
+  on_threads(static_cast<size_t>(count), run, &pieces);
 }
 
 bool Call::scratch(std::initializer_list<size_t> sizes, void** parts) {
@@ -152,39 +142,23 @@ void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t to
   call.parallel(blocks * kBlock * 4, blocks, run, &job);  // a number costs about as much as four multiplications
 }
 
-OrtStatus* error(const OrtApi& api, const char* op, const char* what) {
-  char text[320];
-  std::snprintf(text, sizeof text, "dyncomp.%s: %s", op, what);
-  return api.CreateStatus(ORT_INVALID_ARGUMENT, text);
-}
-
-OrtStatus* attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* out) {
-  return api.KernelInfoGetAttribute_int64(info, name, out);  // its error names the attribute
-}
-
-int64_t attribute_or(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t absent) {
-  int64_t value = absent;
-  OrtStatus* status = api.KernelInfoGetAttribute_int64(info, name, &value);
-  if (status == nullptr) return value;
-  api.ReleaseStatus(status);
-  return absent;
-}
-
-OrtStatus* check_format(const OrtApi& api, const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t block) {
-  char text[128];
+void check_format(Attributes& attributes, int64_t rows, int64_t columns, int64_t bits, int64_t block) {
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
   if (bits != 4 && bits != 8) {
-    std::snprintf(text, sizeof text, "bits is %lld; it should be 4 or 8", show(bits));
+    attributes.fail("bits is %lld; it should be 4 or 8", show(bits));
   } else if (block != 32 && block != 64 && block != 128) {
-    std::snprintf(text, sizeof text, "block is %lld; it should be 32, 64 or 128", show(block));
+    attributes.fail("block is %lld; it should be 32, 64 or 128", show(block));
   } else if (rows < 1 || rows > INT32_MAX || columns < 1 || columns > INT32_MAX) {
-    std::snprintf(text, sizeof text, "a matrix of %lld rows and %lld columns", show(rows), show(columns));
+    attributes.fail("a matrix of %lld rows and %lld columns", show(rows), show(columns));
   } else if (columns % block) {
-    std::snprintf(text, sizeof text, "%lld columns are no multiple of the block, %lld", show(columns), show(block));
-  } else {
-    return nullptr;
+    attributes.fail("%lld columns are no multiple of the block, %lld", show(columns), show(block));
   }
-  return error(api, op, text);
+}
+
+MatrixOp read_matrix_op(Attributes& attributes) {
+  const MatrixOp op = {attributes.integer("rows"), attributes.integer("columns"), attributes.integer("bits"), attributes.integer("block")};
+  check_format(attributes, op.rows, op.columns, op.bits, op.block);
+  return op;
 }
 
 namespace {
@@ -194,24 +168,5 @@ const Kernels* find() {
 }
 }  // namespace
 const Kernels* const active = find();
-
-OrtStatus* read_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, MatrixOp* op) {
-  OrtStatus* status = nullptr;
-  op->api = &api;
-  if ((status = attribute(api, info, "rows", &op->rows)) || (status = attribute(api, info, "columns", &op->columns)) ||
-      (status = attribute(api, info, "bits", &op->bits)) || (status = attribute(api, info, "block", &op->block))) {
-    return status;
-  }
-  return check_format(api, name, op->rows, op->columns, op->bits, op->block);
-}
-
-OrtStatus* create_matrix_op(const OrtApi& api, const OrtKernelInfo* info, const char* name, void** kernel) {
-  MatrixOp op = {};
-  if (OrtStatus* status = read_matrix_op(api, info, name, &op)) return status;
-  *kernel = new (std::nothrow) MatrixOp(op);
-  return *kernel ? nullptr : error(api, name, "there is no memory left");
-}
-
-void destroy_matrix_op(void* kernel) { delete static_cast<MatrixOp*>(kernel); }
 
 }  // namespace dyncomp

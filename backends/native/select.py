@@ -1,59 +1,60 @@
-"""Quantized weights -> dyncomp's native kernels, or ONNX Runtime's MatMulNBits where those cannot be built."""
+"""Quantized weights -> the native operators, on weights packed for them; the same for each backend that has them.
+
+``ops`` is the backend's module of operators: functions ``quantized_linear``, ``quantized_embedding`` and ``quantized_ffn``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from dyncomp.backends.ort import ops
-from dyncomp.backends.ort.native import ACTIVATION_CODES, pack_codes, pack_scales
-from dyncomp.backends.ort.routed import ffn_attributes, inner_router
+from dyncomp.backends.native import ACTIVATION_CODES, pack_codes, pack_scales
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
 from dyncomp.interpret import activation_terms
-from dyncomp.quantized import Quantized, join, pack_nibbles
+from dyncomp.ops import threshold_gates, topk_gates
+from dyncomp.quantized import Quantized, join
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
+_THRESHOLD, _TOPK = threshold_gates._opoverload, topk_gates._opoverload
 _ROWS = 16  # the native layout's tiles
 
 
-def select_quantized_ffns(graph: Graph) -> None:
+def select_quantized_ffns(graph: Graph, ops: Any) -> None:
     """FFNs whose weights are all quantized alike -> one native operator, gates and activation inside."""
     for ffn in find_ffns(graph)[0]:
         parts = _dense_parts(graph, ffn)
         if parts is not None:
-            _select_dense(graph, ffn, *parts)
+            _select_dense(graph, ffn, *parts, ops)
     for routed in find_routed(graph):
-        _select_routed(graph, routed)
+        _select_routed(graph, routed, ops)
     graph.clean()
 
 
-def select_quantized_linears(graph: Graph, *, native: bool) -> None:
+def select_quantized_linears(graph: Graph, ops: Any) -> None:
     """Quantized linear layers and embeddings."""
-    for node in graph.nodes:
-        weight = node.args[1] if node.target is aten.linear.default else node.args[0] if node.target is aten.embedding.default else None
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or str(weight.target) not in graph.quantized:
-            continue
-        name = str(weight.target)
+    for node, name in quantized_nodes(graph):
         value = graph.quantized[name]
-        rows, columns = value.codes.shape
-        if not native and (value.offsets is not None or node.target is aten.embedding.default):
-            continue  # ONNX Runtime has no fast kernel for these: it computes with the decoded weight
-        settings = (rows, columns, value.bits, value.block)
+        settings = (*value.codes.shape, value.bits, value.block)
         with graph.inserting(before=node) as b:
             if node.target is aten.embedding.default:
                 y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings)
             else:
                 x, _, bias = (*node.args, None)[:3]
-                if native:
-                    y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings, activation_terms(graph, name))
-                else:
-                    y = b.call(ops.matmul_nbits, x, *_blocks(graph, name, value), *settings)
-                    y = b.call(aten.add.Tensor, y, bias) if bias is not None else y
+                y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings, activation_terms(graph, name))
         node.replace_all_uses_with(y)
         graph.module.graph.erase_node(node)
+
+
+def quantized_nodes(graph: Graph) -> Iterator[tuple[fx.Node, str]]:
+    """Linear layers and embeddings with a quantized weight, and its name."""
+    for node in graph.nodes:
+        weight = node.args[1] if node.target is aten.linear.default else node.args[0] if node.target is aten.embedding.default else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in graph.quantized:
+            yield node, str(weight.target)
 
 
 # ---- FFNs ----------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def _format(weight: Quantized) -> tuple[tuple[str, int], ...]:
     return ("bits", weight.bits), ("block", weight.block)
 
 
-def _select_dense(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> None:
+def _select_dense(graph: Graph, ffn: FFN, up: Quantized, down: Quantized, ops: Any) -> None:
     weights = ffn.weights(graph)
     attributes = (*ffn_attributes(1, ffn.d_model, ffn.d_ff, ffn.d_out, ffn.gated, ffn.activation), *_format(up))
     bias = _constant(graph, f"{ffn.name}.up_bias", weights.b_up)
@@ -87,7 +88,7 @@ def _select_dense(graph: Graph, ffn: FFN, up: Quantized, down: Quantized) -> Non
     replace_ffn(graph, ffn, build)
 
 
-def _select_routed(graph: Graph, routed: RoutedFFN) -> None:
+def _select_routed(graph: Graph, routed: RoutedFFN, ops: Any) -> None:
     if routed.w_up not in graph.quantized or routed.w_down not in graph.quantized:
         return
     up, down = graph.quantized[routed.w_up], graph.quantized[routed.w_down]
@@ -105,6 +106,29 @@ def _select_routed(graph: Graph, routed: RoutedFFN) -> None:
     routed.output.replace_all_uses_with(y)
 
 
+def inner_router(routed: RoutedFFN) -> tuple[tuple[fx.Node | None, fx.Node | None], int]:
+    """Weight and bias of a linear router for the operator to compute, or Nones; and how many experts it opens, 0 for those of
+    positive scores."""
+    scores = routed.gates.args[0] if routed.gates.target in (_THRESHOLD, _TOPK) else None
+    if not isinstance(scores, fx.Node) or scores.target is not aten.linear.default or len(scores.args) != 3:
+        return (None, None), 0
+    x, weight, bias = scores.args
+    if x is not routed.input or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in (weight, bias)):
+        return (None, None), 0
+    k = int(routed.gates.args[1]) if routed.gates.target is _TOPK else 0  # type: ignore[arg-type]
+    return (weight, bias), k  # type: ignore[return-value]
+
+
+def ffn_attributes(
+    experts: int, columns: int, neurons: int, rows: int, gated: bool, activation: str, k: int = 0
+) -> tuple[tuple[str, int], ...]:
+    """Those that the native operators on experts share."""
+    return tuple({
+        "experts": experts, "columns": columns, "neurons": neurons, "rows": rows, "gated": int(gated),
+        "activation": ACTIVATION_CODES[activation], "k": k,
+    }.items())  # fmt: skip
+
+
 # ---- constants -----------------------------------------------------------------------------------------------------
 def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Codes, scales and offsets in the native layout, as constants; made once for weights that several nodes read."""
@@ -116,16 +140,6 @@ def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node
         if offsets is not None and value.offsets is not None:
             graph.add_tensor(offsets, torch.from_numpy(pack_scales(value.offsets.numpy())), trainable=False)
     return graph.read(codes), graph.read(scales), graph.read(offsets) if offsets is not None else None
-
-
-def _blocks(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node]:
-    """Codes and scales of a symmetric weight as MatMulNBits wants them."""
-    codes, scales, rows = f"{name}_codes", f"{name}_scales", value.codes.shape[0]
-    if not graph.reads(codes):
-        stored = pack_nibbles(value.codes) if value.bits == 4 else value.codes
-        graph.add_tensor(codes, stored.reshape(rows, value.scales.shape[1], -1).contiguous(), trainable=False)
-        graph.add_tensor(scales, value.scales.float().flatten(), trainable=False)
-    return graph.read(codes), graph.read(scales)
 
 
 def _constant(graph: Graph, name: str, value: Tensor | None) -> Any:

@@ -1,6 +1,5 @@
 // QuantizedFFN: y[t] = sum over the experts of gates[t, e] * FFN_e(x[t]), computing only those whose gate is not 0.
 #include <algorithm>
-#include <new>
 
 #include "operators.h"
 #include "routing.h"
@@ -10,28 +9,22 @@ namespace {
 
 constexpr const char* kName = "QuantizedFFN";
 constexpr Input kInputs[] = {
-    {ORT_FLOAT, false},   {ORT_FLOAT, true},                       // x, gates
-    {ORT_UINT8, false},   {ORT_FLOAT16, false}, {ORT_FLOAT16, true},  // up_codes, up_scales, up_offsets
-    {ORT_FLOAT, true},                                             // up_bias
-    {ORT_UINT8, false},   {ORT_FLOAT16, false}, {ORT_FLOAT16, true},  // down_codes, down_scales, down_offsets
-    {ORT_FLOAT, true},    {ORT_FLOAT, true},    {ORT_FLOAT, true},     // router, router_bias, down_bias
+    {Type::kFloat, false},   {Type::kFloat, true},                       // x, gates
+    {Type::kByte, false},   {Type::kHalf, false}, {Type::kHalf, true},  // up_codes, up_scales, up_offsets
+    {Type::kFloat, true},                                             // up_bias
+    {Type::kByte, false},   {Type::kHalf, false}, {Type::kHalf, true},  // down_codes, down_scales, down_offsets
+    {Type::kFloat, true},    {Type::kFloat, true},    {Type::kFloat, true},     // router, router_bias, down_bias
 };
 struct Ffn {
   Experts experts;
   int64_t bits, block;
 };
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Ffn op = {};
-  OrtStatus* status = nullptr;
-  if ((status = read_experts(api, info, kName, &op.experts)) || (status = attribute(api, info, "bits", &op.bits)) ||
-      (status = attribute(api, info, "block", &op.block)) ||
-      (status = check_format(api, kName, op.experts.neurons, op.experts.columns, op.bits, op.block)) ||
-      (status = check_format(api, kName, op.experts.rows, op.experts.neurons, op.bits, op.block))) {
-    return status;
-  }
-  *kernel = new (std::nothrow) Ffn(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+void* create(Attributes& attributes) {
+  const Ffn op = {read_experts(attributes), attributes.integer("bits"), attributes.integer("block")};
+  check_format(attributes, op.experts.neurons, op.experts.columns, op.bits, op.block);
+  check_format(attributes, op.experts.rows, op.experts.neurons, op.bits, op.block);
+  return keep(attributes, op);
 }
 
 void run_expand(const void* user, int64_t first, int64_t last) {
@@ -43,9 +36,8 @@ void run_contract(const void* user, int64_t first, int64_t last) {
   active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
 }
 
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+void compute(const void* kernel, Call& call) {
   const auto& [op, bits, block] = *static_cast<const Ffn*>(kernel);
-  Call call(*op.api, context, kName);
   Shape shape;
   QuantizedFfnJob job = {};
   const int64_t up_rows = op.neurons * (op.gated ? 2 : 1);
@@ -57,22 +49,22 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   job.down = matrix(call, 6, "down_", op.rows, op.neurons, bits, block, op.experts);
   job.down_bias = call.input<float>(11, "down_bias", true, op.rows);
   const Routing routing = read_routing(call, op, tokens, 1, 9);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
-  if (call.failed() || tokens == 0) return call.status();
+  if (call.failed() || tokens == 0) return;
 
   void* parts[3];
   if (!call.scratch({tokens * (op.columns / kBlock) * sizeof(Block), routing.most * (op.neurons / kBlock) * sizeof(Block),
                      routing.bytes(op)}, parts)) {
-    return call.status();
+    return;
   }
   job.blocks = static_cast<Block*>(parts[0]);
   job.hidden = static_cast<Block*>(parts[1]);
   const Uses uses = list_uses(call, op, routing, job.input, parts[2]);
   if (uses.count == 0) {
     fill_output(job.down_bias, tokens, op.rows, job.output);
-    return call.status();
+    return;
   }
   describe(op, uses, &job);
   job.chunks = op.neurons / kBlock;
@@ -80,7 +72,6 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   quantize_tokens(call, job.up, job.input, tokens, job.blocks);
   call.parallel(uses.total(op) * up_rows * op.columns, uses.count * job.chunks, run_expand, &job);
   call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
-  return call.status();
 }
 
 }  // namespace

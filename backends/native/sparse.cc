@@ -1,7 +1,6 @@
 // SparseLinear: y[t] = W keep_large(x[t], thresholds) + bias, W stored input by input; with an activation, of the first half of the rows,
 // times the second half.
 #include <algorithm>
-#include <new>
 
 #include "operators.h"
 
@@ -9,7 +8,7 @@ namespace dyncomp {
 namespace {
 
 constexpr const char* kName = "SparseLinear";
-constexpr Input kInputs[] = {{ORT_FLOAT, false}, {ORT_FLOAT, false}, {ORT_UINT8, false}, {ORT_FLOAT16, false}, {ORT_FLOAT16, true}, {ORT_FLOAT, true}};
+constexpr Input kInputs[] = {{Type::kFloat, false}, {Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false}, {Type::kHalf, true}, {Type::kFloat, true}};
 constexpr int64_t kNone = -1;
 constexpr int64_t kParts = 4;  // of one token's inputs: rows of codes are best read whole, so not the outputs are divided among threads
 
@@ -18,14 +17,11 @@ struct Sparse {
   int64_t activation;
 };
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Sparse op = {};
-  if (OrtStatus* status = read_matrix_op(api, info, kName, &op.matrix)) return status;
-  if (OrtStatus* status = attribute(api, info, "activation", &op.activation)) return status;
-  if (op.activation < kNone || op.activation > 14) return error(api, kName, "there is no such activation");
-  if (op.activation != kNone && op.matrix.rows % (2 * kTile)) return error(api, kName, "the rows under an activation should be a multiple of 32");
-  *kernel = new (std::nothrow) Sparse(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+void* create(Attributes& attributes) {
+  const Sparse op = {read_matrix_op(attributes), attributes.integer("activation")};
+  if (op.activation < kNone || op.activation > 14) attributes.fail("there is no such activation");
+  if (op.activation != kNone && op.matrix.rows % (2 * kTile)) attributes.fail("the rows under an activation should be a multiple of 32");
+  return keep(attributes, op);
 }
 
 struct Work {
@@ -108,9 +104,8 @@ InputMatrix input_matrix(Call& call, const MatrixOp& op) {
   return m;
 }
 
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+void compute(const void* kernel, Call& call) {
   const auto& [op, activation] = *static_cast<const Sparse*>(kernel);
-  Call call(*op.api, context, kName);
   Shape shape;
   Work work = {};
   GatherJob& job = work.job;
@@ -118,15 +113,15 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   check_last(call, shape, op.columns);
   job.weight = input_matrix(call, op);
   job.bias = call.input<float>(5, "bias", true, op.rows);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   const int64_t count = job.tokens = shape.leading(), neurons = op.rows / 2, blocks = op.columns / kBlock;
   const bool gated = activation != kNone;
   shape.sizes[shape.rank - 1] = gated ? neurons : op.rows;
   float* output = call.output(shape);
   void* parts[4];
-  if (call.failed() || count == 0) return call.status();
+  if (call.failed() || count == 0) return;
   const size_t rows = gated ? count * op.rows * sizeof(float) : 0;
-  if (!call.scratch({count * op.columns * sizeof(float), count * blocks * sizeof(Block), rows, kParts * op.rows * sizeof(float)}, parts)) return call.status();
+  if (!call.scratch({count * op.columns * sizeof(float), count * blocks * sizeof(Block), rows, kParts * op.rows * sizeof(float)}, parts)) return;
   tokens.kept = static_cast<float*>(parts[0]);
   job.blocks = static_cast<Block*>(parts[1]);
   job.output = gated ? static_cast<float*>(parts[2]) : output;
@@ -138,7 +133,6 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   multiply(call, work);
   const Gated last = {static_cast<int32_t>(activation), neurons, job.output, output};
   if (gated) call.parallel(count * op.rows * 16, count, gate, &last);
-  return call.status();
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
 
 #include "operators.h"
 
@@ -11,35 +10,26 @@ namespace {
 
 constexpr const char* kName = "CachedAttention";
 constexpr Input kInputs[] = {
-    {ORT_FLOAT, false}, {ORT_FLOAT, true}, {ORT_FLOAT, true},  // query, key, value
-    {ORT_FLOAT, false}, {ORT_FLOAT, false}, {ORT_INT64, false},  // key_cache, value_cache, past_length
-    {ORT_FLOAT, true},  {ORT_FLOAT, true},                       // cos, sin
+    {Type::kFloat, false}, {Type::kFloat, true}, {Type::kFloat, true},  // query, key, value
+    {Type::kFloat, false}, {Type::kFloat, false}, {Type::kInt64, false},  // key_cache, value_cache, past_length
+    {Type::kFloat, true},  {Type::kFloat, true},                       // cos, sin
 };
 // With fewer than kFewUnits units of work, more than kSplitFrom keys are divided among units of kSplitKeys.
 constexpr int64_t kFewUnits = 16, kSplitFrom = 256, kSplitKeys = 128;
 
 struct Attention {
-  const OrtApi* api;
   int64_t heads, kv_heads, interleaved, window;
   float scale, softcap;
 };
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Attention op = {};
-  op.api = &api;
-  OrtStatus* status = nullptr;
-  if ((status = attribute(api, info, "heads", &op.heads)) || (status = attribute(api, info, "kv_heads", &op.kv_heads)) ||
-      (status = attribute(api, info, "interleaved", &op.interleaved)) || (status = attribute(api, info, "window", &op.window)) ||
-      (status = api.KernelInfoGetAttribute_float(info, "scale", &op.scale)) ||
-      (status = api.KernelInfoGetAttribute_float(info, "softcap", &op.softcap))) {
-    return status;
-  }
+void* create(Attributes& attributes) {
+  const Attention op = {attributes.integer("heads"),  attributes.integer("kv_heads"), attributes.integer("interleaved"),
+                        attributes.integer("window"), attributes.number("scale"),     attributes.number("softcap")};
   if (op.kv_heads < 1 || op.kv_heads > INT32_MAX || op.heads < 1 || op.heads > INT32_MAX || op.heads % op.kv_heads) {
-    return error(api, kName, "heads is no multiple of kv_heads");
+    attributes.fail("heads is no multiple of kv_heads");
   }
-  if (op.window < 0 || op.window > INT32_MAX) return error(api, kName, "the window is negative or too large");
-  *kernel = new (std::nothrow) Attention(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+  if (op.window < 0 || op.window > INT32_MAX) attributes.fail("the window is negative or too large");
+  return keep(attributes, op);
 }
 
 // A unit of work is `rows` queries of a group (S * G of them, `tiles` units) over `keys` entries of the cache.
@@ -95,9 +85,8 @@ void merge(const Work& work, int64_t units) {
 
 bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equal(a.sizes, a.sizes + a.rank, b.sizes); }
 
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+void compute(const void* kernel, Call& call) {
   const Attention& op = *static_cast<const Attention*>(kernel);
-  Call call(*op.api, context, kName);
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
   Shape query, key, value, caches, values, table, sines;
   Work work = {};
@@ -109,10 +98,10 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const float* value_cache = call.input<float>(4, "value_cache", false, &values);
   job.cos = call.input<float>(6, "cos", true, &table);
   job.sin = call.input<float>(7, "sin", true, &sines);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   if (query.rank != 3 || caches.rank != 4 || !equal(caches, values)) {
     call.fail("the query should have 3 dimensions, and the caches the same 4");
-    return call.status();
+    return;
   }
   job.batch = query.sizes[0], job.length = query.sizes[1], job.heads = op.heads, job.kv_heads = op.kv_heads;
   job.capacity = caches.sizes[2], job.head_dim = caches.sizes[3];
@@ -135,7 +124,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
              (job.cos && (table.rank != 2 || !equal(table, sines) || 2 * table.last() > d))) {
     call.fail("cos and sin should both be there, or neither, and have the same shape [positions, at most %lld]", show(d / 2));
   }
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   int64_t multiplications = 0, longest = 0;
   for (int64_t row = 0; row < job.batch; row++) {
     const int64_t past = job.past[row];
@@ -144,7 +133,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     } else if (job.cos && past + job.length > table.sizes[0]) {
       call.fail("%lld positions; the tables have %lld", show(past + job.length), show(table.sizes[0]));
     }
-    if (call.failed()) return call.status();
+    if (call.failed()) return;
     const int64_t seen = past + job.length / 2 + 1;
     multiplications += 2 * job.length * width * (op.window ? std::min(op.window, seen) : seen);
     longest = std::max(longest, past + job.length);
@@ -156,11 +145,11 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   job.output = call.output(query);
   job.key_cache = call.output(caches, 1);
   job.value_cache = call.output(caches, 2);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   const size_t bytes = caches.count() * sizeof(float);
   if (bytes && job.key_cache != key_cache) std::memcpy(job.key_cache, key_cache, bytes);  // otherwise they are updated in place
   if (bytes && job.value_cache != value_cache) std::memcpy(job.value_cache, value_cache, bytes);
-  if (job.batch == 0 || job.length == 0) return call.status();
+  if (job.batch == 0 || job.length == 0) return;
 
   const int64_t queries = job.length * (op.heads / op.kv_heads);
   work.rows = std::min(queries, std::min<int64_t>(kUnitRows, kUnitFloats / d / kRowsTogether * kRowsTogether));
@@ -172,14 +161,13 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     work.keys = kSplitKeys, work.splits = (most + kSplitKeys - 1) / kSplitKeys;
     units *= work.splits;
     void* memory;
-    if (!call.scratch({units * work.rows * (d + kTile) * sizeof(float)}, &memory)) return call.status();
+    if (!call.scratch({units * work.rows * (d + kTile) * sizeof(float)}, &memory)) return;
     work.partial = static_cast<float*>(memory);
   }
   const int64_t tokens = job.batch * job.length;
   call.parallel(tokens * kv_width * 8, tokens, run_append, &work);  // a number costs about as much as eight multiplications
   call.parallel(multiplications, units, run_attend, &work);
   if (work.splits > 1 && !call.failed()) merge(work, units);
-  return call.status();
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings.
 #include <algorithm>
-#include <new>
 
 #include "operators.h"
 
@@ -8,7 +7,7 @@ namespace dyncomp {
 namespace {
 
 constexpr const char* kName = "QuantizedLinear";
-constexpr Input kInputs[] = {{ORT_FLOAT, false}, {ORT_UINT8, false}, {ORT_FLOAT16, false}, {ORT_FLOAT16, true}, {ORT_FLOAT, true}};
+constexpr Input kInputs[] = {{Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false}, {Type::kHalf, true}, {Type::kFloat, true}};
 constexpr int64_t kTokensOfUnit = 48;
 constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
 
@@ -17,13 +16,10 @@ struct Linear {
   int64_t terms;
 };
 
-OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  Linear op = {};
-  if (OrtStatus* status = read_matrix_op(api, info, kName, &op.matrix)) return status;
-  if (OrtStatus* status = attribute(api, info, "terms", &op.terms)) return status;
-  if (op.terms != 1 && op.terms != 2) return error(api, kName, "terms should be 1 or 2");
-  *kernel = new (std::nothrow) Linear(op);
-  return *kernel ? nullptr : error(api, kName, "there is no memory left");
+void* create(Attributes& attributes) {
+  const Linear op = {read_matrix_op(attributes), attributes.integer("terms")};
+  if (op.terms != 1 && op.terms != 2) attributes.fail("terms should be 1 or 2");
+  return keep(attributes, op);
 }
 
 // A unit of work is a group of tiles for `tokens` tokens; `groups` of them make up the rows.
@@ -96,9 +92,8 @@ void in_two_terms(Call& call, Work& work) {
   }
 }
 
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+void compute(const void* kernel, Call& call) {
   const auto& [op, terms] = *static_cast<const Linear*>(kernel);
-  Call call(*op.api, context, kName);
   Shape shape;
   Work work = {};
   LinearJob& job = work.job;
@@ -106,21 +101,20 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   check_last(call, shape, op.columns);
   job.weight = matrix(call, 1, "", op.rows, op.columns, op.bits, op.block, 1);
   job.bias = call.input<float>(4, "bias", true, op.rows);
-  if (call.failed()) return call.status();
+  if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
-  if (call.failed() || tokens == 0) return call.status();
+  if (call.failed() || tokens == 0) return;
   if (terms == 2) {
     in_two_terms(call, work);
-    return call.status();
+    return;
   }
   void* memory = nullptr;
-  if (!call.scratch({tokens * blocks * sizeof(Block)}, &memory)) return call.status();
+  if (!call.scratch({tokens * blocks * sizeof(Block)}, &memory)) return;
   job.blocks = static_cast<Block*>(memory);
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
   multiply(call, work);
-  return call.status();
 }
 
 }  // namespace
