@@ -61,7 +61,11 @@ def select_sparse_linears(graph: Graph, ops: Any | None) -> None:
 
 
 def sparse_kernels(graph: Graph, gathering: int) -> dict[str, Any]:
-    """For an artifact's configuration: how the sparse linear layers of ``graph`` are computed; ``gathering``: calls of the native operator."""
+    """For an artifact's configuration: how the sparse linear layers of ``graph`` are computed.
+
+    Args:
+        gathering: calls of the native operator.
+    """
     return {
         "layers": len(sparse_nodes(graph)),
         "gathering_operators": gathering,

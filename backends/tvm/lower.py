@@ -119,10 +119,15 @@ def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict
 
 
 def _require_native(machine: Machine) -> None:
-    """Quantized weights need the native kernels, compiled here for here."""
+    """Quantized weights are computed with in native kernels, compiled here for here.
+
+    Raises:
+        BackendError: they cannot be compiled, or would not run on ``machine``.
+    """
     if (reason := unavailable_reason()) is not None:
         raise BackendError(
-            f"quantized weights need native kernels for the TVM backend, and {reason}", hint=f"{COMPILER_HINT}, or --backend ort"
+            f"the TVM backend computes with quantized weights in native kernels, and {reason}",
+            hint=f"{COMPILER_HINT}, or use --backend ort",
         )
     if machine.architecture != this_machine().architecture:
         raise BackendError(

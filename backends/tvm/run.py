@@ -141,8 +141,8 @@ def _load_native(ffi: Any, path: Path) -> Any:
         raise BackendError(f"the native operators cannot be loaded: {first_line(error)}", hint=_AGAIN) from error
     if not found:
         raise BackendError(
-            f"this processor has no kernels {os.environ.get('DYNCOMP_NATIVE_ISA')!r}",
-            hint="set DYNCOMP_NATIVE_ISA to portable, or unset it",
+            f"DYNCOMP_NATIVE_ISA asks for {os.environ.get('DYNCOMP_NATIVE_ISA')!r}, which this processor does not have",
+            hint="unset it, or set it to portable",
         )
     return module
 

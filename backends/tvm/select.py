@@ -37,10 +37,24 @@ def select(graph: Graph, tile: Tile) -> Graph:
     select_quantized_linears(graph, ops)
     select_linears(graph, tile)
     graph.clean()
+    require_no_quantized(graph)
     for name, value in graph.constants().items():
         if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
             graph.add_tensor(name, value.detach())  # a parameter: goes into the parameter file, not into the library
     return graph
+
+
+def require_no_quantized(graph: Graph) -> None:
+    """Refuse what would compute with the decoded floats of a quantized weight.
+
+    Raises:
+        BackendError: names the first.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in graph.quantized:
+            user = next(iter(node.users))
+            where = user.meta.get("path") or user.name
+            raise BackendError(f"{where}: {user.target} has no kernel for quantized weights ({node.target})", hint="use --backend ort")
 
 
 def select_attention(graph: Graph) -> None:
