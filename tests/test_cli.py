@@ -232,6 +232,20 @@ def test_a_dense_model_can_be_quantized_only(place) -> None:
     assert report["parity"][0]["precision"] == "int4"
 
 
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_a_quantized_model_through_tvm(place) -> None:
+    pytest.importorskip("tvm")
+    options = [*OPTIONS[:4], "--recipe", "dense", "--quantize", "int8", "--backend", "tvm", "--calibrate", "text.txt", "--json"]
+    report = json.loads(run(place, "convert", "model", "-o", "tvm8", *options))
+    assert report["parity"][0]["relative_error"] <= 2e-2
+    speeds = [(e["engine"], e["variant"], e["precision"]) for e in report["bench"]]
+    assert speeds[0] == ("dyncomp-tvm", "dense", "fp32")
+    assert speeds[-1] == ("dyncomp-tvm", "converted", "int8")
+    assert run(place, "run", "tvm8", "--backend", "tvm", "--prompt", "The river", "--max-tokens", "4")
+    entries = json.loads(run(place, "bench", "tvm8", "--backend", "tvm", "--json", "--threads", "1", "--prefill", "32"))["bench"]
+    assert [(e["engine"], e["variant"], e["precision"]) for e in entries] == speeds
+
+
 def test_with_all_experts_the_converted_model_is_the_dense_one(place) -> None:
     (place / "all.toml").write_text('passes = "carve-experts{experts=4 keep-dense=}"\n')
     report = json.loads(

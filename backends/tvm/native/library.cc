@@ -3,6 +3,7 @@
 #include <tvm/ffi/c_api.h>
 #include <tvm/runtime/c_backend_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -89,10 +90,10 @@ class TvmCall final : public Call {
     }
     if (failed()) return nullptr;
     shape->rank = t.ndim;
+    std::copy(t.shape, t.shape + t.ndim, shape->sizes);
     int64_t step = 1;
-    for (int i = t.ndim - 1; i >= 0; step *= t.shape[i--]) {
-      shape->sizes[i] = t.shape[i];
-      if (t.strides && t.shape[i] > 1 && t.strides[i] != step) fail("the argument %s is not contiguous", name);
+    for (int i = t.ndim - 1; i >= 0 && t.strides && shape->count(); step *= t.shape[i--]) {
+      if (t.shape[i] > 1 && t.strides[i] != step) fail("the argument %s is not contiguous", name);
     }
     return static_cast<char*>(t.data) + t.byte_offset;
   }
