@@ -37,7 +37,7 @@ from dyncomp.backends.tvm.decoder import TvmDecoder, decoder_for
 from dyncomp.backends.tvm.kernels import attention, functions, linear, norm, sdpa
 from dyncomp.backends.tvm.kernels import routed_ffn as routed
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
-from dyncomp.backends.tvm.lower import CONFIG, lower
+from dyncomp.backends.tvm.lower import CONFIG, PARAMETERS, lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 
 HERE = machine.this_machine()
@@ -226,6 +226,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, Path]:
     kernels = lower(graph, folder).kernels
     assert sum(n for name, n in kernels.items() if name.startswith("cached_attention")) == 2
     assert sum(n for name, n in kernels.items() if name.startswith("routed_ffn")) == 2
+    weights = sum(value.numel() for value in graph.constants().values() if value.is_floating_point())
+    assert (folder / PARAMETERS).stat().st_size >= 4 * weights, "weights are in the parameter file, not in the library"
     return graph, folder
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or 
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine
 from dyncomp.backends.tvm.decoder import decoder_for
-from dyncomp.backends.tvm.lower import CONFIG, NATIVE, lower
+from dyncomp.backends.tvm.lower import CONFIG, NATIVE, PARAMETERS, lower
 from dyncomp.backends.tvm.native import instruction_set, library
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros, load_runtime, use_threads
 
@@ -179,6 +179,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, Path]:
     assert kernels["dyncomp_quantized_ffn"] == 2
     assert kernels["dyncomp_quantized_embedding"] == 1
     assert not any(name.startswith(("linear", "routed_ffn")) for name in kernels)
+    packed = sum(value.bytes for value in graph.quantized.values())
+    assert packed <= (folder / PARAMETERS).stat().st_size < 2 * packed, "packed weights are in the parameter file, decoded ones nowhere"
     return graph, folder
 
 
@@ -216,10 +218,10 @@ def test_routed_decoders(bits: int, symmetric: bool, k: int, tmp_path: Path) -> 
     assert entry["relative_error"] <= 2e-2
 
 
-@pytest.mark.parametrize(("name", "options"), [("bert", {"bits": 4, "symmetric": False}), ("gpt2", {"symmetric": False})])
+@pytest.mark.parametrize(("name", "options"), [("bert", {"bits": 4, "symmetric": False}), ("phi", {"symmetric": False})])
 def test_other_architectures(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     graph = quantized(name, **options)
-    graph = with_cache(graph) if name == "gpt2" else graph
+    graph = with_cache(graph) if name == "phi" else graph
     assert lower(graph, tmp_path).kernels["dyncomp_quantized_ffn"] == 2
     entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", good=1e-3)
     assert entry["relative_error"] <= 2e-2

@@ -9,12 +9,17 @@ import tvm
 from dyncomp.backends.tvm.machine import Machine
 from tvm import relax
 
+from dyncomp.errors import BackendError
+
 
 def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], list[str]]:
     """Compile for ``machine``.
 
     Returns:
         the executable; how many calls of each function there are; the names of ``main``'s parameters in order.
+
+    Raises:
+        BackendError: something in the module has no form that TVM could lower.
     """
     target = machine.target()
     module, _ = relax.frontend.detach_params(module)
@@ -33,7 +38,10 @@ def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], 
             ]
         )(module)
     kernels = count_calls(module)
-    executable = tvm.compile(module, target=target, relax_pipeline=_finish())
+    try:
+        executable = tvm.compile(module, target=target, relax_pipeline=_finish())
+    except Exception as error:
+        raise BackendError(f"TVM cannot compile the graph: {' '.join(str(error).split())[:300]}", hint="use --backend ort") from error
     return executable, kernels, order
 
 

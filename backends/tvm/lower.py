@@ -19,6 +19,7 @@ from dyncomp.backends.tvm.machine import Machine, this_machine
 from dyncomp.backends.tvm.native import PREFIX, instruction_set
 from dyncomp.backends.tvm.native import library as native_library
 from dyncomp.backends.tvm.require import require_compiler
+from torch.export.graph_signature import InputKind
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
@@ -71,13 +72,13 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
 
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
-    if graph.quantized:
-        _require_native(machine)
+    native = _native_library(machine) if graph.quantized else None
     tile = Tile(machine.lanes, machine.vectors, machine.rows)
     report("select", 0, 4)
     selected = select(graph, tile)
     report("export", 1, 4)
     program = exported_program(selected)
+    _keep_weights_outside(program)
     report("compile", 2, 4)
     module = import_graph(selected, program, tile)
     compiled, kernels, order = compile_module(module, machine)
@@ -85,18 +86,26 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     directory.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE):
         (directory / name).unlink(missing_ok=True)
-    native = None
-    if any(name.startswith(PREFIX) for name in kernels):
-        shutil.copyfile(native_library(), directory / NATIVE)
-        native = instruction_set(directory / NATIVE)
+    if native is not None:
+        shutil.copyfile(native, directory / NATIVE)
     compiled.export_library(str(directory / LIBRARY))
     tensors = _tensors(program)
     entries = _write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
-    config = _config(graph, machine, kernels, entries, native)
+    config = _config(graph, machine, kernels, entries, None if native is None else instruction_set(native))
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     report("write", 4, 4)
     files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE) if (directory / name).exists())
     return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
+
+
+def _keep_weights_outside(program: torch.export.ExportedProgram) -> None:
+    """Let weights be parameters of the program: TVM writes other constants into the library. Integers stay there, indices and shapes that
+    it may compute with."""
+    for spec in program.graph_signature.input_specs:
+        if spec.target is not None and (
+            program.state_dict[spec.target].is_floating_point() or program.state_dict[spec.target].dtype == torch.uint8
+        ):
+            spec.kind, spec.persistent = InputKind.PARAMETER, None
 
 
 def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
@@ -118,8 +127,8 @@ def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict
     return entries
 
 
-def _require_native(machine: Machine) -> None:
-    """Quantized weights are computed with in native kernels, compiled here for here.
+def _native_library(machine: Machine) -> Path:
+    """The kernels that compute with quantized weights; they are compiled here for here.
 
     Raises:
         BackendError: they cannot be compiled, or would not run on ``machine``.
@@ -134,16 +143,17 @@ def _require_native(machine: Machine) -> None:
             f"the native kernels for quantized weights are compiled for this machine, not for {machine.architecture}",
             hint=f"lower the model on {machine.architecture}",
         )
+    return native_library()
 
 
 def _config(
-    graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]], native: str | None
+    graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]], instruction_set: str | None
 ) -> dict[str, Any]:
     return {
         **describe(graph, SCHEMA),
         "machine": machine.describe(),
         "kernels": kernels,
-        **({"native": {"library": NATIVE, "instruction_set": native}} if native is not None else {}),
+        **({"native": {"library": NATIVE, "instruction_set": instruction_set}} if instruction_set is not None else {}),
         **({"sparse_linear": sparse_kernels(graph, kernels.get(f"{PREFIX}sparse_linear", 0))} if sparse_nodes(graph) else {}),
         "parameters": parameters,
     }

@@ -38,9 +38,6 @@ def select(graph: Graph, tile: Tile) -> Graph:
     select_linears(graph, tile)
     graph.clean()
     require_no_quantized(graph)
-    for name, value in graph.constants().items():
-        if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
-            graph.add_tensor(name, value.detach())  # a parameter: goes into the parameter file, not into the library
     return graph
 
 
