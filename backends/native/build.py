@@ -43,7 +43,8 @@ def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] =
         raise BackendError(_missing(), hint=HINT)
     folder = cache_folder() / "native" if folder is None else folder
     settings = (compiler, _version(compiler), _FLAGS, _FLAGS_OF, platform.machine())
-    sources, headers = {}, []
+    sources: dict[Path, str] = {}
+    headers: list[Path] = []
     for place, more in ((_HERE, ()), (host, tuple(includes))):
         headers += sorted(place.glob("*.h"))
         sources |= {path: _key([path, *headers], (settings, more)) for path in sorted(place.glob("*.cc"))}
