@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
-from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, PARAMETERS, SCHEMA
+from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import require_machine
 from dyncomp.backends.tvm.native import instruction_set
 from dyncomp.backends.tvm.require import require_runtime
@@ -46,8 +46,8 @@ class TvmModel:
         ffi = load_runtime()
         try:
             module = ffi.load_module(str(self.directory / LIBRARY))
-            if native := self.config.get("native"):
-                module.import_module(_load_native(ffi, self.directory / native["library"]))
+            if "native" in self.config:
+                module.import_module(_load_native(ffi, self.directory / NATIVE))
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
             self._main = self._vm["main"]
