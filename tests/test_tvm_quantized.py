@@ -192,10 +192,10 @@ def test_a_decoder_and_the_same_tokens_as_onnx_runtime(llama: tuple[Graph, Path]
 
     graph, folder = llama
     model = TvmModel(folder, threads=2)
-    entry = parity(graph, model, decoder_for, backend="tvm", good=1e-4)
+    entry = parity(graph, model, decoder_for, backend="tvm", prompt_tokens=20, steps=16, attempts=6, good=1e-4)
     assert entry["precision"] == "int8"
-    assert entry["relative_error"] <= 2e-2
-    assert entry["greedy_tokens_equal"] >= 0.98
+    assert entry["relative_error"] <= 2e-3  # a head in one term instead of two is off by 7e-3
+    assert entry["greedy_tokens_equal"] == 1
     ort_lower(graph, tmp_path, native=True)
     for prompt in ([5, 17, 40, 3], [1], list(range(30))):
         assert greedy(decoder_for(model), prompt, 24) == greedy(ort_decoder_for(OrtModel(tmp_path, threads=1)), prompt, 24)
