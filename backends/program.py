@@ -30,13 +30,13 @@ class FlatProgram(ExportedProgram):
         kept = torch.export.default_decompositions()
         for node in self.graph.nodes:
             if isinstance(node.target, OpOverload) and (
-                node.target in decomp_table or (_is_composite(node.target) and node.target not in kept)
+                node.target in decomp_table or (is_composite(node.target) and node.target not in kept)
             ):
-                _expand(self.graph_module, node, decomp_table)
+                expand(self.graph_module, node, decomp_table)
         return self
 
 
-def _is_composite(operator: OpOverload) -> bool:
+def is_composite(operator: OpOverload) -> bool:
     return operator.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
@@ -82,11 +82,11 @@ def expand_functions(graph: Graph) -> None:
     """Replace every call of a Python function by the operators it calls."""
     for node in graph.nodes:
         if isinstance(node.target, types.FunctionType):
-            _expand(graph.module, node)
+            expand(graph.module, node)
     graph.module.graph.eliminate_dead_code()
 
 
-def _expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -> None:
+def expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) -> None:
     """Replace a call by what it does, as operators."""
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
     operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]

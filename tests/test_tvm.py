@@ -258,6 +258,27 @@ def test_encoders(name: str, tmp_path: Path) -> None:
     assert_equal_to_the_graph(graph, model, {"batch": 2, "sequence": 24}, {"batch": 1, "sequence": 1}, {"batch": 3, "sequence": 5})
 
 
+def test_positions_from_the_end(tmp_path: Path) -> None:
+    """Falcon's keys and values are the last two heads of a projection."""
+    graph = with_cache(trace_tiny("falcon"))
+    lower(graph, tmp_path)
+    entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=6)
+    assert entry["relative_error"] <= 1e-5
+    assert entry["greedy_tokens_equal"] == 1
+
+
+def test_what_tvm_lacks_is_spelled_otherwise(tmp_path: Path) -> None:
+    class Steps(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.where(x > 0, x, -2.0) + torch.diff(x, dim=-1, prepend=x[..., :1])
+            return y + x[:, [-2]] + x[:, -1, None] + x.cumsum(-1)
+
+    graph = trace(Steps(), {"x": numbers(0, 3, 8)}, {"x": {0: "batch"}})
+    assert {"where.ScalarOther", "diff"} <= {op_name(n) for n in graph.nodes}
+    lower(graph, tmp_path)
+    assert_equal_to_the_graph(graph, TvmModel(tmp_path, threads=1), {"batch": 2}, {"batch": 5})
+
+
 # ---- artifacts -----------------------------------------------------------------------------------------------------
 def test_runs_without_the_compiler(llama: tuple[Graph, Path]) -> None:
     code = (

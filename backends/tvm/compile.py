@@ -6,6 +6,7 @@ import collections
 from typing import Any
 
 import tvm
+import tvm.relax.backend
 from dyncomp.backends.tvm.machine import Machine
 from tvm import relax
 
@@ -29,6 +30,7 @@ def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], 
             [
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.CanonicalizeBindings(),
+                relax.backend.DispatchSortScan(),
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FoldConstant(),

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import tvm
+from dyncomp.backends.program import expand, is_composite
 from dyncomp.backends.tvm.kernels.attention import Attention
 from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
@@ -19,8 +20,10 @@ from dyncomp.backends.tvm.kernels.sdpa import attention as sdpa_kernel
 from dyncomp.backends.tvm.kernels.tile import Tile
 from dyncomp.backends.tvm.native import PREFIX
 from torch import fx
+from torch._ops import OpOverload
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch import from_exported_program
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
@@ -38,16 +41,29 @@ def import_graph(graph: Graph, program: torch.export.ExportedProgram, tile: Tile
     for spec in program.graph_signature.output_specs:
         if spec.kind.name in _MUTATIONS:
             raise BackendError(f"the graph changes {spec.target!r} in place, which TVM drops silently", hint="use --backend ort")
+    converters = _Converters(tile).table()
     try:
+        _expand_unknown(program, converters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return from_exported_program(
-                program, keep_params_as_input=True, run_ep_decomposition=False, custom_convert_map=_Converters(tile).table()
-            )
+            return from_exported_program(program, keep_params_as_input=True, run_ep_decomposition=False, custom_convert_map=converters)
     except BackendError:
         raise
     except Exception as error:
         raise BackendError(f"the graph cannot be written for TVM: {_explain(error)}", hint="use --backend ort") from error
+
+
+def _expand_unknown(program: torch.export.ExportedProgram, converters: dict[str, Converter]) -> None:
+    """Replace operators without a converter by those they are made of, where PyTorch knows them."""
+    known = converters.keys() | ExportedProgramImporter().create_convert_map().keys()
+    decompositions = torch.export.default_decompositions()
+    for node in program.graph.nodes:
+        if (
+            isinstance(node.target, OpOverload)
+            and node.target.__name__ not in known
+            and (node.target in decompositions or is_composite(node.target))
+        ):
+            expand(program.graph_module, node, decompositions)
 
 
 class _Converters:

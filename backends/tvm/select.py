@@ -31,6 +31,7 @@ def select(graph: Graph, tile: Tile) -> Graph:
     select_sparse_ffns(graph, ops)
     select_quantized_ffns(graph, ops)
     select_attention(graph)
+    select_positions(graph)
     select_norms(graph)
     select_experts(graph, tile)
     select_sparse_linears(graph, ops)
@@ -70,6 +71,29 @@ def select_attention(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is ROTARY:
             node.target = rotate_plainly
+
+
+def select_positions(graph: Graph) -> None:
+    """Constant positions counted from the end become positions from the start: TVM would read what lies before the tensor."""
+    for node in graph.nodes:
+        if node.target is aten.select.int and node.args[2] < 0:
+            x, axis, position = node.args
+            node.args = (x, axis, position + _size(node, axis))
+        elif node.target is aten.index.Tensor:
+            for axis, index in enumerate(node.args[1]):
+                if index is not None and index.op == "get_attr" and bool((graph.tensor(index) < 0).any()):
+                    size, value = _size(node, axis), graph.tensor(index)
+                    first = _derived(graph, f"{index.target}_of_{size}", lambda v=value, n=size: v % n)
+                    node.args = (node.args[0], [*node.args[1][:axis], first, *node.args[1][axis + 1 :]])
+
+
+def _size(node: fx.Node, axis: int) -> int:
+    """Of the tensor that ``node`` takes something from."""
+    size = node.args[0].meta["val"].shape[axis]  # type: ignore[union-attr]
+    if not isinstance(size, int):
+        where = node.meta.get("path") or node.name
+        raise BackendError(f"{where}: TVM cannot count from the end of a dimension whose size varies", hint="use --backend ort")
+    return size
 
 
 def select_norms(graph: Graph) -> None:
