@@ -72,13 +72,14 @@ def evaluate(graph: Graph, targets: Sequence[fx.Node], sizes: Mapping[str, int],
 
 
 def symbolic_shape(graph: Graph, node: fx.Node, sizes: Mapping[str, int]) -> list[int]:
-    """The node's shape with the dynamic dimensions at ``sizes``."""
-    names = graph.dimension_names()
+    """The node's shape with the dynamic dimensions at ``sizes``; those of other names (what an encoder–decoder writes) are as long as
+    the sequence."""
+    known = {symbol: sizes.get(name, sizes["sequence"]) for symbol, name in graph.dimension_names().items()}
     result = []
     for size in node.meta["val"].shape:
         if isinstance(size, torch.SymInt):
             expression = size.node.expr
-            bound = {s: sizes[names[str(s)]] for s in expression.free_symbols if names.get(str(s)) in sizes}
+            bound = {s: known[str(s)] for s in expression.free_symbols if str(s) in known}
             value = expression.subs(bound)
             if not value.is_number:
                 raise GraphError(f"the shape of {node.name} depends on {value}, which is no input dimension")
