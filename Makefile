@@ -2,13 +2,14 @@
 # make test   the same set-up, then the whole suite, lint and types
 # make bench  measures what docs/results.md shows, and writes it
 # make quality  measures the tables of docs/quality.md row by row, and writes it (hours; continues where it was)
+# make models   tries every tiny architecture, and writes docs/models.md
 # make lint   ruff and mypy
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench quality lint install clean
+.PHONY: demo test bench quality models lint install clean
 demo: $(STAMP)
 	$(BIN)/dyncomp convert smollm2-135m -o demo
 	$(BIN)/dyncomp inspect demo
@@ -27,6 +28,9 @@ bench: $(STAMP)
 
 quality: $(STAMP)
 	$(BIN)/python -m bench.quality
+
+models: $(STAMP)
+	$(BIN)/python -m bench.models
 
 install: $(STAMP)
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from bench.tiny import trace_tiny
 from dyncomp.errors import BackendError, ModelError, RequestError
-from dyncomp.graph import Graph
+from dyncomp.graph import Graph, op_name
 from dyncomp.ops import cached_attention, rotary, routed_ffn
 from dyncomp.regions.tokens import random_inputs
+from dyncomp.trace import trace
 
 tvm = pytest.importorskip("tvm")
 
