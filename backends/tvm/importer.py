@@ -55,12 +55,11 @@ def import_graph(graph: Graph, program: torch.export.ExportedProgram, tile: Tile
 
 def _expand_unknown(program: torch.export.ExportedProgram, converters: dict[str, Converter]) -> None:
     """Replace operators without a converter by those they are made of, where PyTorch knows them."""
-    known = converters.keys() | ExportedProgramImporter().create_convert_map().keys()
     decompositions = torch.export.default_decompositions()
     for node in program.graph.nodes:
         if (
             isinstance(node.target, OpOverload)
-            and node.target.__name__ not in known
+            and node.target.__name__ not in converters
             and (node.target in decompositions or is_composite(node.target))
         ):
             expand(program.graph_module, node, decompositions)
@@ -72,9 +71,12 @@ class _Converters:
     def __init__(self, tile: Tile) -> None:
         self.tile = tile
         self.kernels: dict[Any, Any] = {}
+        self.importer: Any = None
+        self.own: dict[str, Any] = {}
 
     def table(self) -> dict[str, Converter]:
-        converters: dict[str, Converter] = {
+        converters: dict[str, Converter] = {name: self.plain(name) for name in ExportedProgramImporter().create_convert_map()}
+        converters |= {
             "tvm_linear.default": self.linear,
             "tvm_norm.default": self.norm,
             "tvm_routed_ffn.default": self.routed_ffn,
@@ -90,7 +92,17 @@ class _Converters:
         }
         for name in ("silu", "sigmoid", "tanh"):
             converters[f"{name}.default"] = self.pointwise(name)
-        return converters
+        return {name: _pinned(convert) for name, convert in converters.items()}
+
+    def plain(self, name: str) -> Converter:
+        """TVM's own converter."""
+
+        def convert(node: fx.Node, importer: Any) -> Any:
+            if self.importer is not importer:
+                self.importer, self.own = importer, importer.create_convert_map()
+            return self.own[name](node)
+
+        return convert
 
     def kernel(self, importer: Any, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """The module's function for a kernel, made when it is first asked for."""
@@ -264,6 +276,16 @@ class _Converters:
             return te.compute(t.shape, lambda *at: tirx.Cast("float32", rank(*at) < k), name="topk_gates")
 
         return importer.block_builder.emit_te(gates, scores, primfunc_name_hint="topk_gates")
+
+
+def _pinned(convert: Converter) -> Converter:
+    """With the shape and dtype that the export knows: what is lost once is lost to the end."""
+
+    def pinned(node: fx.Node, importer: Any) -> Any:
+        importer.env[node] = convert(node, importer)
+        return _value(node, importer)
+
+    return pinned
 
 
 def _arguments(node: fx.Node, importer: Any) -> list[Any]:
