@@ -186,7 +186,7 @@ def markdown(results: dict[str, Any]) -> str:
         "for a model's name. Numbers are relative errors, the largest absolute difference over the largest absolute value.",
         "",
         f"* *trace*: the graph beside the module, at other sizes than it was traced at (at most {LIMITS['trace']:g}).",
-        f"* *regions*: every layer's FFN and attention is found; an FFN that is a mixture of experts already is named.",
+        "* *regions*: every layer's FFN and attention is found; an FFN that is a mixture of experts already is named.",
         "* *convert*: every FFN carved into four experts (`carve-experts`), all of them active, beside the dense graph (at most"
         f" {LIMITS['convert']:g}).",
         f"* *ORT*, *TVM*: that graph, lowered, beside PyTorch (at most {LIMITS['ORT']:g}); decoders with a KV cache, prompts and steps.",
