@@ -76,15 +76,19 @@ def select_attention(graph: Graph) -> None:
 def select_positions(graph: Graph) -> None:
     """Constant positions counted from the end become positions from the start: TVM would read what lies before the tensor."""
     for node in graph.nodes:
-        if node.target is aten.select.int and node.args[2] < 0:
-            x, axis, position = node.args
-            node.args = (x, axis, position + _size(node, axis))
+        arguments: list[Any] = list(node.args)
+        if node.target is aten.select.int and arguments[2] < 0:
+            arguments[2] += _size(node, arguments[1])
         elif node.target is aten.index.Tensor:
-            for axis, index in enumerate(node.args[1]):
+            indices = list(arguments[1])
+            for axis, index in enumerate(indices):
                 if index is not None and index.op == "get_attr" and bool((graph.tensor(index) < 0).any()):
                     size, value = _size(node, axis), graph.tensor(index)
-                    first = _derived(graph, f"{index.target}_of_{size}", lambda v=value, n=size: v % n)
-                    node.args = (node.args[0], [*node.args[1][:axis], first, *node.args[1][axis + 1 :]])
+                    indices[axis] = _derived(graph, f"{index.target}_of_{size}", lambda v=value, n=size: v % n)
+            arguments[1] = indices
+        else:
+            continue
+        node.args = tuple(arguments)
 
 
 def _size(node: fx.Node, axis: int) -> int:
