@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
 from dyncomp.errors import GraphError, RequestError
@@ -318,6 +319,30 @@ class Builder:
             mode.allow_non_fake_inputs = True
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
+        """What ``function(*args)`` does, as the operators it calls; gives a node, or a tuple of them where it gives a tuple.
+
+        Raises:
+            GraphError: it asks for a dynamic size, or makes a constant of its own.
+        """
+        values = [n.meta["val"] for n in args]
+        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or FakeTensorMode()
+        values = [v if hasattr(v, "fake_mode") else mode.from_tensor(v, static_shapes=True) for v in values]
+        with mode, torch.no_grad(), enable_python_dispatcher():
+            traced = make_fx(lambda *given: function(*given))(*values)
+        traced.graph.eliminate_dead_code()
+        copied: dict[fx.Node, fx.Node] = {}
+        given = iter(args)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copied[node] = next(given)
+            elif node.op == "get_attr" or node.target is torch.ops.aten.sym_size.int:
+                raise GraphError(f"{function} cannot become nodes of a graph: it needs {node.target}")
+            elif node.op == "call_function":
+                arguments, keywords = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+                copied[node] = self.call(node.target, *arguments, **keywords)
+        return fx.map_arg(traced.graph.output_node().args[0], copied.__getitem__)
 
 
 class _ShapeInterpreter(fx.Interpreter):

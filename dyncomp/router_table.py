@@ -66,7 +66,7 @@ class _Probe(LayerwisePass):
 def layer_figures(layer: Layer) -> tuple[float, float]:
     """(agreement with the oracle, relative error) of one layer, see :class:`RouterRow`."""
     view = layer.view
-    gates = torch.cat([view.gate_values(x.reshape(-1, view.d_model)) for x in layer.inputs])
+    gates = torch.cat([view.gate_values(x) for x in layer.inputs])
     opened = gates[:, ~view.shared].bool()
     energy = torch.cat(energies(layer))[:, ~view.shared]
     count = int(opened.sum())

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+from dyncomp.passes.across_tokens import refuse_decoders, require_sequences
 from dyncomp.passes.layerwise import ExpertView, Layer, LayerwisePass, active_share, routing_facts, same_region, set_threshold
 from dyncomp.passes.routers import FAMILIES, RouterOptions, install
+from torch import Tensor
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_routed
+from dyncomp.routing import expert_choice, group_top_k, sinkhorn_top_k
 
-GATES = ("threshold", "relative", "topk")
+THRESHOLDS = ("threshold", "relative")
+GATES = (*THRESHOLDS, "topk", "group-topk", "expert-choice", "sinkhorn")
+ACROSS_TOKENS = ("expert-choice", "sinkhorn")
 BUDGETS = ("uniform", "kl")
 
 
@@ -34,14 +41,21 @@ class FitRouter(LayerwisePass):
     active: float = 0.75
     """Mean fraction of active neurons over all FFNs, those kept dense included."""
     gates: str = "threshold"
-    """``threshold`` (of the layer: as many experts as a token needs), ``relative`` to the best expert of the token (D2DMoE), or ``topk``
-    (the same number for each token)."""
+    """``threshold`` (of the layer: as many experts as a token needs), ``relative`` to the best expert of the token (D2DMoE), ``topk``
+    (the same number for each token), ``group-topk`` (top-k in a token's best groups of experts, DeepSeek-V3); for encoders also
+    ``expert-choice`` (the same number of tokens for each expert) and ``sinkhorn`` (top-k of a balanced assignment). See
+    :mod:`dyncomp.routing`."""
     target: str = "energy"
     """What is regressed: ``energy`` (its logarithm) or ``norm`` of an expert's output."""
     ridge: float = 1e-2
     """Regularisation, as a fraction of the mean diagonal of XᵀX."""
     k: int = 0
-    """With ``topk``: how many experts each token runs, shared ones included, whatever ``active`` says; 0 is what ``active`` gives."""
+    """Without a threshold: how many experts each token runs (``expert-choice``: on average), shared ones included, whatever ``active``
+    says; 0 is what ``active`` gives."""
+    groups: int = 4
+    """With ``group-topk``: groups of the experts that are not shared."""
+    kept: int = 2
+    """With ``group-topk``: groups that a token may use."""
     bias: bool = True
     """With ``topk`` and ``ridge``: false fits scores without a bias, by each expert's energy beside the token's mean over experts: most
     servers' routers have none."""
@@ -61,12 +75,20 @@ class FitRouter(LayerwisePass):
                 raise RequestError(f"fit-router: unknown {option} {value!r}", hint=f"use {', '.join(known[:-1])} or {known[-1]}")
         if self.rank < 1:
             raise RequestError(f"fit-router: rank={self.rank} must be at least 1")
-        if self.gates != "topk" and (self.k or not self.bias):
+        if self.gates in THRESHOLDS and (self.k or not self.bias):
             raise RequestError("fit-router: k and bias=false are for gates=topk; a threshold is a bias", hint="add gates=topk")
+        if self.gates not in (*THRESHOLDS, "topk") and self.budgets != "uniform":
+            raise RequestError(f"fit-router: budgets={self.budgets} cannot weigh gates={self.gates}", hint="use threshold or topk gates")
+        if not 0 < self.kept <= self.groups:
+            raise RequestError(f"fit-router: {self.kept} of {self.groups} groups kept", hint="0 < kept <= groups")
         if not self.bias and self.router != "ridge":
             raise RequestError(f"fit-router: bias=false needs router=ridge, not {self.router}", hint="leave one of them out")
 
     def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
+        if self.gates in ACROSS_TOKENS:
+            refuse_decoders(graph, f"fit-router{{gates={self.gates}}}")
+            for region in find_routed(graph):
+                require_sequences(region, f"fit-router{{gates={self.gates}}}")
         if self.k:
             for region in find_routed(graph):
                 shared = routing_facts(graph, region.name).get("shared", 0)
@@ -96,8 +118,29 @@ class FitRouter(LayerwisePass):
         view = layer.view
         scores = FAMILIES[self.router](layer, RouterOptions(self.target, self.ridge, self.rank, seed, self.bias))
         k = max(1, round(routing_facts(graph, view.name).get("active", 1.0) * view.experts))
-        install(graph, view, scores, gates=self.gates, k=k)
+        install(graph, view, scores, gates=self._gates(view, routing_facts(graph, view.name).get("active", 1.0)), k=k)
         layer.view = ExpertView(graph, same_region(graph, view.region))
-        if self.gates != "topk":
+        if self.gates in THRESHOLDS:
             set_threshold(graph, layer)
             layer.view = ExpertView(graph, layer.view.region)
+
+    def _gates(self, view: ExpertView, share: float) -> str | Callable[[Tensor], Tensor]:
+        """Of the experts that are not shared: a name that ``install`` knows, or a function of their scores."""
+        shared = int(view.shared.sum())
+        experts, routed = view.experts - shared, max(1, round(share * view.experts)) - shared
+        if self.gates in (*THRESHOLDS, "topk"):
+            return self.gates
+        if routed < 1:
+            raise RequestError(
+                f"fit-router: {shared + routed} experts a token, {shared} of them shared: none to choose", hint="raise active or k"
+            )
+        if self.gates == "expert-choice":
+            return partial(expert_choice, share=(share * view.experts - shared) / experts)
+        if self.gates == "sinkhorn":
+            return partial(sinkhorn_top_k, k=routed)
+        if experts % self.groups or self.kept * (experts // self.groups) < routed:
+            raise RequestError(
+                f"fit-router: {routed} of {experts} experts in {self.kept} of {self.groups} groups",
+                hint="groups must divide the experts that are not shared, and the groups kept must hold as many as run",
+            )
+        return partial(group_top_k, k=routed, groups=self.groups, kept=self.kept)

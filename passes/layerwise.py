@@ -23,20 +23,15 @@ _GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gate
 class ExpertView:
     """The tensors of one routed FFN and of its router, as they are in the graph now.
 
-    A router is any sub-graph of ``x`` alone whose last node before the threshold or top-k gates adds a bias: ``linear(f, W, b)`` or
-    ``add(f, b)``. (``carve-experts`` makes ``linear(x, W, b)``, see :mod:`dyncomp.passes.routers` for others.)
+    A router is any sub-graph of ``x`` alone. One with a threshold has threshold gates, and before them a node that adds a bias:
+    ``linear(f, W, b)`` or ``add(f, b)``. (``carve-experts`` makes ``linear(x, W, b)``, see :mod:`dyncomp.passes.routers` for others.)
     """
 
     def __init__(self, graph: Graph, region: RoutedFFN) -> None:
-        gates = region.gates
-        scores = gates.args[0] if gates.target in _GATES else None
-        if not isinstance(scores, fx.Node) or not ((scores.target is aten.linear.default and len(scores.args) == 3) or _adds_bias(scores)):
-            raise PassError(f"{region.name} has no router whose threshold can be set", hint="run carve-experts first")
-        self.region, self.name = region, region.name
-        self.gates = gates
-        self.router_bias = str(scores.args[-1].target)  # type: ignore[union-attr]
-        self.bias = graph.tensor(self.router_bias).detach()
-        self._graph, self._router = graph, [n for n in region.router if n is not gates]
+        if not _reads_only(region.router, region.input):
+            raise PassError(f"{region.name} has no router of its input alone", hint="run carve-experts first")
+        self.region, self.name, self.gates = region, region.name, region.gates
+        self._graph = graph
         self.w_up, self.w_down = graph.tensor(region.w_up).detach(), graph.tensor(region.w_down).detach()
         self.b_up = graph.tensor(region.b_up).detach() if region.b_up else None
         self.b_down = graph.tensor(region.b_down).detach() if region.b_down else None
@@ -44,6 +39,18 @@ class ExpertView:
         self.d_model = self.w_up.shape[2]
         self.activation, self.gated = region.activation, region.gated
         self._shared = routing_facts(graph, region.name).get("shared", 0)
+
+    @property
+    def router_bias(self) -> str:
+        """Name of the bias that the threshold is a part of."""
+        scores = self.gates.args[0] if self.gates.target in _GATES else None
+        if not isinstance(scores, fx.Node) or not ((scores.target is aten.linear.default and len(scores.args) == 3) or _adds_bias(scores)):
+            raise PassError(f"{self.name} has no router whose threshold can be set", hint="run carve-experts first")
+        return str(scores.args[-1].target)  # type: ignore[union-attr]
+
+    @property
+    def bias(self) -> Tensor:
+        return self._graph.tensor(self.router_bias).detach()
 
     @property
     def shared(self) -> Tensor:
@@ -57,17 +64,25 @@ class ExpertView:
         return expert_hidden(x, self.w_up, self.b_up, self.neurons, self.activation)
 
     def scores(self, x: Tensor) -> Tensor:
-        """[n, d] -> [n, E], with the router as it is in the graph now."""
+        """[n, d] -> [n, E], with the router as it is in the graph now: what threshold or top-k gates are made of."""
+        return self._run(x)[self.gates.args[0]]  # type: ignore[index]
+
+    def gate_values(self, x: Tensor) -> Tensor:
+        """[..., d] as the graph has it (a router may look across a sequence) -> [n, E]."""
+        return self._run(x)[self.gates].flatten(0, -2)
+
+    def _run(self, x: Tensor) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {self.region.input: x}
-        for node in self._router:
+        for node in self.region.router:
             read = lambda n: self._graph.tensor(n).detach() if n.op == "get_attr" else values[n]  # noqa: E731
             args, kwargs = fx.map_arg((node.args, node.kwargs), read)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return values[self.gates.args[0]]  # type: ignore[index]
+        return values
 
-    def gate_values(self, x: Tensor) -> Tensor:
-        """[n, d] -> [n, E]."""
-        return self.gates.target(self.scores(x), *self.gates.args[1:])  # type: ignore[operator]
+
+def _reads_only(router: tuple[fx.Node, ...], x: fx.Node) -> bool:
+    known = {x, *router}
+    return bool(router) and all(i in known or i.op == "get_attr" for node in router for i in node.all_input_nodes)
 
 
 def _adds_bias(node: fx.Node) -> bool:
@@ -113,7 +128,7 @@ class Layer:
         down = self.view.w_down.transpose(0, 1).flatten(1)
         found = []
         for x, h in zip(self.inputs, self.hidden(), strict=True):
-            gates = self.view.gate_values(x.reshape(-1, self.view.d_model))
+            gates = self.view.gate_values(x)
             with reduced_products():
                 found.append(torch.nn.functional.linear((h * gates[..., None]).flatten(1), down).view(*x.shape[:-1], -1))
         return found

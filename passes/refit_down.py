@@ -57,7 +57,7 @@ def refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool
     problem = LeastSquares(down.shape[0], view.d_out)
     constant = view.b_down if view.b_down is not None else torch.zeros(view.d_out)
     for index, (x, h) in enumerate(zip(layer.inputs, layer.hidden(), strict=True)):
-        gates = view.gate_values(x.reshape(-1, view.d_model))
+        gates = view.gate_values(x)
         active = (h * gates[..., None]).flatten(1)
         blend = follow if layer.wanted is not None else 0.0
         with reduced_products():

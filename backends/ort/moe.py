@@ -25,6 +25,7 @@ _OPERATOR: dict[tuple[str, bool], dict[str, Any]] = {
 }
 _AT_LEAST_ZERO = {
     _THRESHOLD, _TOPK, aten.sigmoid.default, aten.softmax.int, aten._softmax.default, aten.relu.default, aten.abs.default,
+    aten.zeros_like.default, aten.ones_like.default,
 }  # fmt: skip
 _NEVER = -200.0  # a logit whose probability underflows to 0 beside any other
 
@@ -54,9 +55,21 @@ def non_negative(node: fx.Node) -> bool:
     """Whether a node's values can be seen to be at least 0: logarithms of gates are taken."""
     if node.target in _AT_LEAST_ZERO:
         return True
-    if node.target in (aten.mul.Tensor, aten.add.Tensor, aten.maximum.default):
+    if node.target in (aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, aten.maximum.default):
         return all(a >= 0 if isinstance(a, (int, float)) else isinstance(a, fx.Node) and non_negative(a) for a in node.args)
-    if node.target in (aten.reshape.default, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.to.dtype):
+    if node.target is aten.scatter.src:
+        return all(isinstance(a, fx.Node) and non_negative(a) for a in (node.args[0], node.args[3]))
+    if node.target is aten.cat.default:
+        return all(isinstance(a, fx.Node) and non_negative(a) for a in node.args[0])  # type: ignore[union-attr]
+    if node.target in (
+        aten.reshape.default,
+        aten.view.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.to.dtype,
+        aten.gather.default,
+        aten.sum.dim_IntList,
+    ):
         return isinstance(node.args[0], fx.Node) and non_negative(node.args[0])
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype == torch.bool

@@ -51,13 +51,14 @@ class Scores:
     emit: Emit | None = None
 
 
-def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str, k: int = 1) -> None:
+def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str | Callable[[Tensor], Tensor], k: int = 1) -> None:
     """Put a router before the gates of a region, in place of the one it has.
 
     before:  scores = linear(x, W, b);       gates = dyncomp.threshold_gates(scores)
     after:   scores = linear(f(x), W', b');  gates = dyncomp.threshold_gates(scores)     # the threshold is part of b'
              ``relative``: gates = dyncomp.threshold_gates(scores - max(scores) + t)     # D2DMoE, 2310.04361
              ``topk``:     gates = dyncomp.topk_gates(scores, k)
+             others:       gates = cat(1 for shared experts, the nodes of ``gates(scores of the other experts)``)
     """
     shared, prefix = view.shared, f"{view.name}.router"
     weight, bias = scores.weight, scores.bias.clone()
@@ -65,6 +66,7 @@ def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str, k: in
         weight = weight.contiguous().clone()
         weight[shared] = 0
     always = 1.0 if weight is not None and gates == "threshold" else ALWAYS
+    count = int(shared.sum())
     bias[shared] = always
 
     def read(name: str, value: Tensor) -> fx.Node:
@@ -84,10 +86,16 @@ def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str, k: in
         else:
             y = b.call(aten.add.Tensor, y, read(own, bias))
         if gates == "relative":
-            routed = b.call(aten.slice.Tensor, y, -1, int(shared.sum()), view.experts)
+            routed = b.call(aten.slice.Tensor, y, -1, count, view.experts)
             y = b.call(aten.sub.Tensor, y, b.call(aten.amax.default, routed, [-1], True))
             y = b.call(aten.add.Tensor, y, read("bias", torch.where(shared, 2 * ALWAYS, 0.0)))
-        if gates == "topk":
+        if callable(gates):
+            opened = b.inline(gates, b.call(aten.slice.Tensor, y, -1, count, view.experts) if count else y)
+            if count:
+                ones = b.call(aten.ones_like.default, b.call(aten.slice.Tensor, y, -1, 0, count))
+                opened = b.call(aten.cat.default, [ones, opened], -1)
+            y = opened
+        elif gates == "topk":
             y = b.call(torch.ops.dyncomp.topk_gates.default, y, k)
         else:
             y = b.call(torch.ops.dyncomp.threshold_gates.default, y)
