@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from dyncomp.passes.recalibrate import Recalibrate
 
 from dyncomp.errors import RequestError
@@ -43,7 +44,7 @@ class Heal(Settings, Pass):
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         healed = trainer.run()
         del trainer
-        if find_routed(graph):
+        if any(r.gates.target is torch.ops.dyncomp.threshold_gates.default for r in find_routed(graph)):
             Recalibrate().run(graph, ctx)
         facts = {
             "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": held_out,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from dyncomp.errors import PassError
 from dyncomp.evaluate import model_inputs
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
-from dyncomp.heal.losses import balance_loss, output_loss, relative_square, z_loss
+from dyncomp.heal.losses import output_loss, relative_square
 from dyncomp.heal.program import Program
 from dyncomp.heal.settings import Settings
 from dyncomp.heal.weights import Weights
 from dyncomp.pipeline import Progress, no_progress
 from dyncomp.regions import find_regions, find_routed
+from dyncomp.regions.router import find_scores, selection_bias
+from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
 
 _TIMED = 2
 
@@ -51,15 +55,17 @@ class Healed:
 
 @dataclass(frozen=True)
 class _Router:
-    """One routed FFN as it is watched: nodes of the program, the name of its bias, and the active fraction it should have."""
+    """One routed FFN as it is watched: nodes of the program, names of the bias that chooses experts and whether that is a threshold, and
+    the active fraction it should have."""
 
     gates: fx.Node
     scores: fx.Node
     bias: str | None
+    threshold: bool
     active: float
     shared: int
 
-    def threshold(self, scores: Tensor) -> Tensor:
+    def level(self, scores: Tensor) -> Tensor:
         """The score above which as many lie as should be active: [..., E] -> []."""
         routed = scores.detach()[..., self.shared :].flatten().float()
         experts = scores.shape[-1]
@@ -89,6 +95,7 @@ class Trainer:
         self.teacher = Program(dense, bfloat16=half)
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
+        self._in_training = self._changes()
         self._optimizer = self._make_optimizer()
         self._key = self._identity()
 
@@ -147,13 +154,14 @@ class Trainer:
         parts = self._batch(step).split(s.together)
         load = [torch.zeros(r.gates.meta["val"].shape[-1]) for r in self._routers]
         thresholds = torch.zeros(len(self._routers))
-        for ids in parts[ranks.rank() :: ranks.world()]:
-            loss, gates, scores = self._loss(ids)
-            (loss / len(parts)).backward()
+        for part, ids in list(enumerate(parts))[ranks.rank() :: ranks.world()]:
+            with _noise_of(self._seed, step, part) if s.noise else contextlib.nullcontext():
+                loss, gates, scores = self._loss(ids)
+                (loss / len(parts)).backward()
             for index, (router, gate, score) in enumerate(zip(self._routers, gates, scores, strict=True)):
                 load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) / len(parts)
-                if router.bias is not None:
-                    thresholds[index] += router.threshold(score) / len(parts)
+                if router.threshold:
+                    thresholds[index] += router.level(score) / len(parts)
         for p in self.weights.parameters().values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])
@@ -166,7 +174,7 @@ class Trainer:
         with torch.no_grad():
             wanted, streams = self.teacher(model_inputs(self.teacher.graph, ids), theirs)
         watch = [*(r.gates for r in self._routers), *(r.scores for r in self._routers), *ours]
-        output, values = self.student(model_inputs(self.student.graph, ids), watch)
+        output, values = self.student(model_inputs(self.student.graph, ids), watch, self._in_training)
         count = len(self._routers)
         gates, scores, ours_now = values[:count], values[count : 2 * count], values[2 * count :]
         loss = output_loss(output, wanted, self.task)
@@ -187,10 +195,11 @@ class Trainer:
         for router, used, threshold in zip(self._routers, load, thresholds, strict=True):
             if router.bias is None:
                 continue
-            bias = self.weights(router.bias)[router.shared :]
-            bias -= self.settings.hold * threshold
-            routed = used[router.shared :]
-            bias += self.settings.balance_rate * torch.sign(routed.mean() - routed)
+            bias = self.weights(router.bias)
+            bias = bias[router.shared :] if len(bias) == len(used) else bias
+            if router.threshold:
+                bias -= self.settings.hold * threshold
+            bias += bias_step(used[router.shared :][-len(bias) :], self.settings.balance_rate)
 
     def _batch(self, step: int) -> Tensor:
         """[batch, length]: every window once an epoch, in an order that depends on seed and epoch only."""
@@ -225,6 +234,16 @@ class Trainer:
             step = time.perf_counter() - start
         left = self.settings.minutes * 60 - evaluation * (self.settings.evaluations + 2) - step * _TIMED
         return ranks.agreed(max(1, int(left / (step * 1.03))))
+
+    def _changes(self) -> dict[fx.Node, Callable[[Tensor], Tensor]]:
+        """What training does to scores and gates, and nothing else."""
+        s, found = self.settings, {}
+        for router in self._routers:
+            if s.noise and router.scores.meta["val"].shape[-1] > 1:
+                found[router.scores] = lambda scores: noisy(scores, s.noise)
+            if s.capacity:
+                found[router.gates] = partial(_limited, shared=router.shared, factor=s.capacity)
+        return found
 
     # ---- optimiser and checkpoints -----------------------------------------------------------------------------------
     def _make_optimizer(self) -> torch.optim.AdamW:
@@ -269,20 +288,31 @@ def schedule(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+@contextlib.contextmanager
+def _noise_of(seed: int, step: int, part: int) -> Iterator[None]:
+    """Random numbers that depend on these alone, so that a run that was interrupted repeats them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + part)
+        yield
+
+
+def _limited(gates: Tensor, shared: int, factor: float) -> Tensor:
+    """Gates within the experts' capacity; shared experts take every token."""
+    return torch.cat([gates[..., :shared], within_capacity(gates[..., shared:], factor)], -1)
+
+
 def _routers(graph: Graph) -> list[_Router]:
-    """Routed FFNs whose gates a router computes; others (a fixed mask) have nothing to guide."""
+    """Routed FFNs whose gates a router computes; others (a fixed mask, a table of token ids) have nothing to guide."""
     found, facts = [], graph.info.get("routing", {})
     for region in find_routed(graph):
-        gates, noted = region.gates, facts.get(region.name, {})
-        scores = gates.args[0] if gates.target in _GATES else None
-        if isinstance(scores, fx.Node):
-            bias = scores.args[2] if len(scores.args) == 3 and gates.target is _GATES[0] else None
-            name = str(bias.target) if isinstance(bias, fx.Node) else None
-            found.append(_Router(gates, scores, name, noted.get("active", 1.0), noted.get("shared", 0)))
+        noted, scores = facts.get(region.name, {}), find_scores(graph, region)
+        if scores is not None:
+            threshold = region.gates.target is torch.ops.dyncomp.threshold_gates.default
+            bias = selection_bias(graph, region, scores)
+            found.append(
+                _Router(region.gates, scores, bias, threshold and bias is not None, noted.get("active", 1.0), noted.get("shared", 0))
+            )
     return found
-
-
-_GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
 
 
 def _streams(student: Graph, teacher: Graph) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -51,15 +51,3 @@ def relative_square(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over the teacher's mean square."""
     teacher = teacher.float()
     return (student.float() - teacher).square().mean() / teacher.square().mean()
-
-
-def balance_loss(scores: Tensor, gates: Tensor) -> Tensor:
-    """Load balance of one router (Switch, 2101.03961, section 2.2): E * sum_e load_e * probability_e, 1 when even; both [..., E]."""
-    load = (gates.detach() != 0).float().flatten(0, -2).mean(0)
-    chance = torch.sigmoid(scores.float()).flatten(0, -2).mean(0)
-    return load.numel() * ((load / load.sum().clamp_min(1e-6)) * (chance / chance.sum())).sum()
-
-
-def z_loss(scores: Tensor) -> Tensor:
-    """Mean squared log-partition of one router (ST-MoE, 2202.08906): keeps scores small; [..., E]."""
-    return torch.logsumexp(scores.float(), -1).square().mean()

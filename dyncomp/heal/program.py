@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,15 @@ class Program:
         self._dynamic = [n for n in self.graph.nodes if n.op == "call_function" and n not in self._static]
         self._segments = self._cut() if checkpoints else [self._dynamic]
 
-    def __call__(self, inputs: dict[str, Tensor], watch: Sequence[fx.Node] = ()) -> tuple[Tensor, list[Tensor]]:
-        """The first output, and the values of the watched nodes (of :attr:`graph`)."""
+    def __call__(
+        self, inputs: dict[str, Tensor], watch: Sequence[fx.Node] = (), change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first output, and the values of the watched nodes (of :attr:`graph`).
+
+        Args:
+            change: what becomes of the values of some nodes.
+        """
+        self._change = dict(change or {})
         env: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in self.graph.placeholders}
         wanted = {*watch, self.graph.output_nodes[0]}
         known = self._shape_dependent(env)  # positions and angles are not rounded
@@ -132,6 +139,8 @@ class Program:
             left = {n: len(n.users) for n in segment}
             for node in segment:
                 local[node] = self._compute(node, local, known)
+                if node in changes:
+                    local[node] = changes[node](local[node])
                 for source in node.all_input_nodes:
                     if source in left:
                         left[source] -= 1
@@ -139,7 +148,7 @@ class Program:
                             del local[source]
             return tuple(local[n] for n in results)
 
-        keep = set(results)
+        keep, changes = set(results), self._change  # a backward pass computes checkpointed segments again
         values = [env[n] for n in sources]
         if self._checkpoints and torch.is_grad_enabled():
             found = torch.utils.checkpoint.checkpoint(body, *values, use_reentrant=False)

@@ -30,7 +30,12 @@ class Settings:
     balance: float = 0.0
     """Weight of the auxiliary load-balance loss (Switch, 2101.03961)."""
     balance_rate: float = 0.0
-    """Step by which the bias of an expert moves towards equal load, without a loss (DeepSeek-V3, 2412.19437)."""
+    """Step by which the bias of an expert moves towards equal load, without a loss (DeepSeek-V3, 2412.19437): the threshold's, or one that
+    only helps to choose the best k."""
+    noise: float = 0.0
+    """Noise on routers' scores in training, times their standard deviation over experts (noisy top-k, 1701.06538)."""
+    capacity: float = 0.0
+    """Times an even share of a sequence's open gates: what an expert takes in training, the rest is dropped (Switch); 0 drops nothing."""
     z_loss: float = 0.0
     """Weight of the router z-loss (ST-MoE, 2202.08906)."""
     sparsity: float = 0.0
@@ -52,7 +57,7 @@ class Settings:
         for name in ("lr", "router_lr", "batch", "together", "evaluations", "patience"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must be positive")
-        for name in ("rank", "hidden", "balance", "balance_rate", "z_loss", "sparsity", "hold"):
+        for name in ("rank", "hidden", "balance", "balance_rate", "noise", "capacity", "z_loss", "sparsity", "hold"):
             if not getattr(self, name) >= 0:
                 raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must not be negative")
         if self.batch % self.together:

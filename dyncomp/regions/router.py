@@ -54,6 +54,30 @@ def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
     return TopK(weight[shared:], None if bool((routed == routed[0]).all()) else routed, k - shared, shared)
 
 
+def find_scores(graph: Graph, region: RoutedFFN) -> fx.Node | None:
+    """What a router gives each expert before gates are made of it, [..., E]: what threshold or top-k gates read, else the last linear layer
+    or sum with a bias that has one output an expert; None without a router."""
+    if region.gates.target in _GATES and isinstance(region.gates.args[0], fx.Node) and region.gates.args[0].target in _SCORES:
+        return region.gates.args[0]
+    found = [n for n in region.router if n.target is aten.linear.default and n.meta["val"].shape[-1] == region.experts]
+    return found[-1] if found else None
+
+
+def selection_bias(graph: Graph, region: RoutedFFN, scores: fx.Node) -> str | None:
+    """Name of the bias [E] that changes which experts run and no expert's weight, or None."""
+    added = [constant(graph, n.args[1]) for n in region.router if n.target is aten.add.Tensor and scores < n]
+    found = [name for entry in added if entry is not None for name in [entry[0]] if graph.tensor(name).shape == (region.experts,)]
+    if found:
+        return found[-1]
+    binary = [n for n in region.router if n.target in _GATES]
+    bias = scores.args[2] if binary and scores.target is aten.linear.default and len(scores.args) == 3 else None
+    return str(bias.target) if isinstance(bias, fx.Node) else None
+
+
+_GATES = (torch.ops.dyncomp.threshold_gates.default, torch.ops.dyncomp.topk_gates.default)
+_SCORES = (aten.linear.default, aten.add.Tensor)
+
+
 def _source(node: object) -> object:
     while isinstance(node, fx.Node) and node.target in NO_OPS:
         node = node.args[0]
