@@ -92,7 +92,7 @@ class _Bench:
         spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
         quality = measure_quality({"dense": dense, "converted": graph}, texts.evaluation, loaded.task)
         for figures in quality.values():
-            for name in ("load_by_region", "active_by_region"):
+            for name in ("load_by_region", "active_by_region", "spread_by_region"):
                 figures.pop(name, None)
         release_memory()
         return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | spent

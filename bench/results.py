@@ -51,6 +51,7 @@ def main() -> None:
             for figures in report["quality"].values():
                 figures.pop("load_by_region", None)
                 figures.pop("active_by_region", None)
+                figures.pop("spread_by_region", None)
             results["conversions"].append({"command": " ".join(["dyncomp convert", *conversion])} | report)
             write(results, arguments.out)
     for precision in ("fp32", "int8", "int4"):

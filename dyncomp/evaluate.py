@@ -15,9 +15,11 @@ from dyncomp.bootstrap import interval
 from dyncomp.graph import Graph
 from dyncomp.regions import RoutedFFN, find_routed
 from dyncomp.regions.depth import Skip, find_skips
+from dyncomp.routing import spread
 from dyncomp.sweep import Sweep
 
 _POSITIONS = 128
+COLLAPSED = 0.05
 NEIGHBOURS, PASSAGE = 10, 32
 """Of how many nearest neighbours retrieval agreement is counted, among passages of how many tokens."""
 
@@ -31,11 +33,13 @@ class RoutingLoad:
         load: [E] fraction of the tokens that each expert ran for.
         active: mean fraction of the FFN's neurons that ran.
         none: fraction of tokens for which no expert ran.
+        shared: how many experts, the first ones, every token runs by design.
     """
 
     tokens: int
     load: Tensor
     none: float
+    shared: int = 0
 
     @property
     def active(self) -> float:
@@ -45,6 +49,12 @@ class RoutingLoad:
     def unused(self) -> list[int]:
         """Experts that no token chose."""
         return (self.load == 0).nonzero().flatten().tolist()
+
+    @property
+    def spread(self) -> float:
+        """How much the choice depends on the token: see :func:`dyncomp.routing.spread`. Not above :data:`COLLAPSED`: the router's choice
+        is next to the same for every token, and static pruning would do."""
+        return spread(self.load[self.shared :])
 
 
 @dataclass
@@ -145,7 +155,8 @@ def evaluate(
         setattr(quality, figure, {name: float(v.double().mean()) for name, v in values.items()})
     for name in models:
         skips = {s.name for s in find_skips(models[name])}
-        loads = {region: _load(torch.cat(seen)) for region, seen in gates[name].items()}
+        facts = models[name].info.get("routing", {})
+        loads = {region: _load(torch.cat(seen), facts.get(region, {}).get("shared", 0)) for region, seen in gates[name].items()}
         quality.load[name] = {region: load for region, load in loads.items() if region not in skips}
         quality.computed[name] = {region: load.active for region, load in loads.items() if region in skips}
     return quality
@@ -235,12 +246,12 @@ def _gated(graph: Graph) -> list[RoutedFFN | Skip]:
     return [*find_routed(graph), *find_skips(graph)]
 
 
-def _load(active: Tensor) -> RoutingLoad:
-    return RoutingLoad(len(active), active.float().mean(0), float((~active.any(1)).float().mean()))
+def _load(active: Tensor, shared: int) -> RoutingLoad:
+    return RoutingLoad(len(active), active.float().mean(0), float((~active.any(1)).float().mean()), shared)
 
 
 def load_summary(loads: Sequence[RoutingLoad]) -> dict[str, float]:
-    """Figures over all routed FFNs: mean active fraction, least and most used expert, tokens with no expert."""
+    """Figures over all routed FFNs: mean active fraction, least and most used expert, tokens with no expert, collapsed routers."""
     every = torch.cat([use.load for use in loads])
     return {
         "active": float(torch.stack([use.load.mean() for use in loads]).mean()),
@@ -248,4 +259,6 @@ def load_summary(loads: Sequence[RoutingLoad]) -> dict[str, float]:
         "most_used": float(every.max()),
         "no_expert": max(use.none for use in loads),
         "unused_experts": float((every == 0).sum()),
+        "spread": min(use.spread for use in loads),
+        "collapsed": float(sum(use.spread <= COLLAPSED for use in loads)),
     }

@@ -100,7 +100,7 @@ def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Co
     if quantize is not None and (regions.routed or skips or sparse_nodes(converted)):
         found["quantized"] = dense.copy()
         Pipeline([quantize]).run(found["quantized"], ctx)
-    if find_experts(converted) or regions.sparse_ffns:
+    if find_parts(converted) or regions.sparse_ffns:
         found["static_pruned"] = static_baseline(dense, converted, quantize, ctx, heal=heal)
     if skips:
         found["layers_dropped"] = depth_baseline(dense, converted, quantize, ctx, heal=heal)
@@ -110,6 +110,11 @@ def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Co
 def find_experts(graph: Graph) -> list[RoutedFFN]:
     """The routed FFNs that are made of a dense one, without those that stand in for what tokens skip."""
     return [r for r in find_routed(graph) if not graph.info.get("routing", {}).get(r.name, {}).get("standin")]
+
+
+def find_parts(graph: Graph) -> list[RoutedFFN]:
+    """Of these, the ones whose experts are parts of the dense FFN, not copies of it: static pruning can cost the same."""
+    return [r for r in find_experts(graph) if not graph.info.get("routing", {}).get(r.name, {}).get("copies")]
 
 
 def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
@@ -124,7 +129,7 @@ def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ct
 def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
     weights it does not read, on average."""
-    changed = {r.name for r in find_experts(converted)} | {f.name for f in find_regions(converted).sparse_ffns}
+    changed = {r.name for r in find_parts(converted)} | {f.name for f in find_regions(converted).sparse_ffns}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
@@ -134,7 +139,7 @@ def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, c
 
 def calibrated_share(graph: Graph) -> float:
     """Active fraction over all FFN neurons (of a sparsified FFN: of its weights) that routers and thresholds were calibrated to."""
-    regions, experts = find_regions(graph), find_experts(graph)
+    regions, experts = find_regions(graph), find_parts(graph)
     facts, inputs = graph.info.get("routing", {}), graph.info.get("active_inputs", {})
     active = float(sum(f.d_ff for f in regions.ffns))
     active += sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in experts)
@@ -225,6 +230,7 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
         figures["active_ffn"] = quality.active_ffn("converted", widths, dense_width)
         figures["load"] = load_summary(list(loads.values()))
         figures["load_by_region"] = {name: [round(v, 4) for v in use.load.tolist()] for name, use in loads.items()}
+        figures["spread_by_region"] = {name: round(use.spread, 4) for name, use in loads.items()}
     return figures
 
 

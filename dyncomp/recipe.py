@@ -84,6 +84,17 @@ RECIPES = {
         _preset("gpt4-16x2", experts=16, k=2),
         _preset("qwen-moe-64x8", experts=64, shared=4, k=8),
         _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0"),
+        # 8 of 56 experts in 4 of 8 groups beside 8 shared ones; `heal` with balance-rate moves the biases that choose.
+        Recipe(
+            name="deepseek-v3",
+            passes="carve-experts{experts=64 shared=8 keep-dense=0}, fit-router{gates=group-topk k=16 groups=8 kept=4}, refit-down",
+        ),
+        # An eighth of the tokens in every other layer (2404.02258).
+        Recipe(name="mod-12.5", passes="skip-depth{blocks=alternate active=56.25%}"),
+        # Copies of the FFNs: larger models, for `dyncomp heal`; switch with balance=0.01 and capacity=1.25 there.
+        Recipe(name="upcycled-8x2", passes="upcycle{experts=8 k=2}"),
+        Recipe(name="switch", passes="upcycle{experts=8 k=1}"),
+        Recipe(name="soft-moe", passes="soft-moe{experts=8 slots=4}"),
     )
 }
 DEFAULT = "experts"

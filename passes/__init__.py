@@ -16,9 +16,11 @@ from dyncomp.passes.quantize import Quantize
 from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.passes.refit_down import RefitDown
 from dyncomp.passes.skip_depth import SkipDepth
+from dyncomp.passes.soft_moe import SoftMoE
 from dyncomp.passes.sparsify import Sparsify
+from dyncomp.passes.upcycle import Upcycle
 
 __all__ = [
     "AddKVCache", "CarveExperts", "DropDepth", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown",
-    "SkipDepth", "Sparsify",
+    "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from dyncomp.cli import options
 @click.option("--speedup", type=float, help="Search the best recipe that is this many times as fast as the dense model.")
 @click.option("--minutes", type=float, help="The search begins no candidate after this time. [default: 15]")
 @click.option("--trials", type=int, help="The search tries no more candidates than this.")
-@click.option("--recipe", help="No search: a recipe by name (experts, experts-topk, static, dense) or a TOML file.")
+@click.option("--recipe", help="No search: a recipe by name (experts, depth, static, mixtral-8x2, deepseek-v3, switch …) or a TOML file.")
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option("--quantize", metavar="PRECISION", help="Weights in int8 or int4 (GPTQ). [default: as the recipe says]")

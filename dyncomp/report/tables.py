@@ -182,6 +182,10 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"experts: used by {load['least_used']:.0%} to {load['most_used']:.0%} of the tokens; {load['unused_experts']:.0f} never; "
             f"tokens with no expert in some layer: {load['no_expert']:.1%}"
         )
+        if load.get("collapsed"):
+            lines.append(
+                f"collapse: {load['collapsed']:.0f} routers choose next to the same experts for every token (dyncomp inspect --experts)"
+            )
     if healing := report.get("healing"):
         curve = healing["curve"]
         lines.append(
