@@ -330,6 +330,7 @@ class Builder:
         mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or FakeTensorMode()
         values = [v if hasattr(v, "fake_mode") else mode.from_tensor(v, static_shapes=True) for v in values]
         with mode, torch.no_grad(), enable_python_dispatcher():
+            values = [v.detach() for v in values]  # tracing tells tensors apart; nodes may share one
             traced = make_fx(lambda *given: function(*given))(*values)
         traced.graph.eliminate_dead_code()
         copied: dict[fx.Node, fx.Node] = {}

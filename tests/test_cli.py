@@ -85,6 +85,17 @@ def test_convert_reports_everything_beside_the_dense_model(place) -> None:
     assert not (place / "out.part").exists()
 
 
+def test_copies_are_reported_without_a_static_baseline(place) -> None:
+    options = [*OPTIONS[:4], "--recipe", "switch", "--calibrate", "text.txt", "--backend", "torch", "--json"]
+    report = json.loads(run(place, "convert", "model", "-o", "switch", *options))
+    assert report["active_ffn"] == pytest.approx(1 / 8)
+    assert report["parameters"] > 1.5 * report["dense"]["parameters"]
+    assert "static_pruned" not in report["perplexity"]
+    assert abs(report["perplexity"]["converted"] / report["perplexity"]["dense"] - 1) < 0.05, "copies with little noise"
+    assert set(report["quality"]["held out"]["load"]) >= {"spread", "collapsed"}
+    assert "spread" in run(place, "inspect", "switch", "--experts")
+
+
 def test_heal_writes_a_new_bundle_beside_what_it_was_and_static_pruning_healed_alike(place, monkeypatch) -> None:
     routed: list[bool] = []
     train = Trainer.run
