@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heal import QUICK, assert_same, trained
 from test_passes import context
-from tiny import ARCHITECTURES, built, sample, tokens, trace_tiny
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from bench.tiny import ARCHITECTURES, built, sample, tokens, trace_tiny
 from dyncomp import routing
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import evaluate, load_summary

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import Array, Experts, Native, Quantized, Router, Tensors, emulate, error, isas, linear, random_gates
 from test_ort import carve, with_cache
-from tiny import trace_tiny
 
+from bench.tiny import trace_tiny
 from dyncomp.errors import BackendError, ModelError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline
