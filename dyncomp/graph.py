@@ -365,6 +365,7 @@ class _ShapeInterpreter(fx.Interpreter):
                 self.seen[key] = self._fake(result)
             result = self.seen[key]
         n.meta["val"] = result
+        n.meta.pop("tensor_meta", None)  # the trace's, with its own symbols for sizes
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
