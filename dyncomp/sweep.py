@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from dyncomp.graph import Graph
 from dyncomp.interpret import compute
@@ -118,9 +119,7 @@ class Sweep:
         for node in segment:
             store = static if node in self._static_nodes else values
             if node not in store:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
-                with full_products() if node in self._static_nodes else contextlib.nullcontext():
-                    store[node] = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+                store[node] = self._compute(node, index)
             if node in watch:
                 watch[node](index, _handed_out(store[node]))
             for source in node.all_input_nodes:
@@ -128,6 +127,17 @@ class Sweep:
                     left[source] -= 1
                     if left[source] == 0:
                         values.pop(source, None)
+
+    def _compute(self, node: fx.Node, index: int) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
+        if node in self._static_nodes:
+            with full_products():
+                return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+        if getattr(node.target, "namespace", "") == "dyncomp" and node.target not in _IMPLEMENTATIONS:
+            args, kwargs = pytree.tree_map(_handed_out, (args, kwargs))  # our operators want one type for all they are given
+            with torch.autocast("cpu", enabled=False):
+                return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+        return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
 
     def _lookup(self, node: fx.Node, index: int) -> Any:
         if node.op == "get_attr":

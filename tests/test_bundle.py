@@ -24,7 +24,7 @@ def save(graph, folder):
     return folder / "graph.json", folder / "weights.safetensors"
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"mixtral"}))
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"mixtral", "qwen2_moe"}))
 def test_a_graph_comes_back_the_same(name: str, tmp_path) -> None:
     graph = trace_tiny(name)
     if ARCHITECTURES[name].ffns and not ARCHITECTURES[name].shared:

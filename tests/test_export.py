@@ -224,12 +224,11 @@ def test_a_real_model_writes_the_same_text_in_its_stock_class(tmp_path) -> None:
     graph = trace_model(loaded)
     Pipeline(parse_passes("carve-experts{experts=8 shared=2 keep-dense= cluster=random}")).run(graph, Context())
     for seed, region in enumerate(find_routed(graph)):
-        view = ExpertView(graph, region)
-        set_gates(graph, view, k=7)
+        set_gates(graph, ExpertView(graph, region), k=7)
+        view = ExpertView(graph, find_routed(graph)[seed])
         weight = torch.randn(8, 576, generator=torch.Generator().manual_seed(seed)) / 24
         weight[:2] = 0
-        scores = ExpertView(graph, find_routed(graph)[seed]).gates.args[0]
-        graph.add_tensor(str(scores.args[1].target), weight)
+        graph.add_tensor(str(view.gates.args[0].args[1].target), weight)
         graph.add_tensor(view.router_bias, torch.tensor([1e4] * 2 + [0.0] * 6))
     graph.clean()
     architecture, decoder, shape = choose(graph, "granite-moe")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from dyncomp.backends.native import available
 from dyncomp.backends.ort.lower import lower
-from dyncomp.backends.ort.native import available
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, FitRouter, Heal, SoftMoE, Upcycle

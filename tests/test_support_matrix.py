@@ -27,7 +27,7 @@ def test_rows_are_measured_once_and_empty_cells_have_a_reason(tmp_path: Path, mo
 
 
 def test_what_fails_is_a_cell_and_not_the_end_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ValueError("no such operator\n  at line 1")
 
     monkeypatch.setattr(models.CarveExperts, "run", broken)

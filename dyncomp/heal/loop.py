@@ -151,7 +151,7 @@ class Trainer:
             For each router its load, [E], and the score at which as many experts are active as should be, [routers].
         """
         s = self.settings
-        parts = self._batch(step).split(s.together)
+        parts = self._batch(step).split(s.together or max(1, s.batch // ranks.world()))
         load = [torch.zeros(r.gates.meta["val"].shape[-1]) for r in self._routers]
         thresholds = torch.zeros(len(self._routers))
         for part, ids in list(enumerate(parts))[ranks.rank() :: ranks.world()]:
