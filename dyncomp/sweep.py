@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dyncomp.graph import Graph
 from dyncomp.interpret import compute
 from dyncomp.ops import routed_ffn_reference
+from dyncomp.regions.linear import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -27,6 +27,8 @@ aten = torch.ops.aten
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
+_REDUCED = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}
+"""What runs in :func:`reduced_products`; all else sees float32, as the graph was traced."""
 
 
 class Sweep:
@@ -64,8 +66,7 @@ class Sweep:
         """
         segment = self._segment(to)
         for index in range(len(self._batches)):
-            with reduced_products():
-                self._run(segment, index, watch or {})
+            self._run(segment, index, watch or {})
             if tick is not None:
                 tick()
         self._done.update(segment)
@@ -76,7 +77,7 @@ class Sweep:
 
     def values(self, node: fx.Node) -> list[Tensor]:
         """The values of a node that has run and is still needed, one for each batch."""
-        return [_handed_out(self._lookup(node, index)) for index in range(len(self._batches))]
+        return [self._lookup(node, index) for index in range(len(self._batches))]
 
     def provide(self, node: fx.Node, values: Sequence[Tensor]) -> None:
         """Give the values of a node that has not run, one for each batch, where the caller has them already."""
@@ -121,7 +122,7 @@ class Sweep:
             if node not in store:
                 store[node] = self._compute(node, index)
             if node in watch:
-                watch[node](index, _handed_out(store[node]))
+                watch[node](index, store[node])
             for source in node.all_input_nodes:
                 if source in left:
                     left[source] -= 1
@@ -133,11 +134,11 @@ class Sweep:
         if node in self._static_nodes:
             with full_products():
                 return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        if getattr(node.target, "namespace", "") == "dyncomp" and node.target not in _IMPLEMENTATIONS:
-            args, kwargs = pytree.tree_map(_handed_out, (args, kwargs))  # our operators want one type for all they are given
-            with torch.autocast("cpu", enabled=False):
-                return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+        if node.target not in _REDUCED:
+            return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+        with reduced_products():
+            value = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
+        return value.float() if value.dtype is torch.bfloat16 and bfloat16_allowed() else value
 
     def _lookup(self, node: fx.Node, index: int) -> Any:
         if node.op == "get_attr":
@@ -145,11 +146,6 @@ class Sweep:
         if node in self._static_nodes:
             return self._static[tuple(tuple(t.shape) for t in self._batches[index].values())][node]
         return self._values[index][node]
-
-
-def _handed_out(value: Any) -> Any:
-    """What :func:`reduced_products` left in bfloat16 is given to others in float32."""
-    return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ class Layer:
         for x, h in zip(self.inputs, self.hidden(), strict=True):
             gates = self.view.gate_values(x)
             with reduced_products():
-                found.append(torch.nn.functional.linear((h * gates[..., None]).flatten(1), down).view(*x.shape[:-1], -1))
+                y = torch.nn.functional.linear((h * gates[..., None]).flatten(1), down)
+            found.append(y.to(x.dtype).view(*x.shape[:-1], -1))
         return found
 
 

@@ -133,7 +133,7 @@ def test_two_runs_are_identical_and_seeds_differ() -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path, rank: int) -> None:
     graph, ctx = converted()
-    settings = Settings(steps=8, rank=rank, **QUICK)
+    settings = Settings(steps=8, rank=rank, patience=9, **QUICK)
     whole = trained(graph.copy(), ctx, settings)
 
     def stop(stage: str, done: int, total: int) -> None:

@@ -17,7 +17,7 @@ class Settings:
     """Optimiser steps, in place of ``minutes``: two runs with equal steps and seed give identical weights."""
     lr: float = 1e-4
     """Peak learning rate of the weights (AdamW, warm-up over a twentieth of the steps, then a cosine to 2 %)."""
-    router_lr: float = 1.0
+    router_lr: float = 10.0
     """Times ``lr``: the learning rate of routers."""
     rank: int = 0
     """0 trains weights whole; above, as low-rank adapters (LoRA) that are merged at the end."""
@@ -40,9 +40,8 @@ class Settings:
     """Weight of the router z-loss (ST-MoE, 2202.08906)."""
     sparsity: float = 0.0
     """Weight of the squared difference between each FFN's active fraction and its calibrated one."""
-    hold: float = 1.0
-    """Rate at which thresholds follow the calibrated active fraction during training. Below 1 the gradient opens more experts than
-    that, and the loss on the held-out windows is that of a larger model. They are set on the calibration text at the end."""
+    hold: float = 0.1
+    """Rate at which thresholds follow the calibrated active fraction during training; they are set exactly at the end."""
     bfloat16: bool = True
     """Products in bfloat16 where the CPU has it; weights and optimiser stay in float32."""
     checkpoints: bool = False
