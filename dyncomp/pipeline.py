@@ -165,9 +165,10 @@ class Pipeline:
             PassError: a pass failed, left a malformed graph or exceeded its tolerance; names it and those before it.
         """
         records: list[PassRecord] = []
-        for group in self._groups():
+        groups = self._groups()
+        expected = _on_probe(graph, ctx) if groups else None  # not a copy of the graph: that would keep the weights a pass replaces
+        for group in groups:
             start, index, inputs = time.perf_counter(), len(records), graph.inputs
-            expected = _on_probe(graph, ctx)  # outputs, not a copy of the graph: that would keep the weights the pass replaces
             ctx.running = last = group[-1]
             try:
                 results = [last.run(graph, ctx)] if len(group) == 1 else type(last).together(group, graph, ctx)  # type: ignore[misc]
@@ -185,6 +186,7 @@ class Pipeline:
             seconds = (time.perf_counter() - start) / len(group)
             done = [PassRecord(p.spec, seconds, error if p is last else None, r) for p, r in zip(group, results, strict=True)]
             records += done
+            expected = found if found is not None else _on_probe(graph, ctx)
             if self.dump is not None:
                 self.dump.mkdir(parents=True, exist_ok=True)
                 (self.dump / f"{index:02d}-{'+'.join(p.name for p in group)}.txt").write_text(graph.text())
