@@ -27,8 +27,8 @@ aten = torch.ops.aten
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
-_REDUCED = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}
-"""What runs in :func:`reduced_products`; all else sees float32, as the graph was traced."""
+COSTLY = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}
+"""Where the time goes, and what runs in :func:`reduced_products`; all else sees float32, as the graph was traced."""
 
 
 class Sweep:
@@ -134,7 +134,7 @@ class Sweep:
         if node in self._static_nodes:
             with full_products():
                 return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        if node.target not in _REDUCED:
+        if node.target not in COSTLY:
             return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
         with reduced_products():
             value = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn_reference
-from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.norm import fuse_rms_norms
+from dyncomp.sweep import COSTLY
 
 aten = torch.ops.aten
 
@@ -167,10 +167,7 @@ class Program:
         for index, node in enumerate(self._dynamic):
             segments[-1].append(node)
             alive = {n for n in alive | {node} if last[n] > index}
-            products = sum(1 for n in segments[-1] if n.target in _PRODUCTS)
+            products = sum(1 for n in segments[-1] if n.target in COSTLY)
             if len(alive) == 1 and products >= 2:
                 segments.append([])
         return [s for s in segments if s]
-
-
-_PRODUCTS = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}

@@ -17,7 +17,11 @@ def limit_to_groups(scores: Tensor, groups: int, kept: int) -> Tensor:
     """
     size = scores.shape[-1] // groups
     members = torch.stack(scores.split(size, -1), -2)  # [..., G, E / G]
-    worth = members.topk(min(2, size), -1).values.sum(-1)  # [..., G]
+    return within_best(members, members.topk(min(2, size), -1).values.sum(-1), kept)
+
+
+def within_best(members: Tensor, worth: Tensor, kept: int) -> Tensor:
+    """Minus infinity outside the ``kept`` groups of most worth: [..., G, E / G], [..., G] -> [..., E]."""
     opened = torch.zeros_like(worth).scatter(-1, worth.topk(kept, -1).indices, 1.0)
     return torch.cat(members.masked_fill((opened == 0).unsqueeze(-1), -math.inf).unbind(-2), -1)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from dyncomp.routing.groups import within_best
 from dyncomp.routing.top_k import top_k
 
 
@@ -18,6 +17,4 @@ def tree(coarse: Tensor, scores: Tensor, k: int, kept: int) -> Tensor:
     """
     groups = coarse.shape[-1]
     members = torch.stack(scores.split(scores.shape[-1] // groups, -1), -2).log_softmax(-1)  # [..., G, E / G]
-    opened = torch.zeros_like(coarse).scatter(-1, coarse.topk(kept, -1).indices, 1.0)
-    likely = (members + coarse.log_softmax(-1).unsqueeze(-1)).masked_fill((opened == 0).unsqueeze(-1), -math.inf)
-    return top_k(torch.cat(likely.unbind(-2), -1), k)
+    return top_k(within_best(members + coarse.log_softmax(-1).unsqueeze(-1), coarse, kept), k)
