@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dyncomp import __version__, bundle
+from dyncomp.backends.native.build import begin
+from dyncomp.backends.ort.native import library
 from dyncomp.backends.ort.providers import require_providers
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import RequestError
@@ -139,6 +141,8 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: C
         DyncompError: of the kind that fits; nothing is written at ``request.out`` unless everything succeeded.
     """
     request.validate()
+    if request.backend == "ort":
+        begin(library)  # tracing keeps one core busy
     started, cpu_started = time.perf_counter(), time.process_time()
     with bundle.disk_errors(request.out):
         done = _rewrite(request, progress, say or (lambda text: None))
@@ -186,17 +190,22 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     goal = request.searched
     recipe = Recipe(name="search", passes="") if goal is not None else load_recipe(request.recipe)
     origin = bundle.open_bundle(request.bundle) if request.bundle is not None else None
+    passes = list(request.passes)
+
+    def resolve(widths: Sequence[int] = ()) -> list[Pass]:
+        return recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize, widths=widths)
+
     if origin is not None:
-        recipe, passes = Recipe(name=origin.manifest.recipe, passes=""), list(request.passes)
+        recipe, loaded = Recipe(name=origin.manifest.recipe, passes=""), origin.dense()
     else:
-        passes = [] if goal is not None else recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize)
-    if origin is not None:
-        loaded = origin.dense()
-    else:
+        if goal is None:
+            resolve()  # what is wrong is said before the model is loaded
         loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
-    require_ffns(regions)
+    ffns = require_ffns(regions)
+    if goal is None and origin is None:
+        passes = resolve([f.d_ff for f in ffns])
     for item in passes:
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")

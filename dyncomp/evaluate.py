@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,20 +125,21 @@ def evaluate(
     quality = Quality(len(windows), windows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
-    gates: dict[str, dict[str, list[Tensor]]] = {name: {r.name: [] for r in _gated(graph)} for name, graph in models.items()}
+    runs = {name: _Run(graph) for name, graph in models.items()}
     with torch.no_grad():
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
+            expected: _Reference | None = None
             reference: Tensor | None = None
             for name in sorted(models, key=lambda n: n != "dense"):
-                output = _run(models[name], ids, gates[name])
+                output = runs[name](ids)
                 if task == "causal-lm":
-                    losses, kl, agreement = _compare(output, reference, ids)
-                    nll[name].append(losses)
-                    if reference is not None:
-                        seen["kl"][name].append(kl)
-                        seen["agreement"][name].append(agreement)
-                    reference = output if reference is None else reference
+                    predicted = _Predictions(output)
+                    nll[name].append(predicted.losses(ids))
+                    if expected is not None:
+                        seen["kl"][name].append(expected.divergence(predicted))
+                        seen["agreement"][name].append(expected.agreement(predicted))
+                    expected = _Reference(predicted) if expected is None else expected
                 else:
                     pooled = _pooled(output)
                     if reference is not None:
@@ -156,28 +156,45 @@ def evaluate(
     for name in models:
         skips = {s.name for s in find_skips(models[name])}
         facts = models[name].info.get("routing", {})
-        loads = {region: _load(torch.cat(seen), facts.get(region, {}).get("shared", 0)) for region, seen in gates[name].items()}
+        loads = {region: _load(torch.cat(found), facts.get(region, {}).get("shared", 0)) for region, found in runs[name].gates.items()}
         quality.load[name] = {region: load for region, load in loads.items() if region not in skips}
         quality.computed[name] = {region: load.active for region, load in loads.items() if region in skips}
     return quality
 
 
-def _compare(logits: Tensor, reference: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(negative log-likelihood, KL(reference || logits), share of tokens whose likeliest next token agrees): the mean of each window [B].
+class _Predictions:
+    """What logits [B, S, V] say of the tokens that follow, for all positions but the last.
 
     In pieces: the vocabulary makes these tensors larger than everything else in an evaluation.
     """
-    losses, kl, agreement = [], torch.zeros(len(ids)), torch.zeros(len(ids))
-    for start in range(0, ids.shape[1] - 1, _POSITIONS):
-        piece = slice(start, min(start + _POSITIONS, ids.shape[1] - 1))
-        logp = F.log_softmax(logits[:, piece].float(), -1)
-        losses.append(-logp.gather(-1, ids[:, piece.start + 1 : piece.stop + 1, None]).squeeze(-1))
-        if reference is not None:
-            expected = F.log_softmax(reference[:, piece].float(), -1)
-            kl += F.kl_div(logp, expected, log_target=True, reduction="none").sum((1, 2))
-            agreement += (logp.argmax(-1) == expected.argmax(-1)).sum(1)
-    predicted = ids.shape[1] - 1
-    return torch.cat(losses, 1).mean(1), kl / predicted, agreement / predicted
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits[:, :-1].float()
+        pieces = [(piece.logsumexp(-1), piece.argmax(-1)) for piece in self.logits.split(_POSITIONS, 1)]
+        self.normalizer, self.likeliest = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
+
+    def losses(self, ids: Tensor) -> Tensor:
+        """Mean negative log-likelihood of each window [B]."""
+        chosen = self.logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return (self.normalizer - chosen).mean(1)
+
+
+class _Reference:
+    """Predictions that others are held against; takes their logits over."""
+
+    def __init__(self, predicted: _Predictions) -> None:
+        self.likeliest, self._normalizer = predicted.likeliest, predicted.normalizer
+        self._probabilities = (predicted.logits - predicted.normalizer[..., None]).exp_()
+        self._expected = torch.linalg.vecdot(self._probabilities, predicted.logits)
+
+    def divergence(self, other: _Predictions) -> Tensor:
+        """Mean KL(self || other) of each window [B]: the expected difference of the logits less that of the normalizers."""
+        difference = self._expected - torch.linalg.vecdot(self._probabilities, other.logits)
+        return (difference - self._normalizer + other.normalizer).mean(1).clamp_min(0)
+
+    def agreement(self, other: _Predictions) -> Tensor:
+        """Share of each window's tokens [B] after which both find the same token likeliest."""
+        return (self.likeliest == other.likeliest).float().mean(1)
 
 
 def _pooled(output: Tensor) -> Tensor:
@@ -211,23 +228,24 @@ def _passages(windows: Tensor) -> Tensor:
     return torch.cat([ends[:, :1], parts, ends[:, 1:]], 1)
 
 
-def _run(graph: Graph, ids: Tensor, gates: dict[str, list[Tensor]]) -> Tensor:
-    """One batch through the graph, the gates of every routed FFN noted on the way."""
-    inputs: dict[str, Any] = model_inputs(graph, ids)
-    if not gates:
-        return graph(**inputs)
+class _Run:
+    """Runs one model, batch after batch, and notes the gates of every routed FFN and skip on the way."""
 
-    def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
-        return lambda _, value: seen.append((value != 0).flatten(0, -2))
+    def __init__(self, graph: Graph) -> None:
+        self.gates: dict[str, list[Tensor]] = {}
+        self._graph, self._sweep = graph, Sweep(graph, [])
+        self._gated = _gated(graph)
 
-    noted: dict[fx.Node, list[Tensor]] = {}
-    for region in _gated(graph):
-        noted.setdefault(region.gates, [])
-    watch = {node: note(seen) for node, seen in noted.items()}
-    output = Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch=watch)[0]
-    for region in _gated(graph):
-        gates[region.name] += noted[region.gates]
-    return output
+    def __call__(self, ids: Tensor) -> Tensor:
+        def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
+            return lambda _, value: seen.append((value != 0).flatten(0, -2))
+
+        noted: dict[fx.Node, list[Tensor]] = {region.gates: [] for region in self._gated}
+        sweep = self._sweep.restart([model_inputs(self._graph, ids)])
+        (output,) = sweep.advance(self._graph.output_nodes[0], watch={node: note(seen) for node, seen in noted.items()})
+        for region in self._gated:
+            self.gates.setdefault(region.name, []).extend(noted[region.gates])
+        return output
 
 
 def model_inputs(graph: Graph, ids: Tensor) -> dict[str, Tensor]:

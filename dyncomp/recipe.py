@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,7 +22,8 @@ class Recipe(BaseModel):
     Args:
         name: for people.
         passes: as in ``carve-experts{experts=16}, fit-router{active=75%}``.
-        active, experts: what to use when the user gives none.
+        active: what to use when the user gives none.
+        experts: the same; None is what suits the model's FFNs, see :func:`suitable_experts`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,12 +31,15 @@ class Recipe(BaseModel):
     name: str = "custom"
     passes: str
     active: float = 0.75
-    experts: int = 16
+    experts: int | None = None
 
-    def resolve(self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None) -> list[Pass]:
+    def resolve(
+        self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None, widths: Sequence[int] = ()
+    ) -> list[Pass]:
         """The passes with every placeholder filled in.
 
         Args:
+            widths: of the model's FFNs, where they are known.
             quantize: a name in :data:`~dyncomp.passes.quantize.PRECISIONS`; its pass is added at the end.
 
         Raises:
@@ -42,8 +48,9 @@ class Recipe(BaseModel):
         for option, value in (("active", active), ("experts", experts)):
             if value is not None and f"{{{option}}}" not in self.passes and self.passes:
                 raise RequestError(f"the recipe {self.name!r} fixes what --{option} says", hint=f"leave out --{option}: {self.passes}")
-        spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(experts or self.experts))
-        spec = spec.replace("{shared}", str((experts or self.experts) // 4))
+        count = experts or self.experts or suitable_experts(widths)
+        spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(count))
+        spec = spec.replace("{shared}", str(count // 4))
         passes = parse_passes(spec)
         if quantize is None:
             if not passes:
@@ -54,6 +61,14 @@ class Recipe(BaseModel):
         if quantize_of(passes) is not None:
             raise RequestError(f"the recipe {self.name!r} quantizes already", hint="leave out --quantize")
         return [*passes, PRECISIONS[quantize]]
+
+
+def suitable_experts(widths: Sequence[int]) -> int:
+    """How many experts FFNs of these widths are best carved into: many lose less, kernels and blocks of quantized weights want a
+    multiple of 32 neurons in each. 16 where nothing fits; at most 64."""
+    width = math.gcd(*widths)
+    whole = [n for n in range(16, 65) if width % (32 * n) == 0]
+    return max(whole or [n for n in range(2, 17) if width % n == 0], default=16) if width else 16
 
 
 _UNBIASED = "fit-router{active={active} gates=topk bias=false}, refit-down{bias=false}"

@@ -78,6 +78,7 @@ def layer_figures(layer: Layer) -> tuple[float, float]:
     for h in layer.hidden():
         part = gates[start : start + len(h)]
         start += len(h)
+        h = h.float()
         y = h.flatten(1) @ down
         lost += float((y - (h * part[..., None]).flatten(1) @ down).square().sum())
         whole += float(y.square().sum())

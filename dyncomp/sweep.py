@@ -17,18 +17,24 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
-from dyncomp.interpret import compute
+from dyncomp.interpret import compute, rounds_activations
 from dyncomp.ops import routed_ffn_reference
 from dyncomp.regions.linear import PRODUCTS
 
 aten = torch.ops.aten
-
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
-COSTLY = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}
-"""Where the time goes, and what runs in :func:`reduced_products`; all else sees float32, as the graph was traced."""
+COSTLY = {*PRODUCTS, _ATTENTION, torch.ops.dyncomp.routed_ffn.default}
+"""Where the time goes, and what runs in bfloat16 inside :func:`fast_matmul`; all else sees float32, as the graph was traced ..."""
+_BETWEEN = {
+    *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.mul.Tensor),
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.permute.default),
+    *(aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default),
+}
+"""... but these, where they stand between two products: the second would round what they give to bfloat16 in any case."""
 
 
 class Sweep:
@@ -48,7 +54,9 @@ class Sweep:
         self._values: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self._static: dict[tuple, dict[fx.Node, Any]] = {}  # values that depend on shapes only, shared by batches of one shape
         self._static_nodes: set[fx.Node] = set()
+        self._causal: dict[tuple, dict[fx.Node, bool]] = {}  # which of them are causal masks
         self._done: set[fx.Node] = set()
+        self._reduced: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # (value, the same in bfloat16), of weights and of the batch that runs
         for node in graph.placeholders:
             for values, batch in zip(self._values, batches, strict=True):
                 values[node] = batch[str(node.target)]
@@ -65,10 +73,12 @@ class Sweep:
             tick: called after each batch.
         """
         segment = self._segment(to)
+        between = self._between(segment, to)
         for index in range(len(self._batches)):
-            self._run(segment, index, watch or {})
+            self._run(segment, index, watch or {}, between)
             if tick is not None:
                 tick()
+        self._reduced.clear()
         self._done.update(segment)
         for values in self._values:
             for node in [n for n in values if n is not to and all(u in self._done for u in n.users)]:
@@ -90,7 +100,15 @@ class Sweep:
         other = Sweep(self.graph, [self._batches[i] for i in chosen])
         other._values = [dict(self._values[i]) for i in chosen]
         other._static = {shapes: dict(values) for shapes, values in self._static.items()}
+        other._causal = {shapes: dict(kinds) for shapes, kinds in self._causal.items()}
         other._static_nodes, other._done = set(self._static_nodes), set(self._done)
+        return other
+
+    def restart(self, batches: Sequence[dict[str, Tensor]]) -> Sweep:
+        """A sweep of the same graph over other batches, from its beginning. The graph must not have changed: what depends on shapes
+        and constants alone is not computed again."""
+        other = Sweep(self.graph, batches)
+        other._static, other._causal = self._static, self._causal
         return other
 
     def has(self, node: fx.Node) -> bool:
@@ -108,44 +126,114 @@ class Sweep:
                 break
         return segment
 
+    def _between(self, segment: list[fx.Node], to: fx.Node) -> set[fx.Node]:
+        """Of what has been made of products alone, what only products read."""
+        if not bfloat16_allowed() or rounds_activations(self.graph):
+            return set()
+        made: set[fx.Node] = set()
+        for node in segment:
+            if node in self._static_nodes or (node.target not in COSTLY and node.target not in _BETWEEN):
+                continue
+            inputs = [i for i in node.all_input_nodes if i not in self._static_nodes or isinstance(i.meta.get("val"), Tensor)]
+            if node.target in COSTLY or all(i in made for i in inputs):
+                made.add(node)
+        found: set[fx.Node] = set()
+        for node in reversed(segment):
+            if node in made and node is not to and all(u.target in COSTLY or u in found for u in node.users):
+                found.add(node)
+        return found
+
     def _is_static(self, node: fx.Node) -> bool:
         if node.target is aten.sym_size.int:
             return True
         return all(i.op == "get_attr" or i in self._static_nodes for i in node.all_input_nodes)
 
-    def _run(self, segment: list[fx.Node], index: int, watch: Mapping[fx.Node, Callable[[int, Tensor], None]]) -> None:
-        values, batch = self._values[index], self._batches[index]
-        static = self._static.setdefault(tuple(tuple(t.shape) for t in batch.values()), {})
+    def _run(
+        self, segment: list[fx.Node], index: int, watch: Mapping[fx.Node, Callable[[int, Tensor], None]], between: set[fx.Node]
+    ) -> None:
+        values = self._values[index]
+        static = self._static.setdefault(self._shapes(index), {})
         left = {node: sum(1 for u in node.users if u not in self._done) for node in [*values, *segment]}
         for node in segment:
             store = static if node in self._static_nodes else values
             if node not in store:
-                store[node] = self._compute(node, index)
+                store[node] = self._compute(node, index, full=node not in between)
             if node in watch:
-                watch[node](index, store[node])
+                watch[node](index, store[node].float() if node in between else store[node])
             for source in node.all_input_nodes:
                 if source in left:
                     left[source] -= 1
                     if left[source] == 0:
                         values.pop(source, None)
+                        self._reduced.pop(source, None)
 
-    def _compute(self, node: fx.Node, index: int) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, index))
+    def _compute(self, node: fx.Node, index: int, *, full: bool) -> Any:
+        costly = node.target in COSTLY and node not in self._static_nodes and bfloat16_allowed()
+        reduce = costly and not rounds_activations(self.graph)  # those are rounded first
+
+        def read(source: fx.Node) -> Any:
+            value = self._lookup(source, index)
+            return self._reduce(source, value) if reduce else value
+
+        if node.target is _ATTENTION:
+            args, kwargs = fx.map_arg(self._attention(node, index), read)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), read)
         if node in self._static_nodes:
             with full_products():
                 return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        if node.target not in COSTLY:
-            return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        with reduced_products():
+        with reduced_products() if costly and not reduce else contextlib.nullcontext():
             value = compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
-        return value.float() if value.dtype is torch.bfloat16 and bfloat16_allowed() else value
+        if not costly or not full or value.dtype is not torch.bfloat16:
+            return value
+        converted = value.float()
+        self._reduced[node] = (converted, value)
+        return converted
+
+    def _reduce(self, node: fx.Node, value: Any) -> Any:
+        """The value as a product takes it; converted once for all that read it."""
+        if not isinstance(value, Tensor) or value.dtype is not torch.float32:
+            return value
+        known, reduced = self._reduced.get(node, (None, None))
+        if known is not value:
+            reduced = value.to(torch.bfloat16)
+            self._reduced[node] = (value, reduced)
+        return reduced
+
+    def _attention(self, node: fx.Node, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an attention, a causal mask that depends on positions alone replaced by ``is_causal``: half of the work."""
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | dict(node.kwargs)
+        mask = named.get("attn_mask")
+        if not isinstance(mask, fx.Node) or mask not in self._static_nodes:
+            return node.args, dict(node.kwargs)
+        known = self._causal.setdefault(self._shapes(index), {})
+        if mask not in known:
+            known[mask] = _is_causal(self._lookup(mask, index))
+        if not known[mask]:
+            return node.args, dict(node.kwargs)
+        named |= {"attn_mask": None, "is_causal": True}
+        return tuple(named.pop(name) for name in ("query", "key", "value")), named
+
+    def _shapes(self, index: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(t.shape) for t in self._batches[index].values())
 
     def _lookup(self, node: fx.Node, index: int) -> Any:
         if node.op == "get_attr":
             return self.graph.tensor(node)
         if node in self._static_nodes:
-            return self._static[tuple(tuple(t.shape) for t in self._batches[index].values())][node]
+            return self._static[self._shapes(index)][node]
         return self._values[index][node]
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask, of booleans or to be added, lets every query see exactly the keys up to its own position."""
+    queries, keys = mask.shape[-2:]
+    if queries != keys:
+        return False
+    seen = mask if mask.dtype is torch.bool else mask == 0
+    hidden = ~mask if mask.dtype is torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+    return bool(((seen == causal) & (hidden == ~causal)).all())
 
 
 @contextlib.contextmanager

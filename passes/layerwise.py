@@ -120,8 +120,7 @@ class Layer:
             with reduced_products():
                 for x in self.inputs:
                     self._hidden.append(self.view.hidden(x.reshape(-1, self.view.d_model)))
-        for h in self._hidden:
-            yield h.to(self.view.w_up.dtype)
+        yield from self._hidden
 
     def outputs(self) -> list[Tensor]:
         """What the routed FFN gives as it is now, [B, S, d_out] a batch (see :func:`dyncomp.ops.routed_ffn`)."""
@@ -130,7 +129,7 @@ class Layer:
         for x, h in zip(self.inputs, self.hidden(), strict=True):
             gates = self.view.gate_values(x)
             with reduced_products():
-                y = torch.nn.functional.linear((h * gates[..., None]).flatten(1), down)
+                y = torch.nn.functional.linear((h * gates[..., None].to(h.dtype)).flatten(1), down)
             found.append(y.to(x.dtype).view(*x.shape[:-1], -1))
         return found
 

@@ -20,12 +20,12 @@ class LeastSquares:
         self.rows = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add rows: a [n, columns], b [n, targets]."""
-        column_sums = a.sum(0)
+        """Add rows: a [n, columns], b [n, targets]. Of a in bfloat16 the products are, too (relative error of a block about 2e-3)."""
+        column_sums = a.sum(0, dtype=torch.float32)
         self.gram[:-1, :-1] += a.T @ a
         self.gram[-1, :-1] += column_sums
         self.gram[:-1, -1] += column_sums
-        self.cross[:-1] += a.T @ b
+        self.cross[:-1] += a.T @ b.to(a.dtype)
         self.cross[-1] += b.sum(0)
         self.rows += len(a)
         self.gram[-1, -1] = self.rows

@@ -116,17 +116,17 @@ def _moments(ffn: FFN, weights: FFNWeights, blocks: list[Tensor], ctx: Context) 
         return statistics.mean, statistics.square
     total = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
     for x in blocks:
-        h = _hidden(x, weights, ffn)
+        h = _hidden(x, weights, ffn).float()
         total += torch.stack([h.sum(0), h.square().sum(0)])
     mean, square = (total / sum(map(len, blocks))).float()
     return mean, square
 
 
 def _hidden(x: Tensor, weights: FFNWeights, ffn: FFN) -> Tensor:
+    """[n, d] -> [n, F], in bfloat16 where products are."""
     with reduced_products():
         h = torch.nn.functional.linear(x, weights.w_up, weights.b_up)
-        h = ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
-    return h.float()
+    return ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
 
 
 def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down: Tensor, bias: Tensor) -> None:

@@ -57,14 +57,13 @@ def refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool
     problem = LeastSquares(down.shape[0], view.d_out)
     constant = view.b_down if view.b_down is not None else torch.zeros(view.d_out)
     for index, (x, h) in enumerate(zip(layer.inputs, layer.hidden(), strict=True)):
-        gates = view.gate_values(x)
-        active = (h * gates[..., None]).flatten(1)
+        gates = view.gate_values(x)[..., None]
         blend = follow if layer.wanted is not None else 0.0
         with reduced_products():
-            missing = (((1 - blend) * h.flatten(1) - active) @ down).float()
+            missing = ((h * (1 - blend - gates).to(h.dtype)).flatten(1) @ down).float()
         if blend > 0 and layer.wanted is not None:
             missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - constant)
-        problem.add(active, missing)
+        problem.add((h * gates.to(h.dtype)).flatten(1), missing)
     delta, constant_change = problem.solve(ridge, bias=bias)
     experts = (down + delta).unflatten(0, (view.experts, -1)).transpose(1, 2).contiguous()
     graph.add_tensor(view.region.w_down, experts)

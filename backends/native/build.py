@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -10,7 +11,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,7 @@ _FLAGS_OF = {
     "avx2.cc": _AVX2,
     "avx512.cc": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"),
 }
+_ONE_AT_A_TIME = threading.Lock()
 HINT = "install g++ (or clang++), or name a C++ compiler in the environment variable CXX"
 
 
@@ -49,15 +52,26 @@ def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] =
         headers += sorted(place.glob("*.h"))
         sources |= {path: _key([path, *headers], (settings, more)) for path in sorted(place.glob("*.cc"))}
     path = folder / f"dyncomp-{_key([], tuple(sources.values()))}.so"
-    if not path.is_file():
-        try:
-            _build(compiler, sources, includes, path)
-        except OSError as error:
-            raise BackendError(
-                f"the native operators cannot be written to {folder}: {error.strerror or error}",
-                hint="set DYNCOMP_CACHE to a folder that can be written",
-            ) from error
+    with _ONE_AT_A_TIME:
+        if not path.is_file():
+            try:
+                _build(compiler, sources, includes, path)
+            except OSError as error:
+                raise BackendError(
+                    f"the native operators cannot be written to {folder}: {error.strerror or error}",
+                    hint="set DYNCOMP_CACHE to a folder that can be written",
+                ) from error
     return path
+
+
+def begin(compile_library: Callable[[], Path]) -> None:
+    """Compile in the background what will be needed later; who then asks for the library waits for it. What goes wrong is said there."""
+
+    def work() -> None:
+        with contextlib.suppress(BackendError):
+            compile_library()
+
+    threading.Thread(target=work, name="native operators", daemon=True).start()
 
 
 def available() -> bool:

@@ -3,6 +3,7 @@
 constexpr int64_t kTogether = 8 * kRows;  // uses that share a pass over a panel of weights, and
 constexpr int64_t kDepth = 128;           // its columns that stay in the first-level cache meanwhile
 constexpr int64_t kWidth = kWide * kTile;
+constexpr int64_t kAhead = 8192;          // bytes of the next expert that are fetched; the processor guesses the rest
 
 // out [n, kWidth] = the rows x[0 .. n - 1], n <= kTogether, times `count` tiles.
 inline void panel(const float* const* x, int64_t n, const float* const* tiles, int64_t count, int64_t depth, float* out) {
@@ -70,6 +71,9 @@ void contract_floats(const FloatFfnJob& job, int64_t first, int64_t last) {
     start_output(job, column, width);
     for (int64_t used = 0; used < job.used_count; used++) {
       const int64_t e = job.used[used];
+      const bool same = used + 1 < job.used_count;  // the next expert's rows, or the next rows of the first
+      const int64_t following = job.used[same ? used + 1 : 0] * job.down_tiles + tile + (same ? 0 : count);
+      fetch(reinterpret_cast<const char*>(job.down + following * tile_floats), least(kAhead, count * tile_floats * 4));
       for (int64_t i = 0; i < count; i++) tiles[i] = job.down + (e * job.down_tiles + tile + i) * tile_floats;
       for (int64_t at = job.starts[e], end = job.starts[e + 1], n; at < end; at += n) {
         n = least(kTogether, end - at);

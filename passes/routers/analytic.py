@@ -30,7 +30,7 @@ def representative(layer: Layer, options: RouterOptions) -> Scores:
     mean = torch.zeros(view.experts, view.neurons)
     cross, squares, spread = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(view.experts)
     for h in layer.hidden():  # [n, E, F]
-        h = h.abs()
+        h = h.float().abs()
         center = h.mean(2, keepdim=True)
         cross += (h * center).sum(0)
         squares += h.square().sum(0)

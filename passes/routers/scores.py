@@ -113,7 +113,7 @@ def energies(layer: Layer) -> list[Tensor]:
         h = hidden.transpose(0, 1)  # [E, n, F]
         with reduced_products():
             projected = h @ gram
-        found.append((projected * h).sum(-1).clamp_min(0).T)
+        found.append((projected * h).sum(-1, dtype=torch.float32).clamp_min(0).T)
     return found
 
 
