@@ -22,12 +22,11 @@ from dyncomp.ops import routed_ffn_reference
 from dyncomp.regions.linear import PRODUCTS
 
 aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
 
 # With thousands of tokens and most experts active, computing all experts and masking beats gathering tokens for each:
 # the op's plain definition is used here, the gathering one wherever a graph is simply run.
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference}
-COSTLY = {*PRODUCTS, _ATTENTION, torch.ops.dyncomp.routed_ffn.default}
+COSTLY = {*PRODUCTS, aten.scaled_dot_product_attention.default, torch.ops.dyncomp.routed_ffn.default}
 """Where the time goes, and what runs in bfloat16 inside :func:`fast_matmul`; all else sees float32, as the graph was traced ..."""
 _BETWEEN = {
     *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.mul.Tensor),
@@ -54,7 +53,6 @@ class Sweep:
         self._values: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self._static: dict[tuple, dict[fx.Node, Any]] = {}  # values that depend on shapes only, shared by batches of one shape
         self._static_nodes: set[fx.Node] = set()
-        self._causal: dict[tuple, dict[fx.Node, bool]] = {}  # which of them are causal masks
         self._done: set[fx.Node] = set()
         self._reduced: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # (value, the same in bfloat16), of weights and of the batch that runs
         for node in graph.placeholders:
@@ -100,7 +98,6 @@ class Sweep:
         other = Sweep(self.graph, [self._batches[i] for i in chosen])
         other._values = [dict(self._values[i]) for i in chosen]
         other._static = {shapes: dict(values) for shapes, values in self._static.items()}
-        other._causal = {shapes: dict(kinds) for shapes, kinds in self._causal.items()}
         other._static_nodes, other._done = set(self._static_nodes), set(self._done)
         return other
 
@@ -108,7 +105,7 @@ class Sweep:
         """A sweep of the same graph over other batches, from its beginning. The graph must not have changed: what depends on shapes
         and constants alone is not computed again."""
         other = Sweep(self.graph, batches)
-        other._static, other._causal = self._static, self._causal
+        other._static = self._static
         return other
 
     def has(self, node: fx.Node) -> bool:
@@ -175,10 +172,7 @@ class Sweep:
             value = self._lookup(source, index)
             return self._reduce(source, value) if reduce else value
 
-        if node.target is _ATTENTION:
-            args, kwargs = fx.map_arg(self._attention(node, index), read)
-        else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), read)
         if node in self._static_nodes:
             with full_products():
                 return compute(self.graph, node, args, kwargs, _IMPLEMENTATIONS)
@@ -200,20 +194,6 @@ class Sweep:
             self._reduced[node] = (value, reduced)
         return reduced
 
-    def _attention(self, node: fx.Node, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of an attention, a causal mask that depends on positions alone replaced by ``is_causal``: half of the work."""
-        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | dict(node.kwargs)
-        mask = named.get("attn_mask")
-        if not isinstance(mask, fx.Node) or mask not in self._static_nodes:
-            return node.args, dict(node.kwargs)
-        known = self._causal.setdefault(self._shapes(index), {})
-        if mask not in known:
-            known[mask] = _is_causal(self._lookup(mask, index))
-        if not known[mask]:
-            return node.args, dict(node.kwargs)
-        named |= {"attn_mask": None, "is_causal": True}
-        return tuple(named.pop(name) for name in ("query", "key", "value")), named
-
     def _shapes(self, index: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(t.shape) for t in self._batches[index].values())
 
@@ -223,17 +203,6 @@ class Sweep:
         if node in self._static_nodes:
             return self._static[self._shapes(index)][node]
         return self._values[index][node]
-
-
-def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask, of booleans or to be added, lets every query see exactly the keys up to its own position."""
-    queries, keys = mask.shape[-2:]
-    if queries != keys:
-        return False
-    seen = mask if mask.dtype is torch.bool else mask == 0
-    hidden = ~mask if mask.dtype is torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-    return bool(((seen == causal) & (hidden == ~causal)).all())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from helpers import assert_close
 from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp.calibrate import MARKED, Calibration, calibrate, fingerprint
 from dyncomp.regions import find_regions
-from dyncomp.sweep import Sweep
+from dyncomp.sweep import Sweep, fast_matmul
 
 NAMES = [n for n in ("llama", "bert", "gpt2", "falcon") if n in ARCHITECTURES]
 
@@ -36,6 +36,33 @@ def test_a_sweep_keeps_only_what_is_needed() -> None:
     for region in find_regions(graph).ffns:
         sweep.advance(region.input)
         assert len(sweep._values[0]) == 2, "between two layers only the residual stream and the FFN's input live"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fast_sweep_gives_float32_but_for_what_products_give_to_products(name: str) -> None:
+    graph, data, dtypes = trace_tiny(name), batches(name)[:1], {}
+    watch = {n: (lambda _, v, n=n: dtypes.setdefault(n, v.dtype)) for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    with fast_matmul():
+        (out,) = Sweep(graph, data).advance(graph.output_nodes[0], watch=watch)
+        hidden = [f.down.input for f in find_regions(graph).ffns]
+        sweep = Sweep(graph, data)
+        kept = sweep._between(sweep._segment(graph.output_nodes[0]), graph.output_nodes[0])
+    assert_close(out, graph(**data[0]), rel=5e-2)
+    assert {d for d in dtypes.values() if d.is_floating_point} == {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and name in ("llama", "bert"):  # others spell their activation out
+        assert kept.issuperset(hidden)
+        assert not kept & {n for b in find_regions(graph).blocks for n in (b.output,)}
+
+
+def test_a_restarted_sweep_shares_what_depends_on_shapes() -> None:
+    graph, data = trace_tiny("llama"), batches("llama")
+    first = Sweep(graph, data[:1])
+    first.advance(graph.output_nodes[0])
+    again = first.restart(data[1:])
+    for out, batch in zip(again.advance(graph.output_nodes[0]), data[1:], strict=True):
+        assert_close(out, graph(**batch), rel=1e-5)
+    assert again._static is first._static
+    assert len(again._static) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

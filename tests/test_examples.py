@@ -56,6 +56,30 @@ def test_the_example_in_python(tmp_path, capsys) -> None:
         assert_close(made.module(ids), made.bundle.graph()(ids), rel=1e-6)
 
 
+def test_mixture_of_depths_from_scratch(tmp_path, capsys) -> None:
+    """It learns, at the FLOPs of the dense model; skipped tokens keep what they were, and each is computed as it would be alone."""
+    from tiny_checkpoint import write_text
+
+    example = load("train_mod")
+    example.main(["--steps", "12", "--depth", "2", "--text", str(write_text(tmp_path / "text.txt"))])
+    out = capsys.readouterr().out
+    flops = [float(f) for f in re.findall(r"([\d.]+) MFLOPs", out)]
+    assert len(flops) == 2
+    assert flops[1] <= flops[0]
+    bits = [float(b) for b in re.findall(r"^(?:dense|Mixture-of-Depths|… tokens as predicted) .*?(\d\.\d{3}) ", out, re.M)]
+    assert len(bits) == 3
+    assert max(bits) < 7.5  # 8 bits before it learned anything
+    torch.manual_seed(0)
+    block, x = example.Skipped(), torch.randn(2, 32, example.WIDTH)
+    with torch.no_grad():
+        moved = (block(x) != x).any(-1)
+        assert moved.sum(1).tolist() == [4, 4]
+        assert torch.equal(moved, torch.zeros_like(moved).scatter(1, block.router(x)[..., 0].topk(4).indices, value=True))
+        block.predicts = True
+        expected = block.predictor(x)[..., 0] > 0
+        assert torch.equal((block(x) != x).any(-1), expected)
+
+
 def test_a_module_that_does_not_say_what_it_takes_needs_examples() -> None:
     with pytest.raises(ModelError, match="without example inputs"):
         dyncomp.convert(torch.nn.Linear(3, 3), show=False)

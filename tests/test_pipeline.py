@@ -103,6 +103,21 @@ def test_not_a_number_is_always_an_error() -> None:
         Pipeline([ScaleOutput(factor=float("nan"))]).run(trace_tiny("llama"), probe())
 
 
+@pytest.mark.parametrize(
+    ("widths", "experts"),
+    [((1536,), 48), ((8192,), 64), ((14336, 14336), 64), ((3072, 1536), 48), ((128,), 16), ((100,), 10), ((7,), 7), ((), 16), ((13,), 13)],
+)
+def test_experts_suit_the_widths(widths: tuple[int, ...], experts: int) -> None:
+    """Many, of whole blocks of 32 neurons; of narrow FFNs what divides them."""
+    from dyncomp.recipe import load_recipe, suitable_experts
+
+    assert suitable_experts(widths) == experts
+    assert all(w % experts == 0 for w in widths)
+    carve = load_recipe(None).resolve(widths=widths)[0]
+    assert (carve.experts, carve.shared) == (experts, experts // 4)
+    assert load_recipe(None).resolve(widths=widths, experts=8)[0].experts == 8
+
+
 def test_every_recipe_resolves_and_what_it_fixes_is_not_overridden() -> None:
     from dyncomp.recipe import RECIPES
 
