@@ -333,6 +333,8 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
 
     release_memory()
     backend, source = request.backend, done.manifest.source
+    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, passes=done.passes, backend=backend)
+    release_memory()
     artifact = done.folder / "artifacts" / backend
     if done.artifact is None:
         lowered, refused = lower_artifact(done.models.pop("converted"), artifact, progress, backend=backend)
@@ -340,10 +342,9 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
         lowered, refused = with_cache(done.models.pop("converted"))
         artifact.parent.mkdir(parents=True)
         os.replace(done.artifact, artifact)
+    release_memory()
     parity = check_parity(lowered, artifact, threads=request.threads, backend=backend)
     del lowered
-    release_memory()
-    dense = dense_artifacts(done.models.pop("dense"), source.fingerprint, progress, passes=done.passes, backend=backend)
     release_memory()
     bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads, backend=backend)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}

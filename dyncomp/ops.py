@@ -24,6 +24,9 @@ from torch import Tensor
 
 from dyncomp.activations import ACTIVATIONS
 
+_FEW = 8
+"""Tokens of a decoding step."""
+
 
 # ---- routed_ffn ----------------------------------------------------------------------------------------------------
 @torch.library.custom_op("dyncomp::routed_ffn", mutates_args=())
@@ -47,8 +50,11 @@ def routed_ffn(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_do
     """
     tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
     experts, d_out, _ = w_down.shape
-    y = x.new_zeros(tokens.shape[0], d_out)
     active = weights != 0
+    if 0 < tokens.shape[0] <= _FEW and int(active.any(0).sum()) > experts // 2:
+        # Reading the weights is what a few tokens cost: gathering those of most experts would read and write them first.
+        return routed_ffn_reference(x, gates, w_up, b_up, w_down, activation)
+    y = x.new_zeros(tokens.shape[0], d_out)
     always = active.all(0)
     if tokens.shape[0] > 0 and bool(always.any()) and bool((weights[:, always] == 1).all()):
         # Experts that every token uses with gate 1 run as one dense FFN, with no gather.
