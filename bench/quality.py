@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from dyncomp.passes.sparsify import active_share
+
 from bench import rowwise
 from dyncomp.bundle import versions
 from dyncomp.cache import cache_folder
@@ -19,6 +21,7 @@ from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.evaluate import batches
 from dyncomp.evidence import Texts, measure_quality, prepare_texts
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.pipeline import Context, Pipeline, parse_passes
 from dyncomp.regions import find_regions
@@ -55,6 +58,11 @@ def rows() -> list[Row]:
                 shared = experts // 4 if active > 0.25 else 0  # of so few active ones a quarter shared would leave none to choose
                 found.append(Row(where, model, f"{experts} experts", f"carve-experts{{experts={experts} shared={shared}}}, {tail}"))
     model = "smollm2-135m"
+    for active in (0.75, 0.5):
+        for where in ("ffn", "all"):
+            table = f"{model}, {active:.0%} of the inputs of {'FFN layers' if where == 'ffn' else 'all linear layers'}"
+            for label, options in (("TEAL", ""), ("WINA", " score=wina"), ("Fisher, one limit", " score=fisher budgets=global")):
+                found.append(Row(table, model, label, f"sparsify{{active={active:g} where={where}{options}}}"))
     for active in (0.75, 0.5):
         where = f"{model}, 48 experts, {active:.0%} active, by router"
         carve = "carve-experts{experts=48 shared=12}"
@@ -95,7 +103,8 @@ class _Bench:
             for name in ("load_by_region", "active_by_region", "spread_by_region"):
                 figures.pop(name, None)
         release_memory()
-        return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | spent
+        inputs = {"active_inputs": active_share(graph)} if sparse_nodes(graph) else {}
+        return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | inputs | spent
 
     def _open(self, name: str) -> tuple[LoadedModel, Graph, Texts, Context]:
         if self.model is None or self.model[0].name != name:
@@ -119,7 +128,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"Written by `python -m bench.quality`; do not edit. Training-free. Fitted to {TOKENS} tokens, measured on {WINDOWS} windows",
         "of held-out documents of the same source and of another source, beside the dense fp32 model on the same windows; in brackets",
         "95 % intervals, by bootstrap over windows, paired with the dense model. *Active* is the share of FFN neurons that ran on the",
-        "held-out text. CPU minutes are those of the passes, without the statistics of the dense model, which all rows share.",
+        "held-out text, or of inputs of linear layers that counted in calibration. CPU minutes are those of the passes, without the",
+        "statistics of the dense model, which all rows share.",
         "",
         "A row that the command knows and that is not here was not measured yet (`python -m bench.quality --list`).",
     ]
@@ -141,7 +151,8 @@ def markdown(results: dict[str, Any]) -> str:
         for row, entry in measured:
             texts = entry["quality"]
             first = texts["held out"]
-            active = f"{first['active_ffn']:.1%}" if "active_ffn" in first else "all that remain"
+            share = first.get("active_ffn", entry.get("active_inputs"))
+            active = "all that remain" if share is None else f"{share:.1%}"
             extra = f"{first['kl']['converted']:.3f}" if causal else f"{first['retrieval']['converted']:.1%}"
             cells = [row.label, f"`{row.passes}`", active, *(_cell(texts[t], causal) for t in ("held out", "other source"))]
             lines.append("| " + " | ".join([*cells, extra, f"{entry['cpu_seconds'] / 60:.1f}"]) + " |")

@@ -16,7 +16,7 @@ All of them are found by dataflow, so a model nobody has seen before works, or i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
@@ -38,17 +38,36 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Regions:
-    """Everything found in a graph, each list in graph order. It describes the graph as it was: find again after a rewrite."""
+    """Everything found in a graph, each list in graph order. It describes the graph as it was: find again after a rewrite.
 
-    ffns: list[FFN]
-    sparse_ffns: list[FFN]
-    routed: list[RoutedFFN]
-    attentions: list[Attention]
-    blocks: list[Block]
-    head: Head | None
-    refusals: list[Refusal]
+    Attentions are looked for when they, or blocks, are first asked for: recognising their masks and rotary embeddings by running them
+    takes longer than all the rest, and most passes need FFNs alone.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._linears = graph, find_linears(graph)
+        self.ffns, refused = find_ffns(graph, self._linears)
+        self._refused_ffns = [*refused, *find_trained_experts(graph)]
+        self.routed: list[RoutedFFN] = find_routed(graph)
+        self.sparse_ffns: list[FFN] = find_sparse_ffns(graph, self._linears) if any(i.thresholds for i in self._linears.values()) else []
+        self.head: Head | None = find_head(graph, self._linears)
+
+    @functools.cached_property
+    def _attentions(self) -> tuple[list[Attention], list[Refusal]]:
+        return find_attentions(self._graph)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return self._attentions[0]
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        return find_blocks([*self.ffns, *self.sparse_ffns, *self.routed, *self.attentions], self._linears)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        return [*self._refused_ffns, *self._attentions[1]]
 
     def require_ffns(self) -> list[FFN]:
         """The FFNs.
@@ -58,10 +77,9 @@ class Regions:
         """
         if self.ffns:
             return self.ffns
-        refused = [r for r in self.refusals if r.what == "ffn"]
         if self.routed:
             what = f"the model has no dense FFN: its {len(self.routed)} FFNs are routed already"
-        elif refused:
+        elif refused := self._refused_ffns:
             reasons: dict[str, list[str]] = {}
             for refusal in refused:
                 reasons.setdefault(refusal.reason, []).append(refusal.where)
@@ -76,20 +94,7 @@ class Regions:
 
 def find_regions(graph: Graph) -> Regions:
     """All regions of a graph; on the meta device too. Never raises for what a model contains: what is not understood is refused."""
-    linears = find_linears(graph)
-    ffns, refused_ffns = find_ffns(graph, linears)
-    attentions, refused_attentions = find_attentions(graph)
-    routed, sparse = find_routed(graph), find_sparse_ffns(graph, linears) if any(i.thresholds for i in linears.values()) else []
-    blocks = find_blocks([*ffns, *sparse, *routed, *attentions], linears)
-    return Regions(
-        ffns,
-        sparse,
-        routed,
-        attentions,
-        blocks,
-        find_head(graph, linears),
-        [*refused_ffns, *find_trained_experts(graph), *refused_attentions],
-    )
+    return Regions(graph)
 
 
 def require_ffns(regions: Regions) -> list[FFN]:
