@@ -1,6 +1,6 @@
 """Mixture-of-Depths trained from scratch, beside a dense model of equal FLOPs (2404.02258).
 
-python examples/train_mod.py [--steps 1000] [--text FILE]
+python examples/train_mod.py [--steps 350] [--text FILE]
 
 Two small language models of bytes see the same text in the same order. One is dense. In the other every second block computes an
 eighth of the tokens of a sequence only, those its router scores highest, and is skipped by the rest; for the FLOPs it saves it has
@@ -131,8 +131,8 @@ def train(model: Model, data: Tensor, steps: int, seed: int) -> float:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 200 == 0:
-            print(f"  step {step + 1}: {float(loss):.3f}", flush=True)
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1}: {loss.item():.3f}", flush=True)
     return time.perf_counter() - started
 
 
@@ -149,7 +149,7 @@ def bits_per_byte(model: Model, data: Tensor) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--depth", type=int, default=8, help="blocks of the dense model")
     parser.add_argument("--text", help="wikipedia, news, or a file")
     parser.add_argument("--seed", type=int, default=0)
