@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -63,12 +63,18 @@ class Recipe(BaseModel):
         return [*passes, PRECISIONS[quantize]]
 
 
+def most_experts(widths: Iterable[int], numbers: Iterable[int], block: int = 1) -> int | None:
+    """The largest of ``numbers`` that divides FFNs of all these widths into experts of whole blocks of neurons; None when there is none."""
+    width = math.gcd(*widths)
+    return max((n for n in numbers if width % (n * block) == 0), default=None)
+
+
 def suitable_experts(widths: Sequence[int]) -> int:
     """How many experts FFNs of these widths are best carved into: many lose less, kernels and blocks of quantized weights want a
     multiple of 32 neurons in each. 16 where nothing fits; at most 64."""
-    width = math.gcd(*widths)
-    whole = [n for n in range(16, 65) if width % (32 * n) == 0]
-    return max(whole or [n for n in range(2, 17) if width % n == 0], default=16) if width else 16
+    if not widths:
+        return 16
+    return most_experts(widths, range(16, 65), block=32) or most_experts(widths, range(2, 17)) or 16
 
 
 _UNBIASED = "fit-router{active={active} gates=topk bias=false}, refit-down{bias=false}"

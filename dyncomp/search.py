@@ -26,6 +26,7 @@ from dyncomp.graph import Graph
 from dyncomp.passes import Quantize, Sparsify
 from dyncomp.passes.quantize import PRECISIONS, quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
+from dyncomp.recipe import most_experts
 from dyncomp.regions import find_regions
 from dyncomp.sweep import release_memory
 from dyncomp.workspace import Workspace
@@ -194,8 +195,7 @@ class Search:
 
     def _experts(self, block: int) -> int | None:
         """As many experts as divide every FFN into parts that can be quantized; None when there is no such number."""
-        widths = {f.d_ff for f in find_regions(self.dense).ffns}
-        return next((e for e in range(EXPERTS, 3, -1) if all(w % (e * block) == 0 for w in widths)), None)
+        return most_experts((f.d_ff for f in find_regions(self.dense).ffns), range(4, EXPERTS + 1), block)
 
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)

@@ -22,6 +22,7 @@ from dyncomp.text import load_text, split
 
 WIDTH, HEADS, LENGTH, BATCH = 128, 4, 256, 16
 CAPACITY = 0.125
+HEAD_FLOPS = 2 * WIDTH * 256  # per token
 
 
 class Block(nn.Module):
@@ -99,7 +100,7 @@ class Model(nn.Module):
 
     def flops(self) -> float:
         """Per token, forward."""
-        return sum(b.flops(LENGTH) for b in self.blocks) / LENGTH + 2 * WIDTH * 256
+        return sum(b.flops(LENGTH) for b in self.blocks) / LENGTH + HEAD_FLOPS
 
 
 def dense(depth: int) -> Model:
@@ -108,9 +109,8 @@ def dense(depth: int) -> Model:
 
 def mixture(flops: float) -> Model:
     """Full and skipped blocks in turn, as many as these FLOPs allow."""
-    pairs = 1
-    while (sum(k.flops(LENGTH) for k in (Block, Skipped)) * (pairs + 1)) / LENGTH + 2 * WIDTH * 256 <= flops:
-        pairs += 1
+    pair = (Block.flops(LENGTH) + Skipped.flops(LENGTH)) / LENGTH
+    pairs = max(1, int((flops - HEAD_FLOPS) / pair))
     return Model([kind() for _ in range(pairs) for kind in (Block, Skipped)])
 
 

@@ -73,7 +73,7 @@ void contract_floats(const FloatFfnJob& job, int64_t first, int64_t last) {
       const int64_t e = job.used[used];
       const bool same = used + 1 < job.used_count;  // the next expert's rows, or the next rows of the first
       const int64_t following = job.used[same ? used + 1 : 0] * job.down_tiles + tile + (same ? 0 : count);
-      fetch(reinterpret_cast<const char*>(job.down + following * tile_floats), least(kAhead, count * tile_floats * 4));
+      fetch(job.down + following * tile_floats, least(kAhead, count * tile_floats * 4));
       for (int64_t i = 0; i < count; i++) tiles[i] = job.down + (e * job.down_tiles + tile + i) * tile_floats;
       for (int64_t at = job.starts[e], end = job.starts[e + 1], n; at < end; at += n) {
         n = least(kTogether, end - at);
