@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from dyncomp.errors import BackendError
-from dyncomp.graph import Graph
+from dyncomp.graph import Graph, once
 
 
 class FlatProgram(ExportedProgram):
@@ -100,7 +101,9 @@ def expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) ->
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))  # for tensors that the call itself makes
     with torch.no_grad(), enable_python_dispatcher(), mode:
         values = [v.detach() if isinstance(v, Tensor) else v for v in values]  # tracing tells tensors apart; nodes may share one
-        traced = make_fx(call, decomposition_table=decompositions)(*values)
+        args, kwargs = pytree.tree_unflatten([v.meta["val"] if isinstance(v, fx.Node) else v for v in leaves], structure)
+        compute = partial(make_fx(call, decomposition_table=decompositions), *values)
+        traced = once(mode, (expand, node.target, id(decompositions)), args, kwargs, compute)  # layers repeat each other
     copied: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):
         for inner in traced.graph.nodes:
@@ -112,9 +115,9 @@ def expand(module: fx.GraphModule, node: fx.Node, decompositions: Any = None) ->
                 else:
                     copied[inner] = module.graph.node_copy(inner, copied.__getitem__)
                 copied[inner].meta["path"] = node.meta.get("path", "")
-    result = traced.graph.output_node().args[0]
+    result: Any = traced.graph.output_node().args[0]
     for user in list(node.users) if not isinstance(result, fx.Node) else ():
-        user.replace_all_uses_with(copied[result[user.args[1]]])  # type: ignore[index]
+        user.replace_all_uses_with(copied[result[user.args[1]]])
         module.graph.erase_node(user)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(copied[result])

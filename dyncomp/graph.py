@@ -15,6 +15,7 @@ import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -248,12 +249,14 @@ class Graph:
 
     def dimension_names(self) -> dict[str, str]:
         """Symbol of the shape environment -> dimension name, as ``{"s72": "batch"}``."""
-        names: dict[str, str] = {}
+        names: dict[Any, str] = {}
         for spec, node in zip(self.inputs, self.placeholders, strict=True):
             value = node.meta.get("val")
             if isinstance(value, Tensor):
-                names.update({str(size): dim for size, dim in zip(value.shape, spec.shape, strict=True) if isinstance(dim, str)})
-        return names
+                for size, dim in zip(value.shape, spec.shape, strict=True):
+                    if isinstance(dim, str):
+                        names[size.node.expr if isinstance(size, torch.SymInt) else size] = dim
+        return {str(symbol): name for symbol, name in names.items()}  # a model with a cache has dozens of inputs and three symbols
 
     def infer_shapes(self, hints: dict[str, int] | None = None) -> None:
         """Recompute every node's ``meta["val"]`` by running the graph on fake tensors with symbolic dimensions.
@@ -315,9 +318,9 @@ class Builder:
         node.meta["path"] = self.path
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None) or FakeTensorMode()
+        mode.allow_non_fake_inputs = True
         with mode, torch.no_grad():
-            mode.allow_non_fake_inputs = True
-            node.meta["val"] = target(*values[0], **values[1])
+            node.meta["val"] = once(mode, target, values[0], values[1], lambda: target(*values[0], **values[1]))
         return node
 
     def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
@@ -354,34 +357,45 @@ class _ShapeInterpreter(fx.Interpreter):
         super().__init__(module)
         self.mode = mode
         self.extra_traceback = False
-        self.seen: dict[Hashable, Any] = {}
         self.shares = not any(torch.Tag.inplace_view in getattr(n.target, "tags", ()) for n in module.graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "get_attr" and isinstance(result, Tensor) and not hasattr(result, "fake_mode"):
-            key = (type(result), _description(result))
-            if key not in self.seen:
-                self.seen[key] = self._fake(result)
-            result = self.seen[key]
+            constant = result
+            result = once(self.mode, "constant", (result,), {}, lambda: self._fake(constant))
         n.meta["val"] = result
         n.meta.pop("tensor_meta", None)  # the trace's, with its own symbols for sizes
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key = (target, _description(args), _description(kwargs))
-        if key not in self.seen:
-            result = super().call_function(target, args, kwargs)
-            if not self.shares or not _repeats(target, result):
-                return result
-            self.seen[key] = result
-        return self.seen[key]
+        compute = partial(super().call_function, target, args, kwargs)
+        return once(self.mode, target, args, kwargs, compute) if self.shares else compute()
 
     def _fake(self, value: Tensor) -> Tensor:
         if not value.is_meta:
             return self.mode.from_tensor(value, static_shapes=True)
         with self.mode:  # a model without weights: as if they were there
             return torch.empty(value.shape, dtype=value.dtype)
+
+
+def once(mode: FakeTensorMode, what: Hashable, args: Any, kwargs: Any, compute: Callable[[], Any]) -> Any:
+    """``compute()``, or what it gave before for ``what`` with fake arguments of the same dtypes, symbolic sizes and values.
+
+    Args:
+        mode: of the fake tensors; what it made is kept as long as it is.
+        what: the operation.
+        args, kwargs: what it is given; tensors are told apart by what an operation can see of a fake one.
+        compute: gives fake tensors, a graph over them, or plain values.
+    """
+    computed: dict[Hashable, Any] = vars(mode).setdefault("dyncomp_computed", {})  # in the mode: these tensors hold it themselves
+    key = (what, _description(args), _description(kwargs))
+    if key not in computed:
+        result = compute()
+        if not _repeats(what, result):
+            return result
+        computed[key] = result
+    return computed[key]
 
 
 def _description(value: Any) -> Hashable:
@@ -402,7 +416,8 @@ def _repeats(target: Any, result: Any) -> bool:
     """Whether an operation gives the same again: sizes that depend on data are new ones each time."""
     if isinstance(target, torch._ops.OpOverload) and (target._schema.is_mutable or torch.Tag.data_dependent_output in target.tags):
         return False
-    return not any(free_unbacked_symbols(value) for value in _tensors(result))
+    values = [n.meta.get("val") for n in result.graph.nodes] if isinstance(result, fx.GraphModule) else result
+    return not any(free_unbacked_symbols(value) for value in _tensors(values))
 
 
 def op_name(node: fx.Node) -> str:

@@ -6,7 +6,7 @@ decoder. With a KV cache the positions start elsewhere in each row, so each such
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.ops import rotary
-from dyncomp.regions.partial import ShapeOnly, evaluate
+from dyncomp.regions.partial import SHAPE_QUERIES, ShapeOnly, evaluate
 from dyncomp.regions.rotary import Rotary, rotary_tables
 
 aten = torch.ops.aten
@@ -41,10 +41,11 @@ class PositionTables:
     call: Callable[..., fx.Node]
     names: list[str] = field(default_factory=list)
     _rotary: dict[tuple[object, ...], tuple[str, str]] = field(default_factory=dict)
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
 
     def replace_rotary(self, region: Rotary) -> fx.Node:
         """Put a ``dyncomp.rotary`` node in the place of a recognised region; returns it."""
-        key = (region.inputs, region.rotated, region.interleaved)
+        key = (tuple(self._computation(n) for n in region.inputs), region.rotated, region.interleaved)
         if key not in self._rotary:
             cos, sin = rotary_tables(self.graph, region, self.length)
             self._rotary[key] = (self._add("rotary_cos", cos), self._add("rotary_sin", sin))
@@ -54,6 +55,15 @@ class PositionTables:
         node.meta["path"] = region.result.meta.get("path", "")
         region.result.replace_all_uses_with(node)
         return node
+
+    def _computation(self, node: fx.Node) -> int:
+        """A number for what ``node`` computes: nodes that do the same have the same (each layer spells its own view of the angles)."""
+        if node not in self._numbers:
+            what: Hashable = node
+            if node.op in ("call_function", "get_attr") and node.target not in SHAPE_QUERIES:
+                what = (node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), lambda n: f"%{self._computation(n)}")))
+            self._numbers[node] = self._numbers.setdefault(what, len(self._numbers))
+        return self._numbers[node]
 
     def replace_rest(self, made: set[fx.Node]) -> None:
         """Tabulate every remaining tensor that depends on the sequence length, where it meets what depends on the tokens.

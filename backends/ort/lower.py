@@ -28,6 +28,7 @@ from dyncomp.backends.ort.native import DOMAIN, library
 from dyncomp.backends.ort.nbits import select_matmul_nbits
 from dyncomp.backends.ort.norm import select_norms
 from dyncomp.backends.ort.routed import select_routed_ffns
+from dyncomp.backends.ort.simplify import simplify
 from dyncomp.backends.program import exported_program
 
 from dyncomp.errors import BackendError, MissingExtraError
@@ -136,12 +137,13 @@ def _export(graph: Graph) -> Any:
     with _quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(
-                exported_program(graph), dynamo=True, verbose=False, opset_version=_OPSET, optimize=True, external_data=True,
+                exported_program(graph), dynamo=True, verbose=False, opset_version=_OPSET, optimize=False, external_data=True,
                 input_names=[s.name for s in graph.inputs], output_names=list(graph.outputs),
             )  # fmt: skip
         except Exception as error:
             raise BackendError(_explain(error), hint="export it for another backend, or report the operator named above") from error
-    assert exported is not None
+        assert exported is not None
+        simplify(exported.model)
     return exported.model
 
 
