@@ -49,7 +49,7 @@ def trace(
     """
     dynamic_shapes = {name: dict.fromkeys(dynamic_dims.get(name, {}), torch.export.Dim.AUTO) or None for name in example_inputs}
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces():
+        with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces(), without_code():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), dict(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
@@ -73,6 +73,18 @@ def _without_stack_traces() -> Iterator[None]:
         yield
     finally:
         config.do_not_emit_stack_traces = before  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def without_code() -> Iterator[None]:
+    """Graph modules made meanwhile write their Python code when they are first run, which most of those that torch makes never are."""
+    try:
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy
+    except ImportError:  # an older torch
+        yield
+        return
+    with lazy(True):
+        yield
 
 
 def trace_model(loaded: LoadedModel) -> Graph:
