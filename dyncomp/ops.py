@@ -26,6 +26,9 @@ from dyncomp.activations import ACTIVATIONS
 
 _FEW = 8
 """Tokens of a decoding step."""
+_GATHER = 48
+"""Gathering a token's inputs for an expert and adding up its outputs takes as long as computing this many neurons (measured in fp32 at
+24 to 384 neurons an expert)."""
 
 
 # ---- routed_ffn ----------------------------------------------------------------------------------------------------
@@ -51,8 +54,7 @@ def routed_ffn(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_do
     tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
     experts, d_out, _ = w_down.shape
     active = weights != 0
-    if 0 < tokens.shape[0] <= _FEW and int(active.any(0).sum()) > experts // 2:
-        # Reading the weights is what a few tokens cost: gathering those of most experts would read and write them first.
+    if _all_is_cheaper(active, w_down.shape[2]):
         return routed_ffn_reference(x, gates, w_up, b_up, w_down, activation)
     y = x.new_zeros(tokens.shape[0], d_out)
     always = active.all(0)
@@ -69,6 +71,16 @@ def routed_ffn(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_do
         h = _expand(tokens[rows], w_up[e], None if b_up is None else b_up[e], w_down.shape[2], activation)
         y.index_add_(0, rows, F.linear(h * weights[rows, e, None], w_down[e]))
     return y.reshape(*x.shape[:-1], d_out)
+
+
+def _all_is_cheaper(active: Tensor, neurons: int) -> bool:
+    """Whether every expert for every token takes less time than the active ones gathered: active [N, E]."""
+    tokens, experts = active.shape
+    if tokens == 0 or experts == 1:
+        return False
+    if tokens <= _FEW:  # reading weights is what they cost, and gathering those of most experts would read and write them first
+        return int(active.any(0).sum()) > experts // 2
+    return float(active.float().mean()) * (1 + _GATHER / neurons) > 1
 
 
 def _expand(x: Tensor, w_up: Tensor, b_up: Tensor | None, neurons: int, activation: str) -> Tensor:
