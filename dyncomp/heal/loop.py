@@ -95,6 +95,10 @@ class Trainer:
         self.teacher = Program(dense, bfloat16=half)
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
+        self._levels = [torch.zeros(()) for _ in self._routers]
+        self._held: dict[fx.Node, Callable[[Tensor], Tensor]] = (
+            {r.scores: partial(self._hold, i) for i, r in enumerate(self._routers) if r.threshold} if settings.hold else {}
+        )
         self._in_training = self._changes()
         self._optimizer = self._make_optimizer()
         self._key = self._identity()
@@ -156,19 +160,19 @@ class Trainer:
         thresholds = torch.zeros(len(self._routers))
         for part, ids in list(enumerate(parts))[ranks.rank() :: ranks.world()]:
             with _noise_of(self._seed, step, part) if s.noise else contextlib.nullcontext():
-                loss, gates, scores = self._loss(ids)
+                loss, gates = self._loss(ids)
                 (loss / len(parts)).backward()
-            for index, (router, gate, score) in enumerate(zip(self._routers, gates, scores, strict=True)):
+            for index, (router, gate) in enumerate(zip(self._routers, gates, strict=True)):
                 load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) / len(parts)
                 if router.threshold:
-                    thresholds[index] += router.level(score) / len(parts)
+                    thresholds[index] += self._levels[index] / len(parts)
         for p in self.weights.parameters().values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])
         return load, thresholds
 
-    def _loss(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """(loss, gates and scores of every router)"""
+    def _loss(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(loss, gates of every router)"""
         s = self.settings
         ours, theirs = self._streams
         with torch.no_grad():
@@ -187,7 +191,7 @@ class Trainer:
         if s.sparsity and gates:
             off = torch.stack([g.float().mean() - r.active for g, r in zip(gates, self._routers, strict=True)])
             loss = loss + s.sparsity * off.square().mean()
-        return loss, gates, scores
+        return loss, gates
 
     @torch.no_grad()
     def _move_biases(self, load: list[Tensor], thresholds: Tensor) -> None:
@@ -217,7 +221,7 @@ class Trainer:
         total = torch.zeros(1, dtype=torch.float64)
         for ids in self._held_out[ranks.rank() :: ranks.world()].split(1):
             wanted, _ = self.teacher(model_inputs(self.teacher.graph, ids))
-            output, _ = self.student(model_inputs(self.student.graph, ids))
+            output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)
             total += output_loss(output, wanted, self.task).double()
         ranks.add_up([total])
         return float(total) / len(self._held_out)
@@ -235,12 +239,24 @@ class Trainer:
         left = self.settings.minutes * 60 - evaluation * (self.settings.evaluations + 2) - step * _TIMED
         return ranks.agreed(max(1, int(left / (step * 1.03))))
 
+    def _hold(self, index: int, scores: Tensor) -> Tensor:
+        """Scores moved so that as many experts have positive ones as should be active (over a batch, as BatchTopK, 2412.06410): else
+        gradients would open more, and losses would be compared at different costs."""
+        router = self._routers[index]
+        self._levels[index] = level = router.level(scores)
+        return torch.cat([scores[..., : router.shared], scores[..., router.shared :] - level.to(scores.dtype)], -1)
+
+    def _disturb(self, hold: Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
+        scores = noisy(scores, self.settings.noise)
+        return hold(scores) if hold else scores
+
     def _changes(self) -> dict[fx.Node, Callable[[Tensor], Tensor]]:
         """What training does to scores and gates, and nothing else."""
-        s, found = self.settings, {}
+        s = self.settings
+        found: dict[fx.Node, Callable[[Tensor], Tensor]] = dict(self._held)
         for router in self._routers:
             if s.noise and router.scores.meta["val"].shape[-1] > 1:
-                found[router.scores] = lambda scores: noisy(scores, s.noise)
+                found[router.scores] = partial(self._disturb, self._held.get(router.scores))
             if s.capacity:
                 found[router.gates] = partial(_limited, shared=router.shared, factor=s.capacity)
         return found

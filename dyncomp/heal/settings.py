@@ -41,7 +41,8 @@ class Settings:
     sparsity: float = 0.0
     """Weight of the squared difference between each FFN's active fraction and its calibrated one."""
     hold: float = 0.1
-    """Rate at which thresholds follow the calibrated active fraction during training; they are set exactly at the end."""
+    """Rate at which thresholds follow those that give each batch the calibrated active fraction. Training and its held-out curve use the
+    batch's own, exactly; 0 leaves thresholds to the gradients. All are set again at the end."""
     bfloat16: bool = True
     """Products in bfloat16 where the CPU has it; weights and optimiser stay in float32."""
     checkpoints: bool = False
