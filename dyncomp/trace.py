@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -49,7 +50,7 @@ def trace(
     """
     dynamic_shapes = {name: dict.fromkeys(dynamic_dims.get(name, {}), torch.export.Dim.AUTO) or None for name in example_inputs}
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces(), without_code():
+        with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces(), undisturbed():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), dict(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
@@ -76,15 +77,25 @@ def _without_stack_traces() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_code() -> Iterator[None]:
-    """Graph modules made meanwhile write their Python code when they are first run, which most of those that torch makes never are."""
+def undisturbed() -> Iterator[None]:
+    """For what makes graphs by the thousand nodes: nothing is collected, since all of it is in use, and graph modules write their Python
+    code when they are first run, which most of those that torch makes never are. A quarter of the time of a trace."""
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy
+        with _lazy_modules():
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _lazy_modules() -> contextlib.AbstractContextManager[None]:
+    try:
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module
     except ImportError:  # an older torch
-        yield
-        return
-    with lazy(True):
-        yield
+        return contextlib.nullcontext()
+    return _use_lazy_graph_module(True)
 
 
 def trace_model(loaded: LoadedModel) -> Graph:

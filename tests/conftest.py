@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import types
 from collections.abc import Callable
@@ -38,3 +39,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{path} differs: look at the difference, then run pytest --update-golden"
 
     return check
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_quickly() -> None:
+    """What is there before a module's tests is not looked at again by the collections that conversions ask for."""
+    gc.collect()
+    gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dyncomp.backends import program
 from dyncomp.backends.program import expand_functions
 from helpers import assert_close
 from torch import fx, nn
@@ -81,6 +82,30 @@ def test_functions_of_tensors_of_one_shape_are_expanded_in_the_right_order():
     expand_functions(graph)
     graph.module.recompile()
     assert_close(graph(x), difference((x + 1).relu(), (x + 2).relu()), rel=1e-6)
+
+
+def test_functions_that_repeat_are_traced_once(monkeypatch):
+    def scaled(a, factor):
+        return (a * factor).sum(-1, keepdim=True) * a
+
+    class Thrice(nn.Module):
+        def forward(self, x):
+            return (x.relu() * 2.0).relu() * 2.0, x.relu() * 3.0
+
+    graph, x = trace(Thrice(), {"x": torch.randn(3, 4)}, {"x": {0: "batch"}}), torch.randn(2, 4)
+    traced, original = [], program.make_fx
+    monkeypatch.setattr(program, "make_fx", lambda call, **options: original(lambda *given: traced.append(1) or call(*given), **options))
+    products = [n for n in graph.nodes if n.target is aten.mul.Tensor]
+    for node in products:
+        node.target = scaled
+    graph.infer_shapes()
+    traced.clear()
+    expand_functions(graph)
+    assert (len(products), len(traced)) == (3, 2), "once for each factor"
+    graph.module.recompile()
+    first = scaled(scaled(x.relu(), 2.0).relu(), 2.0)
+    for actual, expected in zip(graph.module(x), (first, scaled(x.relu(), 3.0)), strict=True):
+        assert_close(actual, expected, rel=1e-6)
 
 
 def test_what_turns_a_tensor_over_in_place_does_not_turn_others_over():

@@ -36,7 +36,7 @@ from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import find_routed
 from dyncomp.regions.norm import fuse_rms_norms
-from dyncomp.trace import without_code
+from dyncomp.trace import undisturbed
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 SCHEMA = 2  # of CONFIG; 2: logits of the `chosen` tokens
@@ -135,7 +135,7 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
 
 def _export(graph: Graph) -> Any:
     """The graph as an ``onnx_ir.Model``."""
-    with _quiet(), torch.no_grad(), without_code():
+    with _quiet(), torch.no_grad(), undisturbed():
         try:
             exported = torch.onnx.export(
                 exported_program(graph), dynamo=True, verbose=False, opset_version=_OPSET, optimize=False, external_data=True,
