@@ -27,7 +27,7 @@ def flatten_attention(
 
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
     after:   attend(linear(x, [Wq; Wk; Wv]), None, None, key_cache, value_cache, *progress, cos, sin, heads, scale, window, softcap,
-             interleaved) -> (out, caches)
+             interleaved) -> (out, caches);  with ``present`` as the last argument where tokens are absent
 
     What does not fit stays outside: a rotary embedding of its own, or separate query, key and value.
 
@@ -35,8 +35,8 @@ def flatten_attention(
         progress: how many entries the caches have, as ``attend`` takes it; by default ``past_length``.
         pairs: the rotary embedding goes inside if the pairs it turns are a multiple of this; 0: it stays outside.
     """
-    arguments: tuple[Any, ...] = (*node.args, 0.0)
-    query, key, value, key_cache, value_cache, past, scale, window, softcap = arguments[:9]
+    arguments: tuple[Any, ...] = (*node.args, *(0.0, None)[len(node.args) - 8 :])
+    query, key, value, key_cache, value_cache, past, scale, window, softcap, present = arguments
     heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))
     with graph.inserting(before=node) as b:
         turned = query if query.target is ROTARY else None, key if key.target is ROTARY else None
@@ -49,8 +49,9 @@ def flatten_attention(
         if packed is not None:
             operands = [packed, None, None]
         result = b.call(
-            attend, *operands, key_cache, value_cache, *(progress or (past,)), *tables, heads, scale, window, softcap, interleaved
-        )
+            attend, *operands, key_cache, value_cache, *(progress or (past,)), *tables, heads, scale, window, softcap, interleaved,
+            *([present] if present is not None else []),
+        )  # fmt: skip
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
         index = int(user.args[1])  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def _packed(graph: Graph, b: Builder, operands: list[fx.Node], shapes: ShapeOnly
     if len(set(operands)) != 3:
         return None
     if all(n.target in (aten.linear.default, _SPARSE) for n in operands):
-        return _fused_linear(graph, b, operands)
+        return fused_linear(graph, b, operands)
     sources = {_single_source(n, shapes) for n in operands}
     source = sources.pop()
     if sources or source is None or source.meta["val"].dim() != 3:
@@ -119,7 +120,12 @@ def _single_source(node: fx.Node, shapes: ShapeOnly) -> fx.Node | None:
     return node if isinstance(node.meta.get("val"), Tensor) else None
 
 
-def _fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node | None:
+def has_absent_tokens(node: fx.Node) -> bool:
+    """Whether a ``dyncomp.cached_attention`` is told which tokens are not attended to."""
+    return len(node.args) > 9 and node.args[9] is not None
+
+
+def fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node | None:
     """linear(x, Wq), linear(x, Wk), linear(x, Wv) -> linear(x, [Wq; Wk; Wv]); the same for sparse ones with the same thresholds."""
     if len({(n.target, n.args[3:]) for n in linears}) != 1:
         return None

@@ -8,9 +8,13 @@
 ``dyncomp::topk_gates``         scores -> 0/1 gates, the k best experts of each token
 ``dyncomp::rotary``             rotary position embedding from cos/sin tables
 ``dyncomp::cached_attention``   causal attention over a KV cache of fixed capacity
+``dyncomp::append_cache``       a cache with the entries of new tokens
+``dyncomp::key_mask``           an attention mask that hides the tokens whose gate is closed
+``dyncomp::sequence_scores``    one score for all tokens of a sequence, from its first ones
 ==============================  ===========================================================================
 
-Each has a fake kernel (so graphs with it can be exported) and the first four an autograd formula (so they train).
+Each has a fake kernel (so graphs with it can be exported), and those that graphs without a cache have an autograd formula (so they
+train), but for ``rotary``.
 Importing this module registers them.
 """
 
@@ -288,6 +292,88 @@ threshold_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
 topk_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
 
 
+# ---- gates of tokens across a sequence -----------------------------------------------------------------------------
+def key_mask_reference(gates: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    position = torch.arange(gates.shape[1], device=gates.device)
+    distance = position[:, None] - position  # query - key
+    seen = (gates != 0).transpose(1, 2).unsqueeze(1) | (distance == 0)
+    if causal:
+        seen = seen & (distance >= 0)
+    hidden = torch.where(seen, 0.0, float("-inf")).to(gates.dtype)
+    if mask is None:
+        return hidden
+    return hidden + (torch.where(mask, 0.0, float("-inf")).to(gates.dtype) if mask.dtype == torch.bool else mask)
+
+
+@torch.library.custom_op("dyncomp::key_mask", mutates_args=())
+def key_mask(gates: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """What is added to attention scores [B, H, S, S] so that a token attends to itself and to tokens whose gate is not 0.
+
+    Args:
+        gates: [B, S, 1].
+        mask: what the attention's own mask allows, or adds, [B or 1, H or 1, S, S]; None for everything.
+        causal: nothing after a token is seen.
+
+    Returns:
+        [B, H or 1, S, S]. No gradient reaches the gates through it.
+    """
+    return key_mask_reference(gates, mask, causal).contiguous()
+
+
+key_mask.register_fake(lambda *given: key_mask_reference(*given).contiguous())
+
+
+def _key_mask_setup(ctx, inputs, output) -> None:
+    ctx.shape = inputs[1].shape if inputs[1] is not None else None
+
+
+def _key_mask_backward(ctx, grad: Tensor):
+    return None, grad.sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None, None
+
+
+key_mask.register_autograd(_key_mask_backward, setup_context=_key_mask_setup)
+
+
+def sequence_scores_reference(scores: Tensor, first: int, positions: Tensor | None = None) -> Tensor:
+    every = torch.arange(scores.shape[1], device=scores.device)[:, None]
+    mean = torch.where(every < first, scores, 0.0).sum(1, keepdim=True) / first
+    early = (every if positions is None else positions[..., None]) < first
+    return torch.where(early, torch.ones_like(mean), mean)
+
+
+@torch.library.custom_op("dyncomp::sequence_scores", mutates_args=())
+def sequence_scores(scores: Tensor, first: int, positions: Tensor | None = None) -> Tensor:
+    """One score for a sequence, the mean of its first tokens' scores; these tokens themselves, which it cannot know yet, get 1.
+
+    Args:
+        scores: [B, N, 1], of the positions from 0 on.
+        first: how many tokens decide.
+        positions: [B, S] int64, of the tokens that want it; None for all N.
+
+    Returns:
+        [B, S, 1].
+    """
+    return sequence_scores_reference(scores, first, positions)
+
+
+sequence_scores.register_fake(sequence_scores_reference)
+
+
+def _sequence_setup(ctx, inputs, output) -> None:
+    scores, ctx.first, positions = inputs
+    ctx.save_for_backward(scores, positions)
+
+
+def _sequence_backward(ctx, grad: Tensor):
+    scores, positions = ctx.saved_tensors
+    with torch.enable_grad():
+        scores = scores.detach().requires_grad_()
+        return (*torch.autograd.grad(sequence_scores_reference(scores, ctx.first, positions), scores, grad), None, None)
+
+
+sequence_scores.register_autograd(_sequence_backward, setup_context=_sequence_setup)
+
+
 # ---- rotary --------------------------------------------------------------------------------------------------------
 @torch.library.custom_op("dyncomp::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -316,11 +402,26 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+# ---- caches --------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("dyncomp::append_cache", mutates_args=())
+def append_cache(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
+    """``cache`` [B, H, C, D] with ``new`` [B, H, S, D] at each row's positions past_length … past_length + S - 1."""
+    positions = past_length[:, None] + torch.arange(new.shape[2], device=new.device)
+    cache = cache.clone()
+    cache[torch.arange(len(cache), device=new.device)[:, None], :, positions] = new.transpose(1, 2)
+    return cache
+
+
+@append_cache.register_fake
+def _(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
 # ---- cached attention ----------------------------------------------------------------------------------------------
 @torch.library.custom_op("dyncomp::cached_attention", mutates_args=())
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
-    softcap: float = 0.0,
+    softcap: float = 0.0, present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of S new tokens over a KV cache; the same op serves prefill (S = prompt) and decode (S = 1).
 
@@ -331,6 +432,7 @@ def cached_attention(
         scale: factor on q @ k.
         window: a query sees its own position and the ``window - 1`` before it; 0 means all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax; 0 means they do not.
+        present: [B, 1, C, 1], 0 for entries that no token attends to, the new tokens' included; a new token with a 0 gets zeros.
 
     Returns:
         out [B, H, S, D] and the caches with the new keys and values at positions past_length … past_length + S - 1.
@@ -340,15 +442,15 @@ def cached_attention(
     batch, heads, length, _ = q.shape
     capacity = key_cache.shape[2]
     positions = past_length[:, None] + torch.arange(length, device=q.device)  # [B, S]
-    rows = torch.arange(batch, device=q.device)[:, None]
-    key_cache, value_cache = key_cache.clone(), value_cache.clone()
-    key_cache[rows, :, positions] = k.transpose(1, 2)
-    value_cache[rows, :, positions] = v.transpose(1, 2)
+    key_cache, value_cache = append_cache(key_cache, k, past_length), append_cache(value_cache, v, past_length)
     used = min(capacity, int(past_length.max()) + length) if batch else 0
     slot = torch.arange(used, device=q.device)
     visible = slot <= positions[..., None]  # [B, S, used]
     if window:
         visible &= slot > positions[..., None] - window
+    if present is not None:
+        absent = present[:, 0, :, 0].gather(1, positions) == 0  # [B, S]
+        visible &= (present[:, 0, None, :used, 0] != 0) | absent[..., None]  # what these see does not count, and must be something
     groups = heads // k.shape[1]
     keys, values = (c[:, :, :used].repeat_interleave(groups, 1) for c in (key_cache, value_cache))
     if softcap:
@@ -356,11 +458,13 @@ def cached_attention(
         out = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1) @ values
     else:
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
+    if present is not None:
+        out = out.masked_fill(absent[:, None, :, None], 0.0)
     return out, key_cache, value_cache
 
 
 @cached_attention.register_fake
-def _(q, k, v, key_cache, value_cache, past_length, scale, window, softcap=0.0):
+def _(q, k, v, key_cache, value_cache, past_length, scale, window, softcap=0.0, present=None):
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         torch.empty_like(key_cache),

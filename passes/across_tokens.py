@@ -7,13 +7,12 @@ from dyncomp.graph import Graph
 from dyncomp.regions import FFN, RoutedFFN
 
 
-def refuse_decoders(graph: Graph, what: str) -> None:
+def refuse_decoders(
+    graph: Graph, what: str, hint: str = "a threshold fitted to the same share is its causal predictor: fit-router{gates=threshold}"
+) -> None:
     """Raises RequestError: the graph predicts tokens, and whether a token runs an expert would depend on those after it."""
     if graph.info.get("task") == "causal-lm":
-        raise RequestError(
-            f"{what} looks at tokens that a decoder has not seen yet",
-            hint="a threshold fitted to the same share is its causal predictor: fit-router{gates=threshold}",
-        )
+        raise RequestError(f"{what} looks at tokens that a decoder has not seen yet", hint=hint)
 
 
 def require_sequences(region: FFN | RoutedFFN, what: str) -> None:

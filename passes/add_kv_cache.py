@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph, TensorSpec
-from dyncomp.ops import cached_attention
+from dyncomp.ops import append_cache, cached_attention, sequence_scores
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.linear import PRODUCTS
@@ -21,6 +21,7 @@ from dyncomp.regions.partial import ShapeOnly, dominator
 from dyncomp.regions.refusal import Refusal
 
 aten = torch.ops.aten
+_SEQUENCE = sequence_scores._opoverload
 _HEAD = {*PRODUCTS, torch.ops.dyncomp.sparse_linear.default}
 
 
@@ -31,6 +32,9 @@ class AddKVCache(Pass):
     before:  (input_ids [B, S]) -> logits [B, S, V]
     after:   (input_ids [B, S], past_length [B], key_cache_0 [B, Hkv, C, D], value_cache_0, …)
              -> logits, new_key_cache_0, new_value_cache_0, …
+
+    Tokens that are absent from an attention (``skip-depth{kv=absent}``) are marked in ``present_cache_0 [B, 1, C, 1]``, and scores that
+    decide for a whole sequence (``gates=sequence``) are kept in ``score_cache_0``, as keys and values are.
 
     Each causal attention becomes ``dyncomp.cached_attention``; rotary embeddings become ``dyncomp.rotary`` and all other
     functions of the position become tables, both read at ``past_length + arange(S)``. Rows may have different lengths:
@@ -51,6 +55,9 @@ class AddKVCache(Pass):
             return _refused(graph, "the model's context length is unknown", "give add-kv-cache{context-length=N}")
         if (reason := _unsuitable_inputs(graph)) is not None:
             return _refused(graph, reason, "trace the model with input_ids: i64[batch, sequence] as its only input")
+        if ahead := [name for name, facts in graph.info.get("depth", {}).items() if facts.get("gates") == "expert-choice"]:
+            reason = f"whether a token skips {ahead[0]} depends on the tokens after it (skip-depth{{gates=expert-choice}})"
+            return _refused(graph, reason, "skip-depth{gates=expert-choice predictor=true}")
         work = graph.copy()
         attentions, refused = find_attentions(work)
         refused += [r for a in attentions if (r := _refusal(a, work)) is not None]
@@ -88,6 +95,9 @@ class _Rewrite:
             dtypes = [n.meta["val"].dtype for n in (attention.key, attention.value)]
             names = (f"key_cache_{index}", f"value_cache_{index}")
             caches.append([self._input(TensorSpec(n, d, s)) for n, d, s in zip(names, dtypes, shapes, strict=True)])
+        hidden = {a.output: self._column(f"present_cache_{i}", a.present) for i, a in enumerate(attentions) if a.present is not None}
+        sequences = [n for n in graph.nodes if n.target is _SEQUENCE]
+        kept = [self._column(f"score_cache_{i}", n.args[0]) for i, n in enumerate(sequences)]  # type: ignore[arg-type]
         with graph.module.graph.inserting_after(self._anchor):
             size = self._call(aten.sym_size.int, ids, 1)
         with graph.module.graph.inserting_after(size):
@@ -98,11 +108,19 @@ class _Rewrite:
             positions = self._call(aten.add.Tensor, column, steps)
         tables = PositionTables(graph, positions, self.context, self._call)
         rotary = {r.result: tables.replace_rotary(r) for a in attentions for r in a.rotary if r is not None}
-        updated = [self._attend(a, c, past, rotary) for a, c in zip(attentions, caches, strict=True)]
+        present = {output: self._append(cache, column, past) for output, (cache, column) in hidden.items()}
+        updated = [n for a, c in zip(attentions, caches, strict=True) for n in self._attend(a, c, past, rotary, present.get(a.output))]
+        updated += present.values()
+        for node, (cache, column) in zip(sequences, kept, strict=True):
+            updated.append(scores := self._append(cache, column, past))
+            with graph.module.graph.inserting_before(node):
+                column = self._call(aten.squeeze.dim, scores, 1)
+            node.args = (column, node.args[1], positions)
+            self.made.add(node)
         if chosen is not None:
             self._only_chosen(chosen)
         output = graph._output
-        output.args = ((*graph.output_nodes, *(node for pair in updated for node in pair)),)
+        output.args = ((*graph.output_nodes, *updated),)
         graph.outputs = (*graph.outputs, *(f"new_{s.name}" for s in graph.inputs if "_cache_" in s.name))
         tables.replace_rest(self.made)
         graph.clean()
@@ -116,12 +134,26 @@ class _Rewrite:
         }
         return {"attentions": len(attentions), "rotary": len(rotary), "tables": tables.names, "context_length": self.context}
 
-    def _attend(self, a: Attention, caches: list[fx.Node], past: fx.Node, rotary: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    def _column(self, name: str, column: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """(an input to keep a number of each token in, the numbers [B, S, 1] of the new tokens)."""
+        batch = str(self.graph.inputs[0].shape[0])
+        return self._input(TensorSpec(name, column.meta["val"].dtype, (batch, 1, "capacity", 1))), column
+
+    def _append(self, cache: fx.Node, column: fx.Node, past: fx.Node) -> fx.Node:
+        with self.graph.module.graph.inserting_after(column):
+            heads = self._call(aten.unsqueeze.default, column, 1)
+        with self.graph.module.graph.inserting_after(heads):
+            return self._call(append_cache._opoverload, cache, heads, past)
+
+    def _attend(
+        self, a: Attention, caches: list[fx.Node], past: fx.Node, rotary: dict[fx.Node, fx.Node], present: fx.Node | None
+    ) -> list[fx.Node]:
         query, key, value = (rotary.get(n, n) for n in (a.query, a.key, a.value))
         with self.graph.module.graph.inserting_before(a.output):
             if a.key_transposed:
                 key = self._call(aten.transpose.int, key, 2, 3)
-            node = self._call(cached_attention._opoverload, query, key, value, *caches, past, a.scale, a.mask.window, a.softcap)
+            settings = (a.scale, a.mask.window, a.softcap, *([present] if present is not None else []))
+            node = self._call(cached_attention._opoverload, query, key, value, *caches, past, *settings)
             out, *new = (self._call(operator.getitem, node, i) for i in range(3))
         for made in (node, out, *new):
             made.meta["path"] = a.path

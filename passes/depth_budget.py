@@ -86,8 +86,8 @@ def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict
     return rise / len(batches)
 
 
-def allocate(losses: Sequence[float], total: float, power: float = 1.2) -> list[float]:
-    """Shares in [0, 1] that add up to ``total``, minimising ``sum of losses * share ** power``.
+def allocate(losses: Sequence[float], total: float, power: float = 1.2, *, most: float = 1.0) -> list[float]:
+    """Shares from 0 to ``most`` that add up to ``total``, minimising ``sum of losses * share ** power``.
 
     A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: above 1, since its router
     chooses, so that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to
@@ -96,10 +96,10 @@ def allocate(losses: Sequence[float], total: float, power: float = 1.2) -> list[
     floor = 1e-4  # nats: what a few windows can tell from nothing
     weights = torch.tensor([max(loss, floor) for loss in losses], dtype=torch.float64) ** (1 / (1 - power))
     low, high = 0.0, float(1 / weights.min()) if len(losses) else 0.0
-    for _ in range(100):  # the shares grow with the factor; 1 is the most
+    for _ in range(100):  # the shares grow with the factor
         middle = (low + high) / 2
-        if float((middle * weights).clamp(max=1).sum()) < total:
+        if float((middle * weights).clamp(max=most).sum()) < total:
             low = middle
         else:
             high = middle
-    return (high * weights).clamp(max=1).tolist()
+    return (high * weights).clamp(max=most).tolist()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from dyncomp.passes.carve_experts import carve
+from dyncomp.passes.depth_kv import KeysAndValues
 from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
@@ -45,20 +47,22 @@ class Gated:
         inputs: what the projection to the residual stream reads ([B, S, H * D]) for an attention; the FFN's input otherwise.
     """
 
-    def __init__(self, graph: Graph, part: Part, gates: fx.Node, closed: fx.Node | None, rank: int) -> None:
+    def __init__(self, graph: Graph, part: Part, gates: fx.Node, closed: fx.Node | None, rank: int, kv: KeysAndValues | None) -> None:
         self.graph, self.part, self.name = graph, part, part.name
         self.source, self.stream, self.gates = part.source, part.stream, gates
-        computed = self._attention(part) if part.output is not None else self._ffn(part)
+        computed = self._attention(part, kv) if part.output is not None else self._ffn(part)
         self.d_out = int(computed.meta["val"].shape[-1])
         self.result = computed if closed is None else self._stand_in(computed, closed, rank)
         self.rank = rank
 
     # ---- rewriting -------------------------------------------------------------------------------------------------
-    def _attention(self, part: Part) -> fx.Node:
+    def _attention(self, part: Part, kv: KeysAndValues | None) -> fx.Node:
         graph, output = self.graph, part.output
         assert output is not None
-        if part.query is not None:
-            node = part.query.nodes[0]
+        if kv is not None:
+            kv.apply(graph, self.gates)
+        for linear in part.projections if kv is not None else (part.query,) if part.query is not None else ():
+            node = linear.nodes[0]
             with graph.inserting(before=node, path=part.name) as b:
                 x, weight, *biases = node.args
                 gated = b.call(gated_linear._opoverload, x, self.gates, weight, *biases)
@@ -148,18 +152,29 @@ class Gated:
 
 @dataclass(frozen=True)
 class GatedUnit:
-    """A unit behind its gates: the sign of ``linear(source, weight, bias)``, which starts as 0 * x + 1."""
+    """A unit behind its gates: the sign of ``scores = linear(source, weight, bias)``, which starts as 0 * x + 1."""
 
     name: str
     gates: fx.Node
     closed: fx.Node | None
     source: fx.Node
+    scores: fx.Node
     weight: str
     bias: str
     parts: tuple[Gated, ...]
 
+    def choose(self, graph: Graph, rule: Callable[[Tensor], Tensor], *, keep_first: bool) -> None:
+        """Let the gates be the sign of ``rule(scores)``, [B, S, 1] -> [B, S, 1].
 
-def insert_gates(graph: Graph, unit: Unit, rank: int) -> GatedUnit:
+        Args:
+            keep_first: whether the scores are those that keep the first token.
+        """
+        scores = self.gates.args[0] if keep_first else self.scores
+        with graph.inserting(before=self.gates) as b:
+            self.gates.update_arg(0, b.inline(rule, scores))
+
+
+def insert_gates(graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | None = None) -> GatedUnit:
     """Put a unit behind gates that are open; the graph computes what it did.
 
     before:  x + attention(linear(n, Wq), k, v) @ Wo
@@ -169,6 +184,7 @@ def insert_gates(graph: Graph, unit: Unit, rank: int) -> GatedUnit:
 
     Args:
         rank: of the stand-in, its constant counted; 0 for none.
+        kv: what becomes of the keys and values of tokens that skip the unit's attention; None computes them.
     """
     name, source = unit.name, unit.source
     weight, bias = f"{name}.depth.weight", f"{name}.depth.bias"
@@ -177,12 +193,11 @@ def insert_gates(graph: Graph, unit: Unit, rank: int) -> GatedUnit:
     first = _first_position(graph)
     with graph.inserting(before=source.next, path=f"{name}.depth") as b:
         scores = b.call(aten.linear.default, source, graph.read(weight), graph.read(bias))
-        if first is not None:
-            scores = b.call(aten.add.Tensor, scores, first)
-        gates = b.call(torch.ops.dyncomp.threshold_gates.default, scores)
+        kept = scores if first is None else b.call(aten.add.Tensor, scores, first)
+        gates = b.call(torch.ops.dyncomp.threshold_gates.default, kept)
         closed = b.call(aten.rsub.Scalar, gates, 1) if rank else None
-    parts = tuple(Gated(graph, part, gates, closed, rank) for part in unit.parts)
-    return GatedUnit(name, gates, closed, source, weight, bias, parts)
+    parts = tuple(Gated(graph, part, gates, closed, rank, kv) for part in unit.parts)
+    return GatedUnit(name, gates, closed, source, scores, weight, bias, parts)
 
 
 def _first_position(graph: Graph) -> fx.Node | None:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+from dyncomp.passes.across_tokens import refuse_decoders
 from dyncomp.passes.depth_budget import STAND_IN_RIDGE, allocate, sensitivities, stand_in
-from dyncomp.passes.depth_gates import Gated, GatedUnit, Unit, insert_gates
+from dyncomp.passes.depth_gates import ALWAYS, Gated, GatedUnit, Unit, insert_gates
+from dyncomp.passes.depth_kv import POLICIES, KeysAndValues, keys_and_values, kv_bytes_of
 from dyncomp.passes.layerwise import residual_add, routing_facts
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.ops import sequence_scores
 from dyncomp.pipeline import Context, Pass, PassResult
-from dyncomp.regions import find_linears, find_regions
-from dyncomp.regions.depth import find_parts
+from dyncomp.regions import Regions, find_linears, find_regions
+from dyncomp.regions.depth import find_parts, kv_bytes
 from dyncomp.regions.refusal import Refusal
+from dyncomp.routing import expert_choice
 from dyncomp.sweep import Sweep, fast_matmul
 
 WHAT = ("ffn", "attention", "block")
+GATES = ("threshold", "expert-choice", "sequence")
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class SkipDepth(Pass):
              x + dyncomp.routed_ffn(norm(x), gates, …) + stand-in(norm(x)) for the tokens whose gate is 0
 
     Mixture-of-Depths (2404.02258) without training: the router is the ridge regression of how much of a part's contribution the
-    stand-in, a low-rank linear map, cannot give; it is causal, one score a token. Keys and values are computed for every token, those
-    that skip included. Parts are fitted in order, each on what the fitted parts before it give, and the projection back to the residual
+    stand-in, a low-rank linear map, cannot give. ``gates`` says how its scores open gates, ``kv`` what later tokens see of a token that
+    skipped an attention. Parts are fitted in order, each on what the fitted parts before it give, and the projection back to the residual
     stream of the tokens that stay is refitted as in ``refit-down``. How much each layer skips follows from what the loss is when that
     layer alone is replaced by its stand-in.
     """
@@ -59,7 +65,17 @@ class SkipDepth(Pass):
     ridge: float = 0.2
     """Of the refit, as a fraction of the mean diagonal of the Gram matrix."""
     kv: str = "compute"
-    """Keys and values of tokens that skip an attention: ``compute``."""
+    """Keys and values of tokens that skip an attention: ``compute`` (as for all tokens), ``share`` (those of the attention before it, which
+    needs heads of the same shape and the same rotary embedding) or ``absent`` (no other token attends to them). The last two also spare
+    their projections."""
+    gates: str = "threshold"
+    """``threshold`` (each token by its own score), ``expert-choice`` (the tokens of a sequence that score highest, the same share of each;
+    a decoder needs ``predictor``) or ``sequence`` (all tokens of a sequence after the ``first`` alike, by the mean of their scores)."""
+    predictor: bool = False
+    """With ``expert-choice``: fit a predictor, from each token alone, of whether it is chosen. The graph then has the predictor's
+    threshold gates, when it reads a whole sequence as well: figures are those of what decodes."""
+    first: int = 16
+    """With ``sequence``: how many tokens decide; they skip nothing. A prompt that is shorter goes on deciding while text is generated."""
     windows: int = 4
     """Calibration windows that ``blocks=auto`` measures the loss on; nothing is fitted to them."""
 
@@ -72,41 +88,79 @@ class SkipDepth(Pass):
             raise RequestError(f"skip-depth: standin={self.standin} is not known", hint="use linear or none")
         if self.rank < 2:
             raise RequestError(f"skip-depth: a stand-in of rank {self.rank}", hint="rank is at least 2, or standin=none")
-        if self.kv in ("share", "absent"):
-            raise RequestError(f"skip-depth: kv={self.kv} is not built: no backend keeps a cache with holes", hint="use kv=compute")
-        if self.kv != "compute":
-            raise RequestError(f"skip-depth: kv={self.kv} is not known", hint="use kv=compute")
+        if self.kv not in POLICIES:
+            raise RequestError(f"skip-depth: kv={self.kv} is not known", hint=f"use {', '.join(POLICIES)}")
+        if self.kv != "compute" and self.what == "ffn":
+            raise RequestError(f"skip-depth: kv={self.kv} with what=ffn, which has no keys", hint="use what=attention or what=block")
+        if self.gates not in GATES:
+            raise RequestError(f"skip-depth: gates={self.gates} is not known", hint=f"use {', '.join(GATES)}")
+        if self.predictor and self.gates != "expert-choice":
+            raise RequestError(f"skip-depth: a predictor of gates={self.gates}, which look at no later token", hint="leave it out")
+        if self.first < 1:
+            raise RequestError(f"skip-depth: first={self.first} tokens that decide", hint="at least 1")
         if self.blocks not in ("auto", "all", "alternate") and not all(p.lstrip("-").isdigit() for p in self.blocks.split("+")):
             raise RequestError(f"skip-depth: blocks={self.blocks} is not known", hint="use auto, all, alternate, or positions as 1+3+5")
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        units, refused = find_units(graph, self.what)
-        if not units:
+        if self.gates == "expert-choice" and not self.predictor:
+            refuse_decoders(graph, "skip-depth{gates=expert-choice}", hint="fit a causal predictor of the choice: predictor=true")
+        regions = find_regions(graph)
+        units, refused = _units(graph, regions, self.what)
+        kv = self._kv(graph, regions, units, refused)
+        if not kv:
             reasons = "; ".join(sorted({r.reason for r in refused}))
             raise RequestError(f"skip-depth: the graph has no {self.what} that tokens can skip", hint=reasons or None)
-        chosen = self._chosen(len(units))
-        skipped = (1 - self.active) * len(units)
-        if skipped > len(chosen):
-            raise RequestError(
-                f"skip-depth: {self.active:.1%} active means skipping {skipped:.1f} of {len(units)}, and {len(chosen)} may be skipped",
-                hint="raise active, or let more be skipped (blocks, keep-first, keep-last)",
-            )
+        chosen = [i for i in self._chosen(len(units)) if i in kv]
         batches = ctx.need_calibration(self.name).batches
+        skipped, most = (1 - self.active) * len(units), self._most(next(iter(batches[0].values())))
+        if skipped > len(chosen) * most:
+            raise RequestError(
+                f"skip-depth: {self.active:.1%} active means skipping {skipped:.1f} of {len(units)}, and {len(chosen) * most:.3g} may be "
+                "skipped",
+                hint=f"raise active, or let more be skipped (blocks, keep-first, keep-last{', first' if most < 1 else ''})",
+            )
         result = PassResult(refused=refused)
         shares = dict.fromkeys(chosen, skipped / max(len(chosen), 1))
         if self.blocks == "auto":
             candidates = [units[i] for i in chosen]
             losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self._rank)
-            shares = dict(zip(chosen, allocate(losses, skipped), strict=True))
+            shares = dict(zip(chosen, allocate(losses, skipped, most=most), strict=True))
             result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
-        gated = [(insert_gates(graph, units[i], self._rank), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
+        graph.info["kv_bytes"] = sum(kv_bytes_of(a) for a in regions.attentions)
+        gated = [(insert_gates(graph, units[i], self._rank, kv[i]), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
         with fast_matmul(), torch.no_grad():
-            self._fit(graph, gated, batches, ctx)
+            computed = self._fit(graph, gated, batches, ctx, result.facts)
         for unit, share in gated:
             result.changed += [p.name for p in unit.parts]
-            graph.info.setdefault("depth", {})[unit.name] = {"what": self.what, "parts": [p.name for p in unit.parts], "skipped": share}
+            attentions = [p.part.attention for p in unit.parts if p.part.attention is not None]
+            graph.info.setdefault("depth", {})[unit.name] = {
+                "what": self.what, "parts": [p.name for p in unit.parts], "skipped": share, "gates": self._gates,
+                **({"kv": self.kv, "kv_bytes": sum(kv_bytes_of(a) for a in attentions)} if attentions else {}),
+            }  # fmt: skip
         result.facts |= {"what": self.what, "active": self.active, "skipped": {u.name: round(s, 4) for u, s in gated}}
+        if (size := kv_bytes(graph, computed)) is not None:
+            result.facts["kv"] = {"policy": self.kv, "bytes_per_token": round(size.held, 1), "dense_bytes_per_token": size.dense}
         return result
+
+    @property
+    def _gates(self) -> str:
+        """What the graph has."""
+        return "threshold" if self.predictor else self.gates
+
+    def _kv(self, graph: Graph, regions: Regions, units: list[Unit], refused: list[Refusal]) -> dict[int, KeysAndValues | None]:
+        """What becomes of the keys and values of each unit whose tokens can have it so, by position; the others are refused."""
+        found: dict[int, KeysAndValues | None] = {}
+        for index, unit in enumerate(units):
+            attention = next((p.attention for p in unit.parts if p.attention is not None), None)
+            kv = keys_and_values(graph, regions.attentions, attention, self.kv) if attention is not None else None
+            if isinstance(kv, str):
+                refused.append(Refusal(unit.name, "skip", f"kv={self.kv}: {kv}", "every token computes it; or use kv=compute"))
+            else:
+                found[index] = kv
+        if self.blocks not in ("auto", "all", "alternate") and (lost := [i for i in self._chosen(len(units)) if i not in found]):
+            reason = next(r.reason for r in refused if r.where == units[lost[0]].name)
+            raise RequestError(f"skip-depth: {units[lost[0]].name} cannot be skipped: {reason}", hint="leave it out of blocks")
+        return found
 
     @property
     def _rank(self) -> int:
@@ -126,45 +180,83 @@ class SkipDepth(Pass):
         return [i for i in chosen if self.keep_first <= i < count - self.keep_last]
 
     # ---- fitting ---------------------------------------------------------------------------------------------------
-    def _fit(self, graph: Graph, gated: list[tuple[GatedUnit, float]], batches: list[dict[str, Tensor]], ctx: Context) -> None:
+    def _fit(
+        self, graph: Graph, gated: list[tuple[GatedUnit, float]], batches: list[dict[str, Tensor]], ctx: Context, facts: dict[str, Any]
+    ) -> dict[str, float]:
+        """Fit routers and parts, in order; the fraction of the calibration tokens that are computed, by name of their gates."""
+        computed: dict[str, float] = {}
         sweep = Sweep(graph, batches)
         follow = Follow(ctx.dense, batches) if self.follow_dense > 0 and ctx.dense is not None else None
         for position, (unit, share) in enumerate(gated):
             for index, part in enumerate(unit.parts):
-                x, inputs = sweep.advance(part.source), sweep.advance(part.inputs)
+                # What the part gives may depend on other tokens' gates, and nodes may be added before the gates: the sweep stays there.
+                alone = index == 0 and (self.kv != "compute" or self._gates != "threshold")
+                x = sweep.advance(part.source)
+                at_source = sweep.branch()
+                ahead = sweep.branch() if alone else sweep
+                inputs = ahead.advance(part.inputs)
                 streams = sweep.values(part.stream) if sweep.has(part.stream) else None
                 wanted = follow.target(part, streams) if follow is not None and streams is not None else None
                 if index == 0:
-                    kept = self._fit_router(graph, unit, share, sweep)
+                    kept = self._fit_router(graph, unit, share, at_source, ahead, facts)
                     sweep.provide(unit.gates, kept)
                     if unit.closed is not None:
                         sweep.provide(unit.closed, [1 - gates for gates in kept])
+                    computed[f"{unit.name}.depth"] = float(torch.cat([gates.flatten() for gates in kept]).mean())
+                if alone:
+                    inputs = [torch.where(g != 0, s, i) for g, s, i in zip(kept, sweep.advance(part.inputs), inputs, strict=True)]
                 self._fit_part(part, x, inputs, wanted, kept)
                 if part.part.ffn is not None:
-                    facts = routing_facts(graph, part.name)
-                    facts["active"] = facts.get("active", 1.0) * (1 - share)
+                    routing = routing_facts(graph, part.name)
+                    routing["active"] = routing.get("active", 1.0) * (1 - share)
             ctx.progress(self.name, position + 1, len(gated))
+        return computed
 
-    def _fit_router(self, graph: Graph, unit: GatedUnit, share: float, sweep: Sweep) -> list[Tensor]:
-        """Fit the router and set its threshold; the gates [B, S, 1] it gives, a batch each."""
-        source = sweep.values(unit.source)
+    def _fit_router(
+        self, graph: Graph, unit: GatedUnit, share: float, at_source: Sweep, sweep: Sweep, facts: dict[str, Any]
+    ) -> list[Tensor]:
+        """Fit the router and set how its scores open gates; the gates [B, S, 1] it gives, a batch each.
+
+        Args:
+            at_source: has run up to what the router reads; ``sweep``: further, with open gates.
+        """
+        source = at_source.values(unit.source)
         errors = self._left_over(unit, sweep.branch())
         problem = LeastSquares(source[0].shape[-1], 1)
         for x, error in zip(source, errors, strict=True):
             problem.add(x[:, 1:].flatten(0, 1), (error[:, 1:].flatten()[:, None] + 1e-8).log())
         weight, bias = problem.solve(1e-2)
-        scores = [(x @ weight + bias).squeeze(-1) for x in source]
-        ordered = torch.cat([s[:, 1:].flatten() for s in scores]).sort().values
-        rank = min(round(share * len(ordered)), len(ordered)) - 1
-        threshold = float(ordered[rank]) if rank >= 0 else float(ordered[0]) - 1.0
-        if rank == len(ordered) - 1:
-            threshold += ALL_SKIP  # on other text too
+        scores = [x @ weight + bias for x in source]
+        threshold = 0.0
+        if self._gates == "threshold":
+            best = [expert_choice(s + keep_first(s), 1 - share) for s in scores] if self.predictor else []
+            if best:
+                weight, bias = self._predict(source, best)
+                scores = [x @ weight + bias for x in source]
+            threshold = _quantile(torch.cat([s[:, 1:].flatten() for s in scores]), share)
+        elif self.gates == "sequence":
+            threshold = _quantile(torch.cat([s[:, : self.first].mean(1) for s in scores]).flatten(), share / self._most(scores[0]))
+            unit.choose(graph, partial(sequence_scores._opoverload, first=self.first), keep_first=False)
+        else:
+            unit.choose(graph, partial(expert_choice, share=1 - share), keep_first=True)
         graph.add_tensor(unit.weight, weight.T.contiguous())
         graph.add_tensor(unit.bias, bias - threshold)
-        kept = [(s > threshold).float()[..., None] for s in scores]
-        for gates in kept:
-            gates[:, 0] = 1
+        kept = at_source.advance(unit.gates)
+        if self.predictor:
+            right = sum(float((k == b).float().sum()) for k, b in zip(kept, best, strict=True)) / sum(b.numel() for b in best)
+            facts.setdefault("predicted", {})[unit.name] = round(right, 4)
         return kept
+
+    def _most(self, tokens: Tensor) -> float:
+        """The largest share of a sequence, tokens [B, S, …], that may skip."""
+        return max(1 - self.first / tokens.shape[1], 0.0) if self.gates == "sequence" else 1.0
+
+    def _predict(self, source: list[Tensor], best: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """A linear map of each token alone to whether it is among the best of its sequence."""
+        problem = LeastSquares(source[0].shape[-1], 1)
+        for x, chosen in zip(source, best, strict=True):
+            problem.add(x[:, 1:].flatten(0, 1), chosen[:, 1:].flatten(0, 1))
+        return problem.solve(1e-2)
 
     def _left_over(self, unit: GatedUnit, sweep: Sweep) -> list[Tensor]:
         """Of each token [B, S], the energy that no stand-in gives it, relative to that of the residual stream; a batch each."""
@@ -205,6 +297,20 @@ class SkipDepth(Pass):
                 part.set_stand_in(*problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1))
 
 
+def _quantile(scores: Tensor, share: float) -> float:
+    """The threshold that a fraction ``share`` of the scores [n] does not exceed."""
+    ordered = scores.sort().values
+    rank = min(round(share * len(ordered)), len(ordered)) - 1
+    if rank < 0:
+        return float(ordered[0]) - 1.0
+    return float(ordered[rank]) + (ALL_SKIP if rank == len(ordered) - 1 else 0.0)  # on other text too
+
+
+def keep_first(scores: Tensor) -> Tensor:
+    """What is added to the scores [B, S, 1] of a sequence so that its first token is computed."""
+    return (torch.arange(scores.shape[1]) == 0)[:, None] * ALWAYS
+
+
 MIN_SHARE = 0.01
 """Of tokens that skip, below which a layer gets no router: it would cost more than it spares."""
 MIN_ROWS = 32
@@ -215,7 +321,10 @@ ALL_SKIP = 1e3
 
 def find_units(graph: Graph, what: str) -> tuple[list[Unit], list[Refusal]]:
     """What tokens can skip together, in graph order, and what not."""
-    regions = find_regions(graph)
+    return _units(graph, find_regions(graph), what)
+
+
+def _units(graph: Graph, regions: Regions, what: str) -> tuple[list[Unit], list[Refusal]]:
     parts, refused = find_parts(regions.blocks, find_linears(graph))
     if what != "block":
         return [Unit((p,)) for p in parts if p.kind == what], refused

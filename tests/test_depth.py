@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+from typing import Any
 
 import pytest
 import torch
-from dyncomp.passes import DropDepth, SkipDepth
+from dyncomp.passes import AddKVCache, DropDepth, SkipDepth
 from dyncomp.passes.depth_budget import allocate
 from dyncomp.passes.depth_gates import insert_gates
+from dyncomp.passes.depth_kv import keys_and_values
 from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.passes.skip_depth import find_units
 from helpers import assert_close
@@ -21,11 +25,11 @@ from dyncomp.errors import RequestError
 from dyncomp.evaluate import evaluate
 from dyncomp.evidence import baselines, cost_figures, measure_quality
 from dyncomp.graph import Graph
-from dyncomp.ops import gated_linear, routed_ffn
+from dyncomp.ops import append_cache, cached_attention, gated_linear, key_mask, routed_ffn, sequence_scores
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.recipe import load_recipe
 from dyncomp.regions import find_regions
-from dyncomp.regions.depth import find_skips
+from dyncomp.regions.depth import find_skips, kv_bytes
 from dyncomp.report.depth import depth_html, depth_items, depth_of
 from dyncomp.sweep import Sweep
 
@@ -40,11 +44,16 @@ def context(name: str, graph: Graph, batches: int = 6, length: int = 16) -> Cont
     return Context(calibration, data[0], dense=graph.copy())
 
 
-def gated(name: str, what: str, *, closed: bool, rank: int = 4) -> Graph:
-    """With random routers that close about half of the gates, and random stand-ins; or as they are made, open."""
-    graph, generator = trace_tiny(name), torch.Generator().manual_seed(1)
-    units, _ = find_units(graph, what)
-    for unit in [insert_gates(graph, u, rank) for u in units]:
+def gated(name: str | Graph, what: str, *, closed: bool, rank: int = 4, kv: str = "compute", first: int = 0) -> Graph:
+    """With random routers that close about half of the gates, and random stand-ins; or as they are made, open. ``first``: the last unit is
+    decided by a sequence's first tokens, so many."""
+    graph, generator = trace_tiny(name) if isinstance(name, str) else name, torch.Generator().manual_seed(1)
+    units, attentions = find_units(graph, what)[0], find_regions(graph).attentions
+    policies = [keys_and_values(graph, attentions, u.parts[0].attention, kv) if what != "ffn" else None for u in units]
+    made = [insert_gates(graph, u, rank, p) for u, p in zip(units, policies, strict=True) if not isinstance(p, str)]
+    if first:
+        made[-1].choose(graph, functools.partial(sequence_scores._opoverload, first=first), keep_first=False)
+    for unit in made:
         if closed:
             graph.add_tensor(unit.weight, torch.randn(graph.tensor(unit.weight).shape, generator=generator))
             graph.add_tensor(unit.bias, torch.zeros(1))
@@ -52,8 +61,15 @@ def gated(name: str, what: str, *, closed: bool, rank: int = 4) -> Graph:
             shapes = ((part.source.meta["val"].shape[-1], rank - 1), (rank - 1, part.d_out), (part.d_out,))
             part.set_stand_in(*(0.2 * torch.randn(s, generator=generator) for s in shapes))
     graph.clean()
-    graph.info |= {"task": "causal-lm" if ARCHITECTURES[name].vocab else "encoder", "context_length": 64}
+    decoder = not isinstance(name, str) or ARCHITECTURES[name].vocab
+    graph.info |= {"task": "causal-lm" if decoder else "encoder", "context_length": 64}
     return graph
+
+
+def values(graph: Graph, nodes: list[Any], **inputs: torch.Tensor) -> list[torch.Tensor]:
+    seen: dict[Any, torch.Tensor] = {}
+    Sweep(graph, [inputs]).advance(graph.output_nodes[0], watch={n: lambda _, v, n=n: seen.__setitem__(n, v.clone()) for n in nodes})
+    return [seen[n] for n in nodes]
 
 
 # ---- the operation -------------------------------------------------------------------------------------------------
@@ -130,6 +146,152 @@ def test_a_token_that_skips_an_attention_is_still_seen_by_others() -> None:
     assert float(closed[0, skipped].abs().max()) == 0
 
 
+# ---- keys and values of tokens that skip -----------------------------------------------------------------------------
+def test_the_operations_of_sequences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, gates = torch.randn(2, 5, 1, generator=generator), (torch.rand(2, 5, 1, generator=generator) > 0.5).float()
+    for mask in (None, torch.randn(1, 4, 5, 5, generator=generator).requires_grad_(), torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()):
+        opcheck(torch.ops.dyncomp.key_mask.default, (gates, mask, mask is None))
+    seen = key_mask(gates, None, True)[:, 0] == 0
+    for row, query, key in [(r, q, k) for r in range(2) for q in range(5) for k in range(5)]:
+        assert bool(seen[row, query, key]) == (key == query or (key < query and gates[row, key, 0] != 0))
+    opcheck(torch.ops.dyncomp.sequence_scores.default, (scores.requires_grad_(), 2, None))
+    assert_close(sequence_scores(scores, 2)[:, :, 0], torch.cat([torch.ones(2, 2), scores[:, :2, 0].mean(1, keepdim=True).repeat(1, 3)], 1),
+                 rel=1e-6)  # fmt: skip
+    cache, new, past = torch.zeros(2, 3, 6, 4), torch.randn(2, 3, 2, 4, generator=generator), torch.tensor([1, 4])
+    opcheck(torch.ops.dyncomp.append_cache.default, (cache, new, past))
+    after = append_cache(cache, new, past)
+    assert torch.equal(after[1, :, 4:], new[1])
+    assert torch.equal(after[0, :, 1:3], new[0])
+    assert int((after != 0).sum()) == new.numel()
+
+
+def test_cached_attention_of_absent_tokens_is_that_of_the_others_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
+    kept = torch.tensor([0, 2, 3, 6, 8])
+    present = torch.zeros(1, 1, 12, 1)
+    present[:, :, kept] = 1
+    empty, nothing = torch.zeros(1, 2, 12, 8), torch.tensor([0])
+    opcheck(torch.ops.dyncomp.cached_attention.default, (q, k, v, empty, empty.clone(), nothing, 0.3, 0, 0.0, present))
+    out, *_ = cached_attention(q, k, v, empty, empty, nothing, 0.3, 0, 0.0, present)
+    alone, *_ = cached_attention(q[:, :, kept], k[:, :, kept], v[:, :, kept], empty, empty, nothing, 0.3, 0)
+    assert_close(out[:, :, kept], alone, rel=1e-5)
+    assert float(out.square().sum()) == pytest.approx(float(alone.square().sum()), rel=1e-5)  # the others get zeros
+
+
+@pytest.mark.parametrize("kv", ["share", "absent"])
+def test_what_later_tokens_see_of_a_token_that_skipped(kv: str) -> None:
+    dense, graph = trace_tiny("llama"), gated("llama", "attention", closed=True, kv=kv)
+    ids = torch.randint(2, 90, (2, 12), generator=torch.Generator().manual_seed(3))
+    skips, attentions = find_skips(graph), find_regions(graph).attentions
+    assert len(skips) == (1 if kv == "share" else 2)
+    first, last = find_regions(dense).attentions
+    if kv == "share":  # the first layer is as it was: what the second takes from it is what it attends to there
+        assert "no attention comes before" in str(keys_and_values(dense, [first, last], first, kv))
+        gates, key, value = values(graph, [skips[0].gates, attentions[1].key, attentions[1].value], input_ids=ids)
+        keys = values(dense, [first.key, last.key, first.value, last.value], input_ids=ids)
+        open_ = gates[:, None] != 0
+        assert 0 < float(open_.float().mean()) < 1
+        assert_close(key, torch.where(open_, keys[1], keys[0]), rel=1e-5)
+        assert_close(value, torch.where(open_, keys[3], keys[2]), rel=1e-5)
+        other = dataclasses.replace(last, rotary=(None, None))
+        assert "other angles" in str(keys_and_values(dense, [first, other], other, kv))
+        return
+    assert all(a.present is s.gates for a, s in zip(attentions, skips, strict=True))
+    gates, out = values(graph, [skips[0].gates, attentions[0].output], input_ids=ids)
+    query, key, value = values(dense, [first.query, first.key, first.value], input_ids=ids)
+    for row in range(2):
+        kept = gates[row, :, 0].nonzero()[:, 0]
+        assert 0 < len(kept) < 12
+        q, k, v = (t[row, :, kept] for t in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
+        alone = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=first.scale)
+        assert_close(out[row][:, kept], alone, rel=1e-5)
+
+
+CACHED = [
+    ("llama", "share", 0), ("llama", "absent", 5), ("llama", "compute", 5), ("phi3", "absent", 0), ("gptj", "share", 0),
+    ("mistral", "absent", 0), ("gemma2", "absent", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kv", "first"), CACHED)
+def test_with_a_cache_they_see_the_same(name: str, kv: str, first: int) -> None:
+    """``add-kv-cache`` holds the graph with a cache against the one without, in chunks and with rows of different lengths."""
+    graph = gated(name, "block" if name == "llama" else "attention", closed=True, kv=kv, first=first)
+    skips = len(find_skips(graph))
+    result = AddKVCache().run(graph, Context())
+    assert result.changed, result.refused
+    assert len(find_skips(graph)) == skips > 0
+    names = [s.name for s in graph.inputs]
+    assert sum(n.startswith("present_cache_") for n in names) == (skips if kv == "absent" else 0)
+    assert sum(n.startswith("score_cache_") for n in names) == (1 if first else 0)
+
+
+@pytest.mark.parametrize("kv", ["share", "absent"])
+def test_the_fitted_model_says_what_its_keys_and_values_need(kv: str) -> None:
+    graph = trace_tiny("llama")
+    graph.info["task"] = "causal-lm"
+    ctx = context("llama", graph, batches=12)
+    result = Pipeline([SkipDepth(what="block", active=0.75, blocks="all", rank=4, kv=kv)]).run(graph, ctx)[0].result
+    shares = result.facts["skipped"]
+    assert sum(shares.values()) == pytest.approx(0.5, abs=0.02)
+    dense = 2 * 2 * 8 * 4 * 2.0  # keys and values, heads, features, bytes, layers
+    saved = sum(shares.values()) * dense / 2 - (8 if kv == "absent" else 0)
+    facts = result.facts["kv"]
+    assert facts["dense_bytes_per_token"] == dense
+    assert facts["bytes_per_token"] == pytest.approx(dense - saved, abs=0.1 * dense)
+    size = kv_bytes(graph, {s.name: 0.5 for s in find_skips(graph)})
+    assert size is not None
+    assert size.held == pytest.approx(dense - 0.5 * dense / 2 * len(shares) + (8 if kv == "absent" else 0))
+    if kv == "share":
+        assert len(shares) == 1  # the first has nobody to share with
+        assert any("no attention comes before" in r.reason for r in result.refused)
+        with pytest.raises(RequestError, match="no attention comes before"):
+            SkipDepth(blocks="0", kv=kv, active=0.9).run(trace_tiny("llama"), ctx)
+
+
+# ---- gates that look at more than their token ------------------------------------------------------------------------
+def test_a_choice_among_all_tokens_takes_as_many_of_each_sequence() -> None:
+    graph = trace_tiny("bert")
+    ctx = context("bert", graph, batches=12)
+    SkipDepth(what="block", active=0.75, blocks="all", rank=4, gates="expert-choice").run(graph, ctx)
+    assert ctx.calibration is not None
+    for batch in ctx.calibration.batches[:3]:
+        for gates in values(graph, [s.gates for s in find_skips(graph)], **batch):
+            assert gates.sum(1).tolist() == [[12.0]] * len(gates)  # of 16
+    decoder = trace_tiny("llama")
+    decoder.info |= {"task": "causal-lm", "context_length": 64}
+    ctx = context("llama", decoder, batches=12)
+    with pytest.raises(RequestError, match="not seen yet"):
+        SkipDepth(gates="expert-choice").run(decoder, ctx)
+    blind = decoder.copy()
+    del blind.info["task"]
+    SkipDepth(what="attention", active=0.75, blocks="1", keep_first=1, gates="expert-choice", rank=4).run(blind, ctx)
+    assert "tokens after it" in AddKVCache().run(blind, Context()).refused[0].reason
+    result = SkipDepth(what="block", active=0.75, blocks="all", rank=4, gates="expert-choice", predictor=True).run(decoder, ctx)
+    assert all(right > 0.7 for right in result.facts["predicted"].values())
+    assert AddKVCache().run(decoder, Context()).changed
+
+
+def test_a_sequence_is_decided_by_its_first_tokens() -> None:
+    graph = trace_tiny("llama")
+    graph.info["task"] = "causal-lm"
+    ctx = context("llama", graph, batches=12)
+    result = SkipDepth(what="block", active=0.75, blocks="all", rank=4, gates="sequence", first=4).run(graph, ctx)
+    assert ctx.calibration is not None
+    ids = torch.cat([b["input_ids"] for b in ctx.calibration.batches])
+    every = values(graph, [s.gates for s in find_skips(graph)], input_ids=ids)
+    changed = values(graph, [s.gates for s in find_skips(graph)], input_ids=torch.cat([ids[:, :4], ids[:, 4:].flip(0)], 1))
+    for gates, share in zip(every, result.facts["skipped"].values(), strict=True):
+        assert bool((gates[:, :4] == 1).all())
+        assert bool((gates[:, 4:] == gates[:, 4:5]).all())
+        assert float((1 - gates).mean()) == pytest.approx(share, abs=0.05)
+    assert torch.equal(every[0], changed[0])  # of the first layer: the first tokens alone decide
+    with pytest.raises(RequestError, match="may be skipped"):
+        SkipDepth(gates="sequence", first=12, active=0.5).run(trace_tiny("llama"), ctx)
+
+
 @pytest.mark.parametrize("what", ["ffn", "attention", "block"])
 @pytest.mark.parametrize("blocks", ["auto", "all", "1"])
 def test_the_fitted_model_skips_what_was_asked_for(what: str, blocks: str) -> None:
@@ -196,7 +358,8 @@ def test_the_evidence_has_baselines_of_the_same_cost() -> None:
 
 
 def test_impossible_requests_say_why() -> None:
-    for options, said in (({"what": "heads"}, "what=heads"), ({"kv": "share"}, "kv=share"), ({"blocks": "most"}, "blocks=most"),
+    for options, said in (({"what": "heads"}, "what=heads"), ({"kv": "lend"}, "kv=lend"), ({"kv": "share", "what": "ffn"}, "no keys"),
+                          ({"gates": "best"}, "gates=best"), ({"predictor": True}, "no later token"), ({"blocks": "most"}, "blocks=most"),
                           ({"active": 0.0}, "fraction")):  # fmt: skip
         with pytest.raises(RequestError, match=said):
             SkipDepth(**options)  # type: ignore[arg-type]

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from dyncomp.backends.native import available
 from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, SkipDepth
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.skip_depth import find_units
+from helpers import assert_close
 from test_depth import context, gated
 
-from bench.tiny import trace_tiny
+import bench.tiny
+from bench.tiny import built, sample, trace_tiny
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions.depth import find_skips
 from dyncomp.serialize import load_graph, save_graph
+from dyncomp.trace import trace
 
 
 def cached(graph: Graph) -> Graph:
@@ -39,8 +45,42 @@ def test_skipping_in_onnx_runtime(tmp_path: Path) -> None:
     assert parity(graph, model, prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
 
 
+def wide() -> Graph:
+    """Heads of 16 features, which the native attention takes."""
+    module, inputs, dims = bench.tiny._decoder("wide", "Llama", bench.tiny.SILU, head_dim=16).build()
+    return trace(module, inputs, dims, info={"name": "wide"})
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+def test_absent_tokens_in_the_native_attention(tmp_path: Path) -> None:
+    """The projections of queries, keys and values in one branch, the mark of absence kept beside the cache; a sequence decided at once."""
+    graph = cached(gated(wide(), "block", closed=True, kv="absent", first=5))
+    lowered = lower(graph, tmp_path)
+    assert lowered.operators["If"] == 2 * 3
+    assert lowered.operators["dyncomp.CachedAttention"] == 2
+    assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
+
+
+@pytest.mark.parametrize("kv", ["share", "absent"])
+def test_keys_and_values_of_tokens_that_skip_without_native_kernels(kv: str, tmp_path: Path) -> None:
+    graph = cached(gated("llama", "attention", closed=True, kv=kv, rank=0))
+    lowered = lower(graph, tmp_path, native=False)
+    assert lowered.operators.get("com.microsoft.GroupQueryAttention", 0) == (2 if kv == "share" else 0)
+    assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
+
+
+def test_an_encoder_whose_tokens_are_absent(tmp_path: Path) -> None:
+    graph = gated("bert", "block", closed=True, kv="absent", first=5)
+    lower(graph, tmp_path, native=False)
+    _, names, dims = built("bert")
+    inputs = sample(names, dims, {"batch": 2, "sequence": 13}, seed=2)
+    (given,) = OrtModel(tmp_path, threads=1).run(**{k: v.numpy() for k, v in inputs.items()}).values()
+    assert_close(torch.from_numpy(given), graph(**inputs), rel=1e-4)
+
+
 def test_nothing_is_computed_for_a_token_that_skips(tmp_path: Path) -> None:
-    """Counted in a profile: with every gate closed, no matrix product of a gated operation runs."""
+    """Counted in a profile: with every gate closed, no matrix product of a gated operation runs; with some open in a batch, those tokens
+    alone are multiplied."""
     counts = {}
     for closed in (False, True):
         graph = trace_tiny("llama")
@@ -53,10 +93,21 @@ def test_nothing_is_computed_for_a_token_that_skips(tmp_path: Path) -> None:
         model = OrtModel(tmp_path / str(closed), threads=1, profile=tmp_path / f"profile-{closed}")
         caches = {n: np.zeros((1, 2, 8, 8), np.float32) for n in model.inputs if "_cache_" in n}
         model.run(input_ids=np.array([[5]]), past_length=np.array([3]), chosen=np.array([[0]]), **caches)
-        events = json.loads(model.end_profiling().read_text())
-        counts[closed] = sum(e.get("args", {}).get("op_name") in ("MatMul", "FusedMatMul", "Gemm") for e in events
-                             if e.get("name", "").endswith("_kernel_time"))  # fmt: skip
+        counts[closed] = len(products(model))
     assert counts[False] - counts[True] == 2 * 5  # queries, output projection, and three of the FFN, in each of two layers
+    model = OrtModel(tmp_path / "True", threads=1, profile=tmp_path / "profile-batch")
+    caches = {n: np.zeros((4, 2, 8, 8), np.float32) for n in model.inputs if "_cache_" in n}
+    model.run(input_ids=np.full((4, 1), 5), past_length=np.array([0, 3, 0, 5]), chosen=np.zeros((4, 1), np.int64), **caches)
+    rows = products(model)  # the tokens at position 0 do not skip
+    assert rows.count(2) == 2 * 5
+    assert rows.count(4) == counts[True]
+
+
+def products(model: OrtModel) -> list[int]:
+    """How many tokens each matrix product of a profiled run took."""
+    events = [e for e in json.loads(model.end_profiling().read_text()) if e.get("name", "").endswith("_kernel_time")]
+    calls = [e["args"] for e in events if e.get("args", {}).get("op_name") in ("MatMul", "FusedMatMul", "Gemm")]
+    return [math.prod(next(iter(c["input_type_shape"][0].values()))[:-1]) for c in calls]
 
 
 def test_experts_skipping_and_quantized_weights_together(tmp_path: Path) -> None:

@@ -644,7 +644,7 @@ class Attention:
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
         head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
-        softcap: float = 0.0,
+        softcap: float = 0.0, absent: float = 0.0,
     ) -> None:  # fmt: skip
         self.past, self.length, self.packed = np.array(past, np.int64), length, packed
         self.capacity = capacity or max(past) + length
@@ -654,6 +654,8 @@ class Attention:
         for cache in self.caches:
             for row, n in enumerate(past):
                 cache[row, :, n:] = np.nan
+        marks = rng.random((len(past), 1, self.capacity, 1)) >= absent
+        self.present = marks.astype(np.float32) if absent else None
         angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
         self.tables = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
         self.attributes: dict[str, float] = {
@@ -667,7 +669,7 @@ class Attention:
         cos, sin = self.tables if self.tables[0].size else (None, None)
         return {
             "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
-            "past_length": self.past, "cos": cos, "sin": sin,
+            "past_length": self.past, "cos": cos, "sin": sin, "present": self.present,
         }  # fmt: skip
 
     def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
@@ -692,7 +694,8 @@ class Attention:
         q, k = (rotary(t, cos, sin, positions, bool(self.attributes["interleaved"])) for t in (q, k))
         caches = [torch.from_numpy(np.nan_to_num(c).astype(np.float64)) for c in self.caches]  # PyTorch multiplies what it masks
         settings = 0.21, int(self.attributes["window"]), self.attributes["softcap"]
-        out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings)
+        present = torch.from_numpy(self.present) if self.present is not None else None
+        out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings, present)
         return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
 
     def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
@@ -731,6 +734,15 @@ def test_attention_with_a_window_and_a_soft_cap(native: Native, window: int, sof
         Attention(rng, past=past, length=length, window=window, softcap=softcap).check(native, 2)
 
 
+@pytest.mark.parametrize("absent", [0.2, 0.9, 1.0])
+def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
+    rng = np.random.default_rng(int(10 * absent))
+    for past, length in [((0,), 150), ((3, 130), 90), ((200, 7, 64), 1), ((900,), 1)]:
+        attention = Attention(rng, past=past, length=length, absent=absent, window=50 if length == 90 else 0, softcap=5.0 * (length == 1))
+        attention.check(native, 2)
+        assert np.isfinite(attention.run(native)[0]).all()
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
@@ -743,6 +755,7 @@ def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
         capacity=max(past) + length + data.draw(st.integers(0, 20)),
         rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
+        absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])),
     ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
 
 

@@ -20,8 +20,8 @@ down_bias f32 [d_out]?) -> f32 [.., d_out]``
     the same with float weights and any F: up [E, 1 or 2, F / 16, d, 16], down [E, d_out / 16, F, 16], both rounded up.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
-``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?)
--> f32 [B, S, H * D], key_cache f32, value_cache f32``
+``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?,
+present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
     ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is
     all three side by side. Caches [B, Hkv, C, D] that are bound to the outputs' memory are updated in place. With ``heads`` (H),
     ``kv_heads`` (Hkv), ``interleaved``, ``window`` (0: all) and the floats ``scale`` and ``softcap`` (0: none). D is a multiple of 16, at

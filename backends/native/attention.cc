@@ -12,7 +12,7 @@ constexpr const char* kName = "CachedAttention";
 constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kFloat, true}, {Type::kFloat, true},  // query, key, value
     {Type::kFloat, false}, {Type::kFloat, false}, {Type::kInt64, false},  // key_cache, value_cache, past_length
-    {Type::kFloat, true},  {Type::kFloat, true},                       // cos, sin
+    {Type::kFloat, true},  {Type::kFloat, true},  {Type::kFloat, true},  // cos, sin, present
 };
 // With fewer than kFewUnits units of work, more than kSplitFrom keys are divided among units of kSplitKeys.
 constexpr int64_t kFewUnits = 16, kSplitFrom = 256, kSplitKeys = 128;
@@ -78,7 +78,7 @@ void merge(const Work& work, int64_t units) {
         total += share * part[d + 1];
         for (int64_t j = 0; j < d; j++) y[j] += share * part[j];
       }
-      for (int64_t j = 0; j < d; j++) y[j] /= total;
+      for (int64_t j = 0; total != 0.0f && j < d; j++) y[j] /= total;  // an absent token has seen nothing
     }
   }
 }
@@ -88,7 +88,7 @@ bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equ
 void compute(const void* kernel, Call& call) {
   const Attention& op = *static_cast<const Attention*>(kernel);
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
-  Shape query, key, value, caches, values, table, sines;
+  Shape query, key, value, caches, values, table, sines, present;
   Work work = {};
   AttentionJob& job = work.job;
   job.query = call.input<float>(0, "query", false, &query);
@@ -98,6 +98,7 @@ void compute(const void* kernel, Call& call) {
   const float* value_cache = call.input<float>(4, "value_cache", false, &values);
   job.cos = call.input<float>(6, "cos", true, &table);
   job.sin = call.input<float>(7, "sin", true, &sines);
+  job.present = call.input<float>(8, "present", true, &present);
   if (call.failed()) return;
   if (query.rank != 3 || caches.rank != 4 || !equal(caches, values)) {
     call.fail("the query should have 3 dimensions, and the caches the same 4");
@@ -120,6 +121,8 @@ void compute(const void* kernel, Call& call) {
                          key.last() != kv_width || !equal(key, value))) {
     call.fail("key and value should both be there, or neither, and have the shape [%lld, %lld, %lld]", show(job.batch), show(job.length),
               show(kv_width));
+  } else if (job.present && present.count() != static_cast<size_t>(job.batch * job.capacity)) {
+    call.fail("present should have a number for each of %lld rows and %lld entries", show(job.batch), show(job.capacity));
   } else if ((job.cos == nullptr) != (job.sin == nullptr) ||
              (job.cos && (table.rank != 2 || !equal(table, sines) || 2 * table.last() > d))) {
     call.fail("cos and sin should both be there, or neither, and have the same shape [positions, at most %lld]", show(d / 2));
@@ -172,6 +175,6 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator cached_attention = {kName, kInputs, 8, create, compute, [](void* kernel) { delete static_cast<Attention*>(kernel); }, 3};
+const Operator cached_attention = {kName, kInputs, 9, create, compute, [](void* kernel) { delete static_cast<Attention*>(kernel); }, 3};
 
 }  // namespace dyncomp

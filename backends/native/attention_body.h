@@ -45,8 +45,9 @@ struct Seen {
   float *peak, *sum, *out;
 };
 
-// One query's scores of `columns` keys -> weights relative to its largest score so far; only the keys low .. high - 1 count.
-inline void weigh(const AttentionJob& job, float* scores, int64_t columns, int64_t low, int64_t high, Seen seen) {
+// One query's scores of `columns` keys -> weights relative to its largest score so far; only the keys low .. high - 1 count, and of these
+// the ones that are present (1, else 0), unless that is null.
+inline void weigh(const AttentionJob& job, float* scores, const float* present, int64_t columns, int64_t low, int64_t high, Seen seen) {
   alignas(64) static const float kLanes[kTile] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const bool all = low <= 0 && high >= columns;
   const V from = set(static_cast<float>(low)), to = set(static_cast<float>(high)), lowest = set(kLowest), zero = set(0.0f);
@@ -58,6 +59,7 @@ inline void weigh(const AttentionJob& job, float* scores, int64_t columns, int64
       const V lane = load(kLanes) + set(static_cast<float>(i));
       s = if_less(lane, to, if_less(lane, from, lowest, s), lowest);
     }
+    if (present) s = if_less(zero, load(present + i), s, lowest);
     peak = maximum(peak, s);
     store(scores + i, s);
   }
@@ -75,6 +77,7 @@ inline void weigh(const AttentionJob& job, float* scores, int64_t columns, int64
       const V lane = load(kLanes) + set(static_cast<float>(i));
       w = if_less(lane, to, if_less(lane, from, zero, w), zero);
     }
+    if (present) w = if_less(zero, load(present + i), w, zero);
     sum = sum + w;
     store(scores + i, w);
   }
@@ -83,13 +86,17 @@ inline void weigh(const AttentionJob& job, float* scores, int64_t columns, int64
 
 void attend(const AttentionJob& job, const AttentionUnit& unit) {
   alignas(64) float query[kUnitFloats], out[kUnitFloats], keys[kMaxHeadDim * kKeys], weights[kRows * kKeys];
-  alignas(64) float sum[kUnitRows * kTile];
+  alignas(64) float sum[kUnitRows * kTile], marks[kKeys];
   float peak[kUnitRows];
   const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row], rows = unit.to - unit.from;
   const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * d;
   const float* key_cache = job.key_cache + cache;
   const float* value_cache = job.value_cache + cache;
   const float factor = job.softcap != 0.0f ? job.scale / job.softcap : job.scale;
+  const float* present = job.present ? job.present + unit.row * job.capacity : nullptr;
+  const auto absent = [&](int64_t r) { return present && present[past + (unit.from + r) / group] == 0.0f; };
+  bool none = true;  // of the queries is present: then nothing is to be computed
+  for (int64_t r = 0; r < rows; r++) none = none && absent(r);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
     rotate(job, job.query + (unit.row * job.length + s) * job.query_stride + head * d, past + s, factor, query + r * d);
@@ -97,8 +104,13 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
     store(sum + r * kTile, set(0.0f));
     peak[r] = kLowest;
   }
-  for (int64_t k = unit.begin; k < unit.end; k += kKeys) {
+  for (int64_t k = unit.begin; k < unit.end && !none; k += kKeys) {
     const int64_t count = least(kKeys, unit.end - k);
+    if (present) {
+      float any = 0.0f;
+      for (int64_t i = 0; i < kKeys; i++) any += marks[i] = i < count && present[k + i] != 0.0f ? 1.0f : 0.0f;
+      if (any == 0.0f) continue;
+    }
     for (int64_t j = 0; j < count; j += kTile) {
       const float* from[kTile];
       for (int64_t i = 0; i < kTile; i++) from[i] = key_cache + (k + least(j + i, count - 1)) * d;
@@ -124,7 +136,7 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
       for (int64_t i = 0; i < n; i++) {
         const int64_t at = past + (unit.from + r + i) / group - k;
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
-        weigh(job, weights + i * kKeys, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
+        weigh(job, weights + i * kKeys, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
       }
       multiply_all(n, d, shares, value_cache + (k + low) * d, d, out + r * d, d, high - low, true);
     }
@@ -133,14 +145,15 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
     float total = 0.0f;
     for (int i = 0; i < kTile; i++) total += sum[r * kTile + i];
     float* y;
-    V by = set(1.0f);
+    V by = set(absent(r) ? 0.0f : 1.0f);
+    if (absent(r)) total = 0.0f;
     if (unit.partial) {
       y = unit.partial + r * (d + kTile);
       y[d] = peak[r], y[d + 1] = total;
     } else {
       const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
       y = job.output + ((unit.row * job.length + s) * job.heads + head) * d;
-      by = set(1.0f / total);
+      by = set(total == 0.0f ? 0.0f : 1.0f / total);
     }
     for (int64_t i = 0; i < d; i += kTile) store(y + i, load(out + r * d + i) * by);
   }

@@ -83,6 +83,7 @@ struct AttentionJob {
   int64_t query_stride, key_stride;
   float *key_cache, *value_cache;    // [batch, kv_heads, capacity, head_dim]
   const int64_t* past;               // [batch]
+  const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
   float* output;                     // [batch, length, heads, head_dim]
   int64_t batch, length, heads, kv_heads, head_dim, capacity, half, window;

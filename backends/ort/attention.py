@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, rotate_plainly
+from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, rotate_plainly
 from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.ops import append_cache, key_mask, key_mask_reference, sequence_scores, sequence_scores_reference
 from dyncomp.regions.partial import ShapeOnly
 
 aten = torch.ops.aten
@@ -15,7 +18,7 @@ _MAX_HEAD_DIM = 256  # of the native operator
 
 
 def select_attention(graph: Graph, *, native: bool) -> None:
-    """Lower every ``dyncomp.cached_attention`` and what is left of ``dyncomp.rotary``.
+    """Lower every ``dyncomp.cached_attention``, and the operations around attention that are plain ATen.
 
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
     after:   group_query_attention(linear(x, [Wq; Wk; Wv]), …), or the native operator where it fits
@@ -27,15 +30,14 @@ def select_attention(graph: Graph, *, native: bool) -> None:
             continue
         if native and _fits(node, 16, _MAX_HEAD_DIM):
             flatten_attention(graph, node, shapes, ops.cached_attention)
-        elif _fits(node, 8):
+        elif _fits(node, 8) and not has_absent_tokens(node):
             lengths = lengths or _lengths(graph, node)
             flatten_attention(graph, node, shapes, ops.group_query_attention, lengths, pairs=8 if _fits(node, 16) else 0)
         else:
             node.target = attend_plainly
     graph.clean()
     for node in graph.nodes:
-        if node.target is ROTARY:
-            node.target = rotate_plainly
+        node.target = _PLAIN.get(node.target, node.target)
 
 
 def _fits(node: fx.Node, multiple: int, most: int | None = None) -> bool:
@@ -57,21 +59,28 @@ def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return lengths, total
 
 
+def append_plainly(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
+    """``dyncomp.append_cache`` in ATen."""
+    slot = (past_length[:, None] + torch.arange(new.shape[2]))[:, None, :, None]
+    return cache.scatter(2, slot.expand(-1, new.shape[1], -1, new.shape[3]), new)
+
+
 def attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
-    softcap: float = 0.0,
+    softcap: float = 0.0, present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``dyncomp.cached_attention`` in ATen, over the whole capacity: for head sizes GroupQueryAttention does not take."""
+    """``dyncomp.cached_attention`` in ATen, over the whole capacity: for head sizes, or absent tokens, that GroupQueryAttention does not
+    take. (A new token that is absent gets what the others give it: nothing reads it.)"""
     batch, heads, length, _ = q.shape
     kv_heads, capacity = key_cache.shape[1], key_cache.shape[2]
     positions = past_length[:, None] + torch.arange(length)  # [B, S]
-    slot = positions[:, None, :, None]
-    key_cache = key_cache.scatter(2, slot.expand(-1, kv_heads, -1, k.shape[3]), k)
-    value_cache = value_cache.scatter(2, slot.expand(-1, kv_heads, -1, v.shape[3]), v)
+    key_cache, value_cache = append_plainly(key_cache, k, past_length), append_plainly(value_cache, v, past_length)
     entry = torch.arange(capacity)
     visible = entry <= positions[..., None]  # [B, S, C]
     if window:
         visible = visible & (entry > positions[..., None] - window)
+    if present is not None:
+        visible = visible & (present[:, :, :, 0] != 0)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * length, q.shape[3])  # heads of a group, one after the other
     scores = (grouped @ key_cache.transpose(2, 3)).reshape(batch, heads, length, capacity) * scale
     if softcap:
@@ -79,3 +88,9 @@ def attend_plainly(
     weights = torch.where(visible[:, None], scores, -1e30).softmax(-1)
     out = weights.reshape(batch, kv_heads, heads // kv_heads * length, capacity) @ value_cache
     return out.reshape(batch, heads, length, v.shape[3]), key_cache, value_cache
+
+
+_PLAIN: dict[Any, Any] = {
+    ROTARY: rotate_plainly, append_cache._opoverload: append_plainly, key_mask._opoverload: key_mask_reference,
+    sequence_scores._opoverload: sequence_scores_reference,
+}  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dyncomp.backends.attention import fused_linear
 from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.rows import join_rows
 from torch import fx
@@ -28,6 +29,7 @@ def select_gated(graph: Graph) -> None:
     before:  gated_linear(x, gates, W, b)
     after:   put_rows(linear(take_rows(x, gates), W, b), gates)
     """
+    _fuse_projections(graph)
     for node in graph.nodes:
         if node.target is _GATED:
             x, gates, weight, bias = (*node.args, None)[:4]
@@ -40,6 +42,28 @@ def select_gated(graph: Graph) -> None:
                 _put(b, node, _expert(graph, b, b.call(ops.take_rows, x, gates), node), gates)
     graph.clean()
     join_rows(graph)
+
+
+def _fuse_projections(graph: Graph) -> None:
+    """Gated linear layers that read the same x under the same gates (queries, keys and values) -> one, and slices of what it gives."""
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is _GATED:
+            alike.setdefault(node.args[:2], []).append(node)
+    for (x, gates), nodes in alike.items():
+        if len(nodes) == 1:
+            continue
+        with graph.inserting(before=nodes[0]) as b:
+            linears = [b.call(aten.linear.default, x, *n.args[2:]) for n in nodes]
+            fused = fused_linear(graph, b, linears)
+            if fused is not None:
+                y = b.call(_GATED, x, gates, *fused.args[1:])
+                start = 0
+                for node in nodes:
+                    width = int(node.meta["val"].shape[-1])
+                    node.replace_all_uses_with(b.call(aten.slice.Tensor, y, 2, start, start + width))
+                    start += width
+    graph.clean()
 
 
 def _put(b: Builder, node: fx.Node, y: fx.Node, gates: Any) -> None:

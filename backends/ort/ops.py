@@ -89,15 +89,17 @@ def group_query_attention(
 def cached_attention(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step."""
+    """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, and present
+    [B, 1, C, 1], 0 for entries that are not attended to."""
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
         "softcap": float(softcap),
     }  # fmt: skip
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::CachedAttention",
-        [query, key, value, key_cache, value_cache, past_length, cos, sin],
+        [query, key, value, key_cache, value_cache, past_length, cos, sin, *([present] if present is not None else [])],
         attributes,
         dtypes=[query.dtype] * 3,
         shapes=[[*query.shape[:2], heads * key_cache.shape[3]], list(key_cache.shape), list(value_cache.shape)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, rotate_plainly
+from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, rotate_plainly
 from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
@@ -65,6 +65,11 @@ def select_attention(graph: Graph) -> None:
             where = node.meta.get("path") or node.name
             raise BackendError(
                 f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"
+            )
+        if has_absent_tokens(node):
+            where = node.meta.get("path") or node.name
+            raise BackendError(
+                f"{where}: attention from which tokens are absent has no TVM kernel", hint="use --backend ort, or kv=compute"
             )
         flatten_attention(graph, node, shapes, ops.cached_attention)
     graph.clean()

@@ -36,6 +36,10 @@ def command(json_: bool, **choices: Any) -> None:
     by measured loss and measured speed. With --recipe, --active, --experts or --quantize that recipe is applied (the default of
     those is experts: carve, fit routers, refit).
 
+    Pass options go into a recipe file, as passes = "skip-depth{active=87.5% kv=share gates=sequence}". Of tokens that skip an
+    attention, kv=compute keeps keys and values, share reuses those of the attention before, absent hides them from later tokens;
+    gates=threshold decides for each token, expert-choice among all of a sequence, sequence by its first tokens.
+
     Quality is measured on text held out from the calibration and on another source, beside the dense model and beside static
     pruning at the same cost. An interrupted run continues where it was.
     """

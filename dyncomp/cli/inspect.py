@@ -20,7 +20,11 @@ from dyncomp.cli import options
 @click.option("--tokens", type=click.IntRange(min=512), default=8_192, show_default=True, help="With --routers: calibration tokens.")
 @click.option("--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows to measure on.")
 @click.option("--calibrate", metavar="TEXT", help="With --routers: text to calibrate on, a part held out. [default: wikipedia]")
-@click.option("--depth", is_flag=True, help="Print a text coloured by how much of the model each token computed (with --text).")
+@click.option(
+    "--depth",
+    is_flag=True,
+    help="Print a text coloured by how much of the model each token computed, and the KV bytes that needs (with --text).",
+)
 @click.option("--text", help="What --depth shows.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write what --depth shows as a page as well.")
 @options.as_json

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
+import dyncomp.ops  # noqa: F401  (registers the operations)
 from dyncomp.graph import Graph
 from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.mask import Mask, classify_mask, integer_literals
@@ -18,7 +19,8 @@ from dyncomp.regions.walk import ancestors, between, descendants
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_KEY_MASK = torch.ops.dyncomp.key_mask.default
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _MATMUL = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _PROJECTION = {*PRODUCTS, aten.convolution.default, aten.conv1d.default, torch.ops.dyncomp.sparse_linear.default}
 _SWAPS_LAST = {(aten.transpose.int, -1, -2), (aten.transpose.int, -2, -1), (aten.transpose.int, 2, 3), (aten.transpose.int, 3, 2)}
@@ -39,6 +41,7 @@ class Attention:
         mask: what a query sees.
         rotary: how query and key were rotated, each, if they were.
         projections: the nodes that project the input to query, key and value (the same node when fused), or None.
+        present: gates [B, S, 1] of the tokens that are attended to, when others are hidden (``dyncomp::key_mask``).
     """
 
     path: str
@@ -52,6 +55,7 @@ class Attention:
     key_transposed: bool = False
     rotary: tuple[Rotary | None, Rotary | None] = (None, None)
     projections: tuple[fx.Node | None, fx.Node | None, fx.Node | None] = (None, None, None)
+    present: fx.Node | None = None
 
     @property
     def heads(self) -> int:
@@ -90,7 +94,7 @@ def find_attentions(graph: Graph) -> tuple[list[Attention], list[Refusal]]:
         try:
             if node.target is _SDPA:
                 found.append(finder.fused(node))
-            elif node.target in _SOFTMAX and finder.attends(node):
+            elif node.target in SOFTMAX and finder.attends(node):
                 found.append(finder.eager(node))
         except _NotUnderstood as reason:
             refused.append(
@@ -117,19 +121,22 @@ class _Finder:
     def fused(self, node: fx.Node) -> Attention:
         """From a ``scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)`` node."""
         arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
-        query, mask = arguments["query"], arguments.get("attn_mask")
+        query, mask, causal, present = arguments["query"], arguments.get("attn_mask"), arguments.get("is_causal"), None
         assert isinstance(query, fx.Node)
+        if isinstance(mask, fx.Node) and mask.target is _KEY_MASK:
+            present, mask, causal = mask.args
         if arguments.get("dropout_p"):
             raise _NotUnderstood("it drops out attention weights")
         scale = arguments.get("scale")
-        if arguments.get("is_causal"):
+        if causal:
             kind = Mask("causal")
         elif mask is None:
             kind = Mask("none")
         else:
             assert isinstance(mask, fx.Node)
             kind = self._mask(mask, lambda size: _additive(self._evaluate(mask, size)))
-        return self._region(node, query, arguments["key"], arguments["value"], float(scale) if scale is not None else None, kind)  # type: ignore[arg-type]
+        found = self._region(node, query, arguments["key"], arguments["value"], float(scale) if scale is not None else None, kind)  # type: ignore[arg-type]
+        return replace(found, present=present)  # type: ignore[arg-type]
 
     def attends(self, softmax: fx.Node) -> bool:
         """Whether a softmax looks like that of attention scores: [..., S, T] between two matrix products."""
@@ -146,6 +153,9 @@ class _Finder:
         assert isinstance(scores, fx.Node)
         assert isinstance(query, fx.Node)
         assert isinstance(key, fx.Node)
+        present = None
+        if scores.target is aten.add.Tensor and getattr(scores.args[1], "target", None) is _KEY_MASK:
+            scores, present = scores.args[0], scores.args[1].args[0]  # type: ignore[assignment, union-attr]
         transposed = (key.target, *key.args[1:]) not in _SWAPS_LAST
         if not transposed:
             key = key.args[0]
@@ -155,7 +165,8 @@ class _Finder:
             scale, softcap, mask = 1.0, 0.0, Mask("given")
         else:
             scale, softcap, mask = self._scoring(product, scores, region)
-        return self._region(output, query, key, output.args[1], scale, mask, softcap, transposed)  # type: ignore[arg-type]
+        found = self._region(output, query, key, output.args[1], scale, mask, softcap, transposed)  # type: ignore[arg-type]
+        return replace(found, present=present)  # type: ignore[arg-type]
 
     # -- the parts of an eager attention -----------------------------------------------------------------------------
     def _product_before(self, softmax: fx.Node) -> fx.Node:

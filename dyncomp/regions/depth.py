@@ -16,6 +16,7 @@ from dyncomp.regions.ffn import FFN
 from dyncomp.regions.linear import RESHAPES, TRANSPOSES, Linear, aten
 from dyncomp.regions.refusal import Refusal
 from dyncomp.regions.routed import RoutedFFN
+from dyncomp.regions.walk import ancestors
 
 _THRESHOLD = torch.ops.dyncomp.threshold_gates.default
 _GATED = torch.ops.dyncomp.gated_linear.default
@@ -33,7 +34,9 @@ class Part:
         source: what it is computed from, normed, [B, S, d].
         stream: the residual stream it is added to.
         ffn: the FFN, dense or routed; None for an attention.
+        attention: None for an FFN.
         query, output: the projections of an attention's queries (None when they are projected together with the keys) and of its output.
+        projections: all that make queries, keys and values, each of tokens [B, S, features].
     """
 
     name: str
@@ -41,8 +44,10 @@ class Part:
     source: fx.Node
     stream: fx.Node
     ffn: FFN | RoutedFFN | None = None
+    attention: Attention | None = None
     query: Linear | None = None
     output: Linear | None = None
+    projections: tuple[Linear, ...] = ()
 
     @property
     def result(self) -> fx.Node:
@@ -110,8 +115,13 @@ def _attention(name: str, region: Attention, block: Block, products: Mapping[fx.
     first = query or key or value
     if first is None or first.axis != -1 or not _is_tokens(first.input) or not _is_tokens(output.input):
         return _FLAT
-    alone = query if query not in (key, value) and query is not None and query.nodes[0].target is aten.linear.default else None
-    return Part(name, "attention", first.input, block.input, query=alone, output=output)
+    every = tuple(dict.fromkeys(p for p in (query, key, value) if p is not None and _is_row_by_row(p)))
+    alone = query if query not in (key, value) and query in every else None
+    return Part(name, "attention", first.input, block.input, attention=region, query=alone, output=output, projections=every)
+
+
+def _is_row_by_row(linear: Linear) -> bool:
+    return linear.nodes[0].target is aten.linear.default and linear.axis == -1 and _is_tokens(linear.input)
 
 
 def _output_projection(node: fx.Node, products: Mapping[fx.Node, Linear]) -> Linear | None:
@@ -162,9 +172,42 @@ def _gated(gates: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _scores(gates: fx.Node) -> fx.Node:
-    """The linear layer before the gates, and before what is added to keep the first token."""
-    node = gates.args[0]
-    if isinstance(node, fx.Node) and node.target is aten.add.Tensor:
-        node = node.args[0]
-    assert isinstance(node, fx.Node)
-    return node
+    """The linear layer before the gates, and before what keeps the first token or looks at the others."""
+    return next(n for n in ancestors(gates, 64) if n.target is aten.linear.default)
+
+
+# ---- what the cache needs ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class KVBytes:
+    """Keys and values of a token, mean over tokens, in bytes.
+
+    Attributes:
+        dense: of the dense model.
+        held: what is written for the tokens that do not skip (``kv=share``, ``kv=absent``, its mark of absence counted). A cache with
+            room for every token, like those of this package's runtimes, is not smaller.
+    """
+
+    dense: float
+    held: float
+
+
+def kv_bytes(graph: Graph, computed: Mapping[str, float]) -> KVBytes | None:
+    """What a graph's keys and values need, by what ``skip-depth`` noted in it; None when no attention is skipped.
+
+    Args:
+        computed: fraction of the tokens that do not skip, by :class:`Skip` name; 1 where absent.
+    """
+    skipped = {name: facts for name, facts in graph.info.get("depth", {}).items() if "kv" in facts}
+    if not skipped:
+        return None
+    held = dense = float(graph.info["kv_bytes"])
+    for name, facts in skipped.items():
+        if facts["kv"] != "compute":
+            held -= (1 - computed.get(f"{name}.depth", 1.0)) * facts["kv_bytes"]
+        if facts["kv"] == "absent":
+            held += ABSENCE_BYTES
+    return KVBytes(dense, held)
+
+
+ABSENCE_BYTES = 4
+"""A token's entry in ``present_cache``, a layer."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import model_inputs
 from dyncomp.graph import Graph
-from dyncomp.regions.depth import find_skips
+from dyncomp.regions.depth import KVBytes, find_skips, kv_bytes
 from dyncomp.report.tables import table
 from dyncomp.sweep import Sweep
 
@@ -30,11 +30,13 @@ class Depth:
         pieces: the text of each token.
         gates: names of what tokens can skip.
         computed: [gates, tokens] bool.
+        kv: what the keys and values of such a text need; None where no attention is skipped.
     """
 
     pieces: list[str]
     gates: list[str]
     computed: Tensor
+    kv: KVBytes | None = None
 
     @property
     def share(self) -> Tensor:
@@ -53,6 +55,7 @@ class Depth:
             "tokens": [{"text": p, "computed": round(float(s), 4)} for p, s in zip(self.pieces, self.share, strict=True)],
             "gates": {name: round(float(s), 4) for name, s in zip(self.gates, share, strict=True)},
             "classes": {kind: {"tokens": n, "computed": round(s, 4)} for kind, (n, s) in self.by_class().items()},
+            **({"kv_bytes_per_token": {"dense": self.kv.dense, "held": round(self.kv.held, 1)}} if self.kv is not None else {}),
         }
 
 
@@ -94,7 +97,8 @@ def depth_of(graph: Graph, tokenizer: Any, text: str) -> Depth:
     Sweep(graph, [model_inputs(graph, ids)]).advance(graph.output_nodes[0], watch={s.gates: keep(s.name) for s in skips})
     names = [s.name for s in skips]
     pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
-    return Depth(pieces, [n.removesuffix(".depth") for n in names], torch.stack([seen[n] for n in names]))
+    kv = kv_bytes(graph, {name: float(gates.float().mean()) for name, gates in seen.items()})
+    return Depth(pieces, [n.removesuffix(".depth") for n in names], torch.stack([seen[n] for n in names]), kv)
 
 
 def depth_items(depth: Depth) -> list[Text | Table | str]:
@@ -114,7 +118,11 @@ def depth_items(depth: Depth) -> list[Text | Table | str]:
     kinds = table("kinds of tokens", "", ">tokens", ">computed")
     for kind, (count, share) in depth.by_class().items():
         kinds.add_row(kind, str(count), f"{share:.0%}")
-    return [picture, legend, layers, kinds]
+    return [picture, legend, layers, kinds, *([_kv_line(depth.kv)] if depth.kv is not None else [])]
+
+
+def _kv_line(kv: KVBytes) -> str:
+    return f"keys and values: {kv.held:,.0f} of {kv.dense:,.0f} bytes a token are needed (the cache has room for every token)"
 
 
 def depth_html(depth: Depth) -> str:
@@ -132,7 +140,8 @@ def depth_html(depth: Depth) -> str:
     style = "body{font:15px/1.7 sans-serif;max-width:60em;margin:2em}p{white-space:pre-wrap}div{background:#6f92f3;height:10px}"
     return (
         f'<!doctype html><meta charset="utf-8"><title>depth of tokens</title><style>{style}</style>'
-        f"<p>{spans}</p><table>{kinds}</table><h3>tokens that compute each layer</h3><table>{layers}</table>\n"
+        f"<p>{spans}</p><table>{kinds}</table><h3>tokens that compute each layer</h3><table>{layers}</table>"
+        f"{f'<p>{_kv_line(depth.kv)}</p>' if depth.kv is not None else ''}\n"
     )
 
 
