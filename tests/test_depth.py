@@ -269,7 +269,8 @@ def test_a_choice_among_all_tokens_takes_as_many_of_each_sequence() -> None:
     del blind.info["task"]
     SkipDepth(what="attention", active=0.75, blocks="1", keep_first=1, gates="expert-choice", rank=4).run(blind, ctx)
     assert "tokens after it" in AddKVCache().run(blind, Context()).refused[0].reason
-    result = SkipDepth(what="block", active=0.75, blocks="all", rank=4, gates="expert-choice", predictor=True).run(decoder, ctx)
+    predicted = SkipDepth(what="block", active=0.75, blocks="all", rank=4, gates="expert-choice", predictor=True)
+    result = Pipeline([predicted]).run(decoder, ctx)[0].result
     assert all(right > 0.7 for right in result.facts["predicted"].values())
     assert AddKVCache().run(decoder, Context()).changed
 
@@ -415,5 +416,12 @@ def test_the_picture_of_a_text() -> None:
     assert depth.as_dict()["gates"] == {n: round(float(s), 4) for n, s in zip(depth.gates, depth.computed.float().mean(1), strict=True)}
     assert "&lt;" in depth_html(depth)
     assert str(depth_items(depth)[0]) == text
+    assert depth.kv is None
+    graph.info |= {"kv_bytes": 256.0, "depth": {depth.gates[0]: {"kv": "absent", "kv_bytes": 128}}}
+    depth = depth_of(graph, Words(text), text)
+    skipped = 1 - float(depth.computed[0].float().mean())
+    assert skipped > 0
+    assert depth.as_dict()["kv_bytes_per_token"] == {"dense": 256.0, "held": round(256 - 128 * skipped + 4, 1)}
+    assert all("of 256 bytes a token" in shown for shown in (str(depth_items(depth)[-1]), depth_html(depth)))
     with pytest.raises(RequestError, match="every token computes"):
         depth_of(trace_tiny("llama"), Words(text), text)

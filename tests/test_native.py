@@ -811,6 +811,7 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
         return np.zeros(shape, np.float32)
 
     refused("3 entries and 2 new ones exceed the cache's capacity of 4", capacity=4)
+    refused("present should have a number for each of 1 rows and 5 entries", inputs={"present": zeros(1, 1, 4, 1)})
     refused("-1 entries and 2 new ones", inputs={"past_length": np.array([-1])})
     refused("5 positions; the tables have 4", inputs={"cos": zeros(4, 16), "sin": zeros(4, 16)})
     refused("the input past_length has 2 elements; it should have 1", inputs={"past_length": np.array([1, 1])})
