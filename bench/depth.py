@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,9 @@ def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, fl
 
 def measure(
     dense: Graph, *, precision: str = "fp32", kv: str = "compute", batches: tuple[int, ...] = (1, 4, 16), threads: int = 1, rounds: int = 6
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """For each batch size, the dense model and each of :data:`SHARES`: CPU milliseconds of a step, beside those of the dense model."""
     variants = {"dense": (dense.copy(), 0.0)} | {f"{share:.0%} skipped": skipping(dense, share, kv) for share in SHARES}
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         models = {}
         for index, (name, (graph, _)) in enumerate(variants.items()):
@@ -92,8 +92,7 @@ def measure(
                         spent[name].append((time.process_time() - start) / _STEPS * 1000)
             for name, times in spent.items():
                 ms, whole = statistics.median(times), statistics.median(spent["dense"])
-                rows.append({"batch": batch, "layers": name, "skipped": variants[name][1], "ms_per_step": ms, "x_dense": whole / ms})
-    return rows
+                yield {"batch": batch, "layers": name, "skipped": variants[name][1], "ms_per_step": ms, "x_dense": whole / ms}
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ class GatedUnit:
             keep_first: whether the scores are those that keep the first token.
         """
         scores = self.gates.args[0] if keep_first else self.scores
+        assert isinstance(scores, fx.Node)
         with graph.inserting(before=self.gates) as b:
             self.gates.update_arg(0, b.inline(rule, scores))
 

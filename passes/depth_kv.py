@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -43,7 +45,7 @@ class KeysAndValues:
             with graph.inserting(before=own.next, path=self.attention.path) as b:
                 open_ = b.call(aten.ne.Scalar, b.call(aten.unsqueeze.default, gates, 1), 0)  # [B, 1, S, 1]
                 shared = b.call(aten.where.self, open_, own, _as_attended(other))
-            own.replace_all_uses_with(shared, delete_user_cb=lambda user, new=shared: user is not new)
+            own.replace_all_uses_with(shared, delete_user_cb=partial(operator.is_not, shared))
 
 
 def kv_bytes_of(attention: Attention) -> int:

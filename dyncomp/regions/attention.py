@@ -154,8 +154,9 @@ class _Finder:
         assert isinstance(query, fx.Node)
         assert isinstance(key, fx.Node)
         present = None
-        if scores.target is aten.add.Tensor and getattr(scores.args[1], "target", None) is _KEY_MASK:
-            scores, present = scores.args[0], scores.args[1].args[0]  # type: ignore[assignment, union-attr]
+        if scores.target is aten.add.Tensor and isinstance(hidden := scores.args[1], fx.Node) and hidden.target is _KEY_MASK:
+            scores, present = scores.args[0], hidden.args[0]
+            assert isinstance(scores, fx.Node)
         transposed = (key.target, *key.args[1:]) not in _SWAPS_LAST
         if not transposed:
             key = key.args[0]
