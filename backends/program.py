@@ -20,7 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from dyncomp.errors import BackendError
-from dyncomp.graph import Graph, once
+from dyncomp.functional import writes
+from dyncomp.graph import Graph, once, op_name
 
 
 class FlatProgram(ExportedProgram):
@@ -51,6 +52,9 @@ def exported_program(graph: Graph) -> ExportedProgram:
     if None in modes or len(modes) > 1:
         graph.infer_shapes()  # what made the graph worked on real tensors, or on shapes of several runs
     expand_functions(graph)
+    if (writing := next((n for n in graph.nodes if writes(n)), None)) is not None:
+        where = f" in {writing.meta['path']}" if writing.meta.get("path") else ""
+        raise BackendError(f"{op_name(writing)}{where} writes into its input, which is seen elsewhere", hint="use --backend torch")
     flat = fx.Graph()
     constants: dict[str, fx.Node] = {}
     inputs = []

@@ -29,7 +29,6 @@ from dyncomp.errors import DyncompError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline, relative_error
 from dyncomp.regions import find_regions
-from dyncomp.regions.experts import find_trained_experts
 from dyncomp.trace import trace
 
 LIMITS = {"trace": 1e-5, "convert": 1e-5, "ORT": 1e-4, "TVM": 1e-4}
@@ -70,7 +69,8 @@ class _Row:
         return cell
 
     def regions(self) -> Cell:
-        found, mixtures = find_regions(self._traced), len(find_trained_experts(self._traced))
+        found = find_regions(self._traced)
+        mixtures = sum(r.trained for r in found.routed)
         counts = f"{len(found.ffns)} FFN, {len(found.attentions)} attention" + (f", {mixtures} mixtures" if mixtures else "")
         ffns, attentions = max(self.tiny.ffns, LAYERS), max(self.tiny.attentions, LAYERS)
         if len(found.ffns) + mixtures < ffns or len(found.attentions) < attentions:
@@ -79,7 +79,11 @@ class _Row:
 
     def convert(self) -> Cell:
         dense, graph = self._traced, self._traced.copy()
-        ffns = find_regions(graph).require_ffns()
+        regions, fresh = find_regions(graph), self._sample(6)
+        if regions.routed and not regions.ffns:
+            self.converted = graph
+            return _held("convert", graph(**fresh), self.module(**fresh))
+        ffns = regions.require_ffns()
         data = [self._sample(seed) for seed in range(4)]
         calibration = Calibration(data, self.name)
         calibrate(graph, ffns, calibration)
@@ -87,7 +91,6 @@ class _Row:
         result = passes.run(graph, Context(calibration, data[0], dense=dense))[0].result
         if result.refused:
             raise _Empty(result.refused[0].reason)
-        fresh = self._sample(6)
         cell = _held("convert", graph(**fresh), dense(**fresh))
         self.converted = graph
         return cell
@@ -186,9 +189,10 @@ def markdown(results: dict[str, Any]) -> str:
         "for a model's name. Numbers are relative errors, the largest absolute difference over the largest absolute value.",
         "",
         f"* *trace*: the graph beside the module, at other sizes than it was traced at (at most {LIMITS['trace']:g}).",
-        "* *regions*: every layer's FFN and attention is found; an FFN that is a mixture of experts already is named.",
+        "* *regions*: every layer's FFN and attention is found; a mixture of experts that was trained counts as an FFN.",
         "* *convert*: every FFN carved into four experts (`carve-experts`), all of them active, beside the dense graph (at most"
-        f" {LIMITS['convert']:g}).",
+        f" {LIMITS['convert']:g}). Trained mixtures become routed FFNs as they are traced; with nothing else to carve, that is held"
+        " beside the module.",
         f"* *ORT*, *TVM*: that graph, lowered, beside PyTorch (at most {LIMITS['ORT']:g}); decoders with a KV cache, prompts and steps.",
         f"* *generate*: {GENERATED} greedy tokens of the ONNX Runtime artifact are those of the dense module. Encoders have none (–).",
         "",

@@ -279,8 +279,8 @@ ARCHITECTURES: dict[str, Tiny] = {
         _decoder("bloom", "Bloom", GELU_TANH | TIED | {"d_ff": 4 * HIDDEN, "attentions": 0, "blocks": {"ffn": LAYERS}},
                  n_layer=LAYERS, n_head=HEADS),
         _decoder("nemotron", "Nemotron", {"activation": "relu2"} | NO_BIAS),
-        _decoder("mixtral", "Mixtral", {"ffns": 0, "blocks": {"attention": LAYERS}}, num_local_experts=4, num_experts_per_tok=2),
-        # the expert that every token runs is an FFN like any other
+        _decoder("mixtral", "Mixtral", {"ffns": 0}, num_local_experts=4, num_experts_per_tok=2),
+        # mixtures become routed FFNs; the expert that every token runs is an FFN like any other
         _decoder("qwen2_moe", "Qwen2Moe", SILU, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                  shared_expert_intermediate_size=FFN),
         # its scan is a Python loop: the sequence cannot be dynamic

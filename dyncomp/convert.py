@@ -203,7 +203,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
     dense = trace_model(loaded)
     regions = find_regions(dense)
-    ffns = require_ffns(regions)
+    ffns = regions.ffns if regions.routed else require_ffns(regions)
     if goal is None and origin is None:
         passes = resolve([f.d_ff for f in ffns])
     for item in passes:

@@ -73,7 +73,7 @@ def count(
             the causal half is not taken off.
         active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, of the inputs that
             counted, per weight of a ``dyncomp::sparse_linear``, and of the tokens that did not skip, per
-            :class:`~dyncomp.regions.depth.Skip` name; 1 where absent.
+            :class:`~dyncomp.regions.depth.Skip` name; 1 where absent, for trained experts what their router opens.
         regions: those of this graph, if they are at hand.
 
     Returns:
@@ -84,7 +84,8 @@ def count(
         RequestError: ``active`` names neither, or is not a fraction.
     """
     regions = find_regions(graph) if regions is None else regions
-    active = dict(active or {})
+    facts = graph.info.get("routing", {})
+    active = {r.name: facts[r.name].get("active", 1.0) for r in regions.routed if r.trained} | dict(active or {})
     sparse = {node: str(node.args[1].target) for node in sparse_nodes(graph)}  # type: ignore[union-attr]
     skips = find_skips(graph)
     known = [r.name for r in regions.routed] + [s.name for s in skips] + list(sparse.values())

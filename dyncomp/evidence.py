@@ -97,7 +97,7 @@ def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Co
     """
     found = {}
     regions, skips = find_regions(converted), bool(converted.info.get("depth"))
-    if quantize is not None and (regions.routed or skips or sparse_nodes(converted)):
+    if quantize is not None and (any(not r.trained for r in regions.routed) or skips or sparse_nodes(converted)):
         found["quantized"] = dense.copy()
         Pipeline([quantize]).run(found["quantized"], ctx)
     if find_parts(converted) or regions.sparse_ffns:
@@ -108,13 +108,13 @@ def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Co
 
 
 def find_experts(graph: Graph) -> list[RoutedFFN]:
-    """The routed FFNs that are made of a dense one, without those that stand in for what tokens skip."""
+    """The routed FFNs, without those that stand in for what tokens skip."""
     return [r for r in find_routed(graph) if not graph.info.get("routing", {}).get(r.name, {}).get("standin")]
 
 
 def find_parts(graph: Graph) -> list[RoutedFFN]:
-    """Of these, the ones whose experts are parts of the dense FFN, not copies of it: static pruning can cost the same."""
-    return [r for r in find_experts(graph) if not graph.info.get("routing", {}).get(r.name, {}).get("copies")]
+    """Of these, the ones whose experts are parts of a dense FFN, not copies of it, nor trained: static pruning can cost the same."""
+    return [r for r in find_experts(graph) if not r.trained and not graph.info.get("routing", {}).get(r.name, {}).get("copies")]
 
 
 def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:

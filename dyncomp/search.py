@@ -187,7 +187,7 @@ class Search:
             yield name, [*parse_passes(spec), *([quantize] if quantize is not None else [])]
             if self.goal.max_loss is not None and not self._reached(name):
                 break  # fewer neurons lose more
-        for active in ACTIVE:
+        for active in ACTIVE if find_regions(self.dense).ffns else ():
             name = f"{active:.0%} of the neurons, static" + (f", int{quantize.bits}" if quantize is not None else "")
             yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *([quantize] if quantize is not None else [])]
             if self.goal.max_loss is not None and not self._reached(name):
@@ -195,7 +195,8 @@ class Search:
 
     def _experts(self, block: int) -> int | None:
         """As many experts as divide every FFN into parts that can be quantized; None when there is no such number."""
-        return most_experts((f.d_ff for f in find_regions(self.dense).ffns), range(4, EXPERTS + 1), block)
+        widths = [f.d_ff for f in find_regions(self.dense).ffns]
+        return most_experts(widths, range(4, EXPERTS + 1), block) if widths else None
 
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)

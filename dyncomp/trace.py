@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dyncomp import serialize
+from dyncomp import functional, serialize
 from dyncomp.cache import cache_folder
 from dyncomp.errors import DyncompError, GraphError, TraceError
+from dyncomp.functional import functionalize
 from dyncomp.graph import Graph, TensorSpec
 from dyncomp.models.loaded import LoadedModel
+from dyncomp.regions import mixture
+from dyncomp.regions.mixture import lift_mixtures
 from dyncomp.serialize import read_structure, write_structure
 
 aten = torch.ops.aten
@@ -109,7 +113,7 @@ def trace_model(loaded: LoadedModel) -> Graph:
     if file is not None and file.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DyncompError):  # a damaged file counts as absent
             document = json.loads(file.read_text())
-            return read_structure(document | {"info": info}, {name: own[name] for name in document["tensors"]}, file)
+            return read_structure(document | {"info": document["info"] | info}, {name: own[name] for name in document["tensors"]}, file)
     graph = trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
     tensors = list(graph.constants())
     if file is not None and all(name in own for name in tensors):
@@ -131,7 +135,8 @@ def _cached_structure(loaded: LoadedModel) -> Path | None:
     facts = [
         loaded.config, loaded.dynamic_dims, loaded.output_name, str(loaded.module), getattr(described, "_attn_implementation", ""),
         [(name, list(t.shape), str(t.dtype)) for name, t in [*loaded.example_inputs.items(), *loaded.module.state_dict().items()]],
-        torch.__version__, transformers.__version__, *(p.read_text() for p in (Path(__file__), Path(serialize.__file__))),
+        torch.__version__, transformers.__version__,
+        *(Path(str(m.__file__)).read_text() for m in (sys.modules[__name__], functional, mixture, serialize)),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     return cache_folder() / "traces" / f"{digest.hexdigest()[:32]}.json"
@@ -171,6 +176,7 @@ def from_exported(
         node.meta["path"] = _module_path(node)
     graph = Graph(fx.GraphModule(module, module.graph), tuple(specs), names, dict(info or {}))
     canonicalize(graph)
+    lift_mixtures(graph)
     return graph
 
 
@@ -192,8 +198,7 @@ def canonicalize(graph: Graph) -> None:
             node.target = aten.reshape.default
         elif node.kwargs.get("device") == torch.device("meta"):  # the graph of a model without weights is the one with them
             node.kwargs = node.kwargs | {"device": torch.device("cpu")}
-        elif (functional := _out_of_place(node)) is not None:
-            node.target = functional
+    functionalize(graph)
     graph.clean()
 
 
@@ -203,7 +208,6 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-_FRESH = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.add.Tensor, aten.mul.Tensor}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _ALWAYS_IDENTITY = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.to.other}
@@ -232,19 +236,6 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         if neutral is not None and isinstance(args[1], (int, float)) and args[1] == neutral:
             return source
     return None
-
-
-def _out_of_place(node: fx.Node) -> torch._ops.OpOverload | None:
-    """``add`` for ``add_`` and its like, if the tensor it overwrites was made for it alone and is no view of another."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or torch.Tag.pointwise not in target.tags:
-        return None
-    name, source = target._schema.name.removeprefix("aten::"), node.args[0] if node.args else None
-    if not name.endswith("_") or not isinstance(source, fx.Node) or list(source.users) != [node] or source.op != "call_function":
-        return None
-    made_by = source.target
-    fresh = isinstance(made_by, torch._ops.OpOverload) and made_by in _FRESH
-    return getattr(getattr(aten, name[:-1], None), target._overloadname, None) if fresh else None
 
 
 def _fixed_size(size: int | torch.SymInt) -> int | None:

@@ -8,6 +8,7 @@ if __name__ != "dyncomp.passes":
 from dyncomp.passes.add_kv_cache import AddKVCache
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.drop_depth import DropDepth
+from dyncomp.passes.drop_experts import DropExperts
 from dyncomp.passes.fit_router import FitRouter
 from dyncomp.passes.fuse_norm import FuseNorm
 from dyncomp.passes.heal import Heal
@@ -21,6 +22,6 @@ from dyncomp.passes.sparsify import Sparsify
 from dyncomp.passes.upcycle import Upcycle
 
 __all__ = [
-    "AddKVCache", "CarveExperts", "DropDepth", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate", "RefitDown",
-    "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
+    "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate",
+    "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context
-from dyncomp.regions import find_routed
+from dyncomp.regions import find_carved
 from dyncomp.sweep import Sweep, fast_matmul
 
 TOKENS, MEASURED = 8_192, 1_024
@@ -34,7 +34,7 @@ def kl_budgets(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph, L
     """
     if graph.info.get("task") != "causal-lm":
         raise RequestError("fit-router{budgets=kl} needs next-token predictions, and this model makes none", hint="use budgets=uniform")
-    regions = find_routed(graph)
+    regions = find_carved(graph)
     losses = sensitivities(graph, ctx, share, fit)
     floors = {r.name: (routing_facts(graph, r.name).get("shared", 0) + 1) / r.experts for r in regions}
     return allocate(losses, {r.name: r.d_ff for r in regions}, share, floors)
@@ -54,11 +54,11 @@ def sensitivities(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph
     chosen = [*batches[:fitted], *batches[-held:]]
     cut = min(max(1 - CUT * (1 - share), 0.1), 0.99)
     work = graph.copy()
-    sweep, regions = Sweep(graph, chosen), find_routed(graph)
+    sweep, regions = Sweep(graph, chosen), find_carved(graph)
     losses: dict[str, float] = {}
     with fast_matmul(), torch.no_grad():
         reference = [_Reference(logits) for logits in Sweep(graph, batches[-held:]).advance(graph.output_nodes[0])]
-        for position, (region, copied) in enumerate(zip(regions, find_routed(work), strict=True)):
+        for position, (region, copied) in enumerate(zip(regions, find_carved(work), strict=True)):
             inputs = sweep.advance(region.input)
             layer = Layer(ExpertView(work, copied), inputs[:fitted])
             routing_facts(work, region.name)["active"] = cut

@@ -56,7 +56,7 @@ class CarveExperts(Pass):
             )
 
     def precheck(self, graph: Graph) -> None:
-        ffns = find_regions(graph).ffns
+        ffns = find_regions(graph).require_ffns()
         for position, ffn in enumerate(ffns):
             if position not in kept_dense(self.keep_dense, len(ffns)):
                 expert_size(ffn.d_ff, self.experts)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context
-from dyncomp.regions import find_routed
+from dyncomp.regions import find_carved
 from dyncomp.routing import expert_choice, group_top_k, sinkhorn_top_k
 
 THRESHOLDS = ("threshold", "relative")
@@ -87,10 +87,10 @@ class FitRouter(LayerwisePass):
     def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
         if self.gates in ACROSS_TOKENS:
             refuse_decoders(graph, f"fit-router{{gates={self.gates}}}")
-            for region in find_routed(graph):
+            for region in find_carved(graph):
                 require_sequences(region, f"fit-router{{gates={self.gates}}}")
         if self.k:
-            for region in find_routed(graph):
+            for region in find_carved(graph):
                 shared = routing_facts(graph, region.name).get("shared", 0)
                 if not shared < self.k <= region.experts:
                     raise RequestError(
@@ -104,7 +104,7 @@ class FitRouter(LayerwisePass):
 
             budgets = kl_budgets(graph, ctx, share, lambda work, layer: self._install(work, layer, ctx.seed))
         else:
-            budgets = {region.name: share for region in find_routed(graph)}
+            budgets = {region.name: share for region in find_carved(graph)}
         for name, value in budgets.items():
             routing_facts(graph, name)["active"] = value
         facts: dict[str, Any] = {"active": self.active, "active_routed": share}

@@ -13,7 +13,7 @@ from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.ops import expert_hidden
 from dyncomp.pipeline import Context, Pass, PassResult
-from dyncomp.regions import RoutedFFN, find_regions, find_routed
+from dyncomp.regions import RoutedFFN, find_carved, find_regions, find_routed
 from dyncomp.sweep import Sweep, fast_matmul, reduced_products, release_memory
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class ExpertView:
     """
 
     def __init__(self, graph: Graph, region: RoutedFFN) -> None:
-        if not _reads_only(region.router, region.input):
+        if not reads_only(region.router, region.input):
             raise PassError(f"{region.name} has no router of its input alone", hint="run carve-experts first")
         self.region, self.name, self.gates = region, region.name, region.gates
         self._graph = graph
@@ -80,7 +80,8 @@ class ExpertView:
         return values
 
 
-def _reads_only(router: tuple[fx.Node, ...], x: fx.Node) -> bool:
+def reads_only(router: tuple[fx.Node, ...], x: fx.Node) -> bool:
+    """Whether a router is computed from ``x`` and constants alone."""
     known = {x, *router}
     return bool(router) and all(i in known or i.op == "get_attr" for node in router for i in node.all_input_nodes)
 
@@ -161,7 +162,7 @@ class LayerwisePass(Pass):
 
 def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -> list[PassResult]:
     """Run layerwise passes over every routed FFN in order, all of them in one sweep over the calibration inputs."""
-    regions = find_routed(graph)
+    regions = find_carved(graph)
     if not regions:
         raise PassError("the graph has no routed FFN", hint="run carve-experts first")
     stage = "+".join(p.name for p in passes)
@@ -216,7 +217,7 @@ LayerwisePass.together = run_layerwise
 def active_share(graph: Graph, active: float, *, who: str) -> float:
     """The mean active fraction that routed FFNs must have for ``active`` over all FFNs, those left dense included."""
     dense = sum(f.d_ff for f in find_regions(graph).ffns)
-    routed = sum(r.d_ff for r in find_routed(graph))
+    routed = sum(r.d_ff for r in find_carved(graph))
     share = (active * (dense + routed) - dense) / max(routed, 1)
     if share <= 0:
         raise RequestError(

@@ -18,7 +18,7 @@ from dyncomp.trace import trace
 
 DECODERS = [n for n in ARCHITECTURES if n in {
     "llama", "qwen2", "qwen3", "mistral", "olmo2", "stablelm", "gemma2", "gemma3", "phi3", "phi", "falcon", "gptj", "gpt_neox", "gpt2",
-    "opt", "nemotron", "nanogpt",
+    "opt", "nemotron", "mixtral", "qwen2_moe", "nanogpt",
 }]  # fmt: skip
 CONTEXT = 48
 

@@ -15,7 +15,7 @@ from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline
-from dyncomp.regions import find_regions, find_routed
+from dyncomp.regions import find_carved, find_regions, find_routed
 from dyncomp.sweep import Sweep
 
 WITH_FFN = [name for name, tiny in ARCHITECTURES.items() if tiny.ffns and not tiny.shared]
@@ -39,7 +39,7 @@ def test_with_all_experts_active_the_model_equals_the_dense_one(name: str) -> No
     expected = graph(**fresh)
     result = Pipeline([CarveExperts(experts=4, cluster="random", keep_dense=())]).run(graph, Context())[0].result
     assert len(result.changed) == ARCHITECTURES[name].ffns
-    assert len(find_routed(graph)) == ARCHITECTURES[name].ffns
+    assert len(find_carved(graph)) == ARCHITECTURES[name].ffns
     assert_close(graph(**fresh), expected, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from helpers import assert_close, route
 
 from bench.tiny import ARCHITECTURES, FFN, HIDDEN, TOKENS, VOCAB, TokenModel, built, sample, tokens, trace_tiny
 from dyncomp.errors import GraphError, RequestError
-from dyncomp.regions import find_ffns, find_regions, find_routed, replace_ffn
+from dyncomp.regions import find_carved, find_ffns, find_regions, find_routed, replace_ffn
 from dyncomp.trace import trace
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def test_routing_to_every_expert_changes_nothing(name: str):
     graph.clean()
     regions = find_regions(graph)
     assert regions.ffns == []
-    assert [r.name for r in regions.routed] == [f.name for f in ffns]
+    assert [r.name for r in find_carved(graph)] == [f.name for f in ffns]
     assert Counter(b.kind for b in regions.blocks) == Counter(ARCHITECTURES[name].blocks), "blocks are found around routed FFNs too"
     other = sample(inputs, dims, {"batch": 3, "sequence": 11})
     with torch.no_grad():
@@ -118,12 +118,6 @@ def test_the_head_is_found_behind_a_softcap():
     head = find_regions(trace_tiny("gemma2")).head
     assert head is not None
     assert head.node is not trace_tiny("gemma2").output_nodes[0]
-
-
-def test_mixtures_of_experts_are_named():
-    refusals = [r for r in find_regions(trace_tiny("mixtral")).refusals if r.what == "ffn"]
-    assert [r.where for r in refusals] == ["model.model.layers.0.mlp.experts", "model.model.layers.1.mlp.experts"]
-    assert "mixture of 4 experts already" in refusals[0].reason
 
 
 def test_a_model_without_ffn_is_told_so():

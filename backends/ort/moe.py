@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def non_negative(node: fx.Node) -> bool:
         return all(a >= 0 if isinstance(a, (int, float)) else isinstance(a, fx.Node) and non_negative(a) for a in node.args)
     if node.target is aten.scatter.src:
         return all(isinstance(a, fx.Node) and non_negative(a) for a in (node.args[0], node.args[3]))
+    if node.target is operator.getitem and node.args[0].target is aten.topk.default and node.args[1] == 0:  # type: ignore[union-attr]
+        return non_negative(node.args[0].args[0])  # type: ignore[union-attr, arg-type]
     if node.target is aten.cat.default:
         return all(isinstance(a, fx.Node) and non_negative(a) for a in node.args[0])  # type: ignore[union-attr]
     if node.target in (

@@ -8,7 +8,7 @@ All of them are found by dataflow, so a model nobody has seen before works, or i
 ``probe``          which activation it is, by running it on random numbers
 ``ffn``            FFNs described; ``replace`` them; ``routed``: those that are routed already
 ``attention``      attentions, with their masks (``mask``) and rotary embeddings (``rotary``)
-``experts``        mixtures of experts that were trained as such
+``mixture``        mixtures of experts that a model was trained with, made routed FFNs as it is traced; ``experts`` names the others
 ``blocks``         residual blocks
 ``head``           the vocabulary head
 =================  ================================================================================
@@ -28,11 +28,11 @@ from dyncomp.regions.head import Head, find_head
 from dyncomp.regions.linear import Linear, find_linears
 from dyncomp.regions.refusal import Refusal
 from dyncomp.regions.replace import replace_ffn
-from dyncomp.regions.routed import RoutedFFN, find_routed
+from dyncomp.regions.routed import RoutedFFN, find_carved, find_routed
 
 __all__ = [
     "FFN", "Attention", "Block", "FFNWeights", "Head", "Linear", "Refusal", "Regions", "RoutedFFN",
-    "find_attentions", "find_blocks", "find_ffns", "find_head", "find_linears", "find_regions", "find_routed",
+    "find_attentions", "find_blocks", "find_carved", "find_ffns", "find_head", "find_linears", "find_regions", "find_routed",
     "find_sparse_ffns",
     "replace_ffn", "require_ffns",
 ]  # fmt: skip

@@ -1,11 +1,13 @@
-"""Mixtures of experts that a model was trained with: not taken for FFNs, but named, so that nobody wonders."""
+"""Mixtures of experts that a model was trained with and :mod:`~dyncomp.regions.mixture` does not understand: named, with the reason."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from dyncomp.graph import Graph, op_name
+from dyncomp.regions.hidden import LEAVE_DENSE
 from dyncomp.regions.linear import NO_OPS, TRANSPOSES
+from dyncomp.regions.mixture import find_mixtures
 from dyncomp.regions.refusal import Refusal
 
 _PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "grouped_mm")
@@ -13,19 +15,22 @@ _PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "grouped_mm")
 
 def find_trained_experts(graph: Graph) -> list[Refusal]:
     """One refusal per mixture: two or more products with weights of [experts, …, …] in one module."""
+    reasons = find_mixtures(graph)[1]
     mixtures: dict[str, list[tuple[fx.Node, int]]] = {}
     for node in graph.module.graph.nodes:
         if node.op == "call_function" and any(name in op_name(node) for name in _PRODUCTS):
             for operand in node.all_input_nodes:
                 if (experts := _matrices(graph, operand)) is not None:
-                    mixtures.setdefault(str(node.meta.get("path") or node.name), []).append((node, experts))
+                    mixtures.setdefault(str(node.meta.get("path", "")), []).append((node, experts))
     return [
-        Refusal(
-            where, "ffn", f"it is a mixture of {products[0][1]} experts already ({op_name(products[0][0])})", "nothing to do: it is sparse"
-        )
-        for where, products in mixtures.items()
-        if len(products) > 1
+        Refusal(where or node.name, "ffn", f"it is a mixture of {experts} experts already ({op_name(node)}){_because(reasons.get(node))}", LEAVE_DENSE)
+        for where, ((node, experts), *more) in mixtures.items()
+        if more
     ]
+
+
+def _because(reason: str | None) -> str:
+    return "" if reason is None else f", of a kind that is not understood: {reason}"
 
 
 def _matrices(graph: Graph, node: fx.Node) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ class RoutedFFN:
         w_up, b_up, w_down, b_down: names of the constants.
         experts: E. d_ff: hidden neurons of all experts together.
         router: the nodes that only serve to compute the gates, in graph order.
+        trained: the model came with these experts, and their router; the others are made of dense FFNs.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RoutedFFN:
     gated: bool
     output: fx.Node
     router: tuple[fx.Node, ...]
+    trained: bool = False
 
     @property
     def parameters(self) -> int:
@@ -61,7 +63,14 @@ class RoutedFFN:
 def find_routed(graph: Graph) -> list[RoutedFFN]:
     """All routed FFNs in graph order."""
     names = Names()
-    return [_read(graph, node, names) for node in graph.module.graph.nodes if node.target is torch.ops.dyncomp.routed_ffn.default]
+    facts = graph.info.get("routing", {})
+    found = [_read(graph, node, names) for node in graph.module.graph.nodes if node.target is torch.ops.dyncomp.routed_ffn.default]
+    return [replace(r, trained=bool(facts.get(r.name, {}).get("trained"))) for r in found]
+
+
+def find_carved(graph: Graph) -> list[RoutedFFN]:
+    """Those that were dense FFNs: what passes that fit routers work on."""
+    return [r for r in find_routed(graph) if not r.trained]
 
 
 def _read(graph: Graph, node: fx.Node, names: Names) -> RoutedFFN:

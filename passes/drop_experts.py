@@ -1,0 +1,120 @@
+"""Pass ``drop-experts``: remove the experts of trained mixtures that tokens use least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from dyncomp.passes.layerwise import reads_only, routing_facts
+from torch import Tensor, fx
+
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import RoutedFFN, find_regions
+from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import Sweep, fast_matmul
+
+
+@dataclass(frozen=True)
+class DropExperts(Pass):
+    """Keep the experts with the largest gates, summed over the calibration tokens (expert pruning: 2402.14800 compares the ways to choose).
+
+    before:  gates = softmax(linear(x, router[E])) -> top-k …;      dyncomp.routed_ffn(x, gates, w_up[E], w_down[E])
+    after:   gates = softmax(linear(x, router[kept])) -> top-k …;   dyncomp.routed_ffn(x, gates, w_up[kept], w_down[kept])
+
+    A token that would have used a dropped expert uses its next best, so each token costs what it did: the model gets smaller.
+    """
+
+    name: ClassVar[str] = "drop-experts"
+
+    keep: float = 0.75
+    """Share of each mixture's experts to keep; never fewer than a token runs."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise RequestError(f"drop-experts: keep={self.keep:g} is not in (0, 1]", hint="for example keep=75%")
+
+    def precheck(self, graph: Graph) -> None:
+        if not any(r.trained for r in find_regions(graph).routed):
+            raise RequestError(
+                "drop-experts: the model has no trained mixture of experts", hint="prune-static removes neurons of dense FFNs"
+            )
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        regions = [r for r in find_regions(graph).routed if r.trained]
+        result = PassResult(facts={"keep": self.keep, "kept": {}})
+        used = _use(graph, regions, ctx)
+        for region in regions:
+            k = max(1, round(routing_facts(graph, region.name).get("active", 1.0) * region.experts))
+            count = max(k, round(self.keep * region.experts))
+            kept = used[region.name].topk(count).indices.sort().values
+            if count == region.experts:
+                continue
+            if (reason := _narrow(graph, region, kept)) is not None:
+                result.refused.append(Refusal(region.name, self.name, reason, "keep all of its experts"))
+                continue
+            routing_facts(graph, region.name)["active"] = k / count
+            result.facts["kept"][region.name] = kept.tolist()
+            result.changed.append(region.name)
+        graph.clean()
+        graph.infer_shapes()
+        return result
+
+
+def _use(graph: Graph, regions: list[RoutedFFN], ctx: Context) -> dict[str, Tensor]:
+    """Sum of each expert's gates over all tokens: name -> [E]."""
+    batches, used = ctx.need_calibration(DropExperts.name).batches, dict[str, Tensor]()
+    sweep = Sweep(graph, batches)
+    with fast_matmul(), torch.no_grad():
+        for done, region in enumerate(regions):
+            used[region.name] = torch.stack([g.abs().flatten(0, -2).sum(0) for g in sweep.advance(region.gates)]).sum(0)
+            ctx.progress(DropExperts.name, done + 1, len(regions))
+    return used
+
+
+def _narrow(graph: Graph, region: RoutedFFN, kept: Tensor) -> str | None:
+    """Take the other experts out of the weights and of whatever has one value an expert in the router; or say why that cannot be."""
+    if not reads_only(region.router, region.input):
+        return "its router reads more than its input"
+    replaced = {n: _part(graph.tensor(n).detach(), kept, region.experts) for n in _constants(region)}
+    try:
+        gates = _run(graph, region, {n: value for n, (_, value) in replaced.items()})
+    except Exception as error:  # sizes that the router has written down, such as those of groups
+        return f"its router is made for {region.experts} experts ({type(error).__name__})"
+    if gates.shape[-1] != len(kept) or not bool(gates.any(-1).all()):
+        return f"its router is made for {region.experts} experts"
+    for node, (name, value) in replaced.items():
+        target = name or f"{node.target}_kept"
+        graph.add_tensor(target, value, trainable=isinstance(graph.tensor(node), torch.nn.Parameter))
+        for user in region.router:
+            user.replace_input_with(node, graph.read(target))
+    for i, name in ((2, region.w_up), (3, region.b_up), (4, region.w_down)):
+        if name is not None:
+            graph.add_tensor(f"{name}_kept", graph.tensor(name).detach()[kept])
+            region.node.update_arg(i, graph.read(f"{name}_kept"))
+    return None
+
+
+def _constants(region: RoutedFFN) -> list[fx.Node]:
+    return list(dict.fromkeys(i for node in region.router for i in node.all_input_nodes if i.op == "get_attr"))
+
+
+def _part(value: Tensor, kept: Tensor, experts: int) -> tuple[str | None, Tensor]:
+    """What is left of a constant: (the name of a table that all layers share, or None; the values)."""
+    if value.dtype == torch.int64 and torch.equal(value, torch.arange(experts)):
+        return f"tables.experts_{len(kept)}", torch.arange(len(kept))
+    axis = next((i for i, size in enumerate(value.shape) if size == experts), None)
+    return None, value if axis is None else value.index_select(axis, kept)
+
+
+def _run(graph: Graph, region: RoutedFFN, constants: dict[fx.Node, Tensor]) -> Tensor:
+    """The gates of a few random tokens."""
+    x = torch.randn(8, region.d_model, generator=torch.Generator().manual_seed(0))
+    values: dict[fx.Node, Any] = {region.input: x, **constants}
+    for node in region.router:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    gates: Tensor = values[region.gates]
+    return gates
