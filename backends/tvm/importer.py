@@ -86,6 +86,7 @@ class _Converters:
             "to.device": self.to_device,
             "index.Tensor": self.index,
             "slice.Tensor": self.slice,
+            "repeat.default": self.repeat,
             "threshold_gates.default": self.threshold_gates,
             "topk_gates.default": self.topk_gates,
             "gelu.default": self.gelu,
@@ -214,6 +215,25 @@ class _Converters:
 
         shape = _traced_shape(node, importer)
         return importer.block_builder.emit_te(cut, _value(node.args[0], importer), primfunc_name_hint="slice")
+
+    def repeat(self, node: fx.Node, importer: Any) -> Any:
+        """``x.repeat(…)``, also as often as an input's size says (TVM's own takes constants)."""
+        x = _value(node.args[0], importer)
+        times = [importer.env[t] if isinstance(t, fx.Node) else t for t in cast(list[Any], node.args[1])]
+        sizes = [1] * (len(times) - len(x.ty.shape)) + list(x.ty.shape)
+        added = len(times) - len(x.ty.shape)
+
+        try:
+            out = _traced_shape(node, importer)
+        except BackendError:  # a size is a product
+            out = [size * time for size, time in zip(sizes, times, strict=True)]
+
+        def tiled(t: Any) -> Any:
+            return te.compute(
+                out, lambda *at: t(*(0 if _is_one(d) else i % d for i, d in zip(at[added:], t.shape, strict=True))), name="repeat"
+            )
+
+        return importer.block_builder.emit_te(tiled, x, primfunc_name_hint="repeat")
 
     def index(self, node: fx.Node, importer: Any) -> Any:
         """``x[i, j, …]`` with an index tensor for each dimension (TVM's own converter loses the shape); others as TVM has them."""
