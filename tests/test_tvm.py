@@ -272,7 +272,7 @@ def test_what_tvm_lacks_is_spelled_otherwise(tmp_path: Path) -> None:
     class Steps(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = torch.where(x > 0, x, -2.0) + torch.diff(x, dim=-1, prepend=x[..., :1])
-            return y + x[:, [-2]] + x[:, -1, None] + x.cumsum(-1)
+            return y + x[:, [-2]] + x[:, -1, None] + x.cumsum(-1) + x[:1].repeat(x.shape[0], 1)
 
     graph = trace(Steps(), {"x": numbers(0, 3, 8)}, {"x": {0: "batch"}})
     assert {"where.ScalarOther", "diff"} <= {op_name(n) for n in graph.nodes}
