@@ -23,14 +23,15 @@ def find_trained_experts(graph: Graph) -> list[Refusal]:
                 if (experts := _matrices(graph, operand)) is not None:
                     mixtures.setdefault(str(node.meta.get("path", "")), []).append((node, experts))
     return [
-        Refusal(where or node.name, "ffn", f"it is a mixture of {experts} experts already ({op_name(node)}){_because(reasons.get(node))}", LEAVE_DENSE)
+        Refusal(where or node.name, "ffn", _reason(node, experts, reasons.get(node)), LEAVE_DENSE)
         for where, ((node, experts), *more) in mixtures.items()
         if more
     ]
 
 
-def _because(reason: str | None) -> str:
-    return "" if reason is None else f", of a kind that is not understood: {reason}"
+def _reason(node: fx.Node, experts: int, why: str | None) -> str:
+    more = "" if why is None else f", of a kind that is not understood: {why}"
+    return f"it is a mixture of {experts} experts already ({op_name(node)}){more}"
 
 
 def _matrices(graph: Graph, node: fx.Node) -> int | None:
