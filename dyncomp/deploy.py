@@ -50,6 +50,7 @@ class Backend:
         lower: (graph, folder, progress=…) writes an artifact.
         open: (folder, threads=…) opens it.
         session: generates tokens with it.
+        settings: what else an artifact made now depends on; empty for nothing. It keeps artifacts in the cache folder apart, too.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backend:
     lower: Callable[..., Any]
     open: Callable[..., Any]
     session: Callable[[Any], Any]
+    settings: Callable[[], str] = str
 
 
 def backend_of(name: str) -> Backend:
@@ -65,9 +67,14 @@ def backend_of(name: str) -> Backend:
     if name == "tvm":
         from dyncomp.backends.tvm import decoder as tvm_decoder
         from dyncomp.backends.tvm import lower as tvm_lower
+        from dyncomp.backends.tvm import machine as tvm_machine
         from dyncomp.backends.tvm import run as tvm_run
+        from dyncomp.backends.tvm import tuned as tvm_tuned
 
-        return Backend("tvm", "TVM", tvm_lower.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for)
+        def tuning() -> str:
+            return tvm_tuned.Database().digest(tvm_machine.this_machine())
+
+        return Backend("tvm", "TVM", tvm_lower.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for, tuning)
     from dyncomp.backends.ort import decoder, lower, run
 
     return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for)
@@ -104,7 +111,9 @@ def dense_artifact(
     from dyncomp import __version__
 
     precision = "" if quantize is None else f"-int{quantize.bits}-{quantize.block}-{quantize.symmetric}-{quantize.head_bits}"
-    folder = cache_folder() / f"dense-{backend}" / f"{fingerprint[:24]}-{__version__}-{backend_of(backend).schema}{precision}"
+    used = backend_of(backend)
+    settings = "".join(f"-{s}" for s in (used.schema, used.settings()) if s)
+    folder = cache_folder() / f"dense-{backend}" / f"{fingerprint[:24]}-{__version__}{settings}{precision}"
     if not (folder / "done").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_depth import gated
 from test_ort import carve, with_cache
 from torch import Tensor
 
@@ -34,7 +35,7 @@ tvm = pytest.importorskip("tvm")
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine, require
 from dyncomp.backends.tvm.decoder import TvmDecoder, decoder_for
-from dyncomp.backends.tvm.kernels import attention, functions, linear, norm, sdpa
+from dyncomp.backends.tvm.kernels import attention, functions, gated_linear, linear, norm, sdpa
 from dyncomp.backends.tvm.kernels import routed_ffn as routed
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
 from dyncomp.backends.tvm.lower import CONFIG, PARAMETERS, lower
@@ -119,6 +120,23 @@ def test_routed_ffn_keeps_what_is_not_finite_to_its_tokens_and_experts(bad: floa
     run(x, gates, *pack_experts(w_up, b_up, w_down, TILE), y)
     assert not torch.isfinite(y[2]).any()
     assert torch.isfinite(y[[0, 1, 3, 4, 5, 6, 7]]).all()
+
+
+@functools.cache
+def gated_kernel() -> Callable[..., None]:
+    return compiled(gated_linear.gated_linear(100, 37, TILE))
+
+
+@EXAMPLES
+@given(st.integers(0, 20), st.sampled_from(["none", "some", "all"]), st.integers(0, 9))
+def test_gated_linear_reads_nothing_for_tokens_that_skip(tokens: int, routing: str, seed: int) -> None:
+    x, w, b, y = numbers(seed, tokens, 37), numbers(1, 100, 37), numbers(2, 100), torch.full((tokens, 100), 7.0)
+    gates = numbers(seed + 1, tokens, 1) * (numbers(seed + 2, tokens, 1) > {"none": 9, "some": 0, "all": -9}[routing])
+    expected = F.linear(x, w, b) * gates
+    x[gates[:, 0] == 0] = float("nan")
+    given = torch.full_like(w, float("nan")) if routing == "none" else w
+    gated_kernel()(x, gates, pack(given, TILE), pad_rows(b, TILE), y)
+    assert_close(y, expected, rel=1e-5)
 
 
 FORMS = {
@@ -264,6 +282,17 @@ def test_positions_from_the_end(tmp_path: Path) -> None:
     graph = with_cache(trace_tiny("falcon"))
     lower(graph, tmp_path)
     entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=6)
+    assert entry["relative_error"] <= 1e-5
+    assert entry["greedy_tokens_equal"] == 1
+
+
+def test_tokens_that_skip_layers(tmp_path: Path) -> None:
+    graph = with_cache(gated("llama", "block", closed=True))
+    kernels = lower(graph, tmp_path).kernels
+    for op in ("gated_linear", "routed_ffn"):  # queries and outputs of attentions; FFNs and stand-ins: all compute open gates only
+        count = sum(n.target is getattr(torch.ops.dyncomp, op).default for n in graph.nodes)
+        assert sum(n for name, n in kernels.items() if name.startswith(op)) == count >= 4, op
+    entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=8)
     assert entry["relative_error"] <= 1e-5
     assert entry["greedy_tokens_equal"] == 1
 

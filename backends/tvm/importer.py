@@ -13,12 +13,11 @@ from dyncomp.backends.program import expand, is_composite
 from dyncomp.backends.tvm.kernels.attention import Attention
 from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
-from dyncomp.backends.tvm.kernels.linear import linear as linear_kernel
+from dyncomp.backends.tvm.kernels.gated_linear import gated_linear as gated_kernel
 from dyncomp.backends.tvm.kernels.norm import norm as norm_kernel
-from dyncomp.backends.tvm.kernels.routed_ffn import routed_ffn as ffn_kernel
 from dyncomp.backends.tvm.kernels.sdpa import attention as sdpa_kernel
-from dyncomp.backends.tvm.kernels.tile import Tile
 from dyncomp.backends.tvm.native import PREFIX
+from dyncomp.backends.tvm.shapes import FFNShape, LinearShape, Tiles
 from torch import fx
 from torch._ops import OpOverload
 from tvm import relax, te, tirx
@@ -32,7 +31,7 @@ Converter = Callable[[fx.Node, Any], Any]
 _MUTATIONS = ("BUFFER_MUTATION", "USER_INPUT_MUTATION", "PARAMETER_MUTATION")
 
 
-def import_graph(graph: Graph, program: torch.export.ExportedProgram, tile: Tile) -> Any:
+def import_graph(graph: Graph, program: torch.export.ExportedProgram, tiles: Tiles) -> Any:
     """The ``IRModule`` of an exported program; parameters become inputs after the graph's own.
 
     Raises:
@@ -41,7 +40,7 @@ def import_graph(graph: Graph, program: torch.export.ExportedProgram, tile: Tile
     for spec in program.graph_signature.output_specs:
         if spec.kind.name in _MUTATIONS:
             raise BackendError(f"the graph changes {spec.target!r} in place, which TVM drops silently", hint="use --backend ort")
-    converters = _Converters(tile).table()
+    converters = _Converters(tiles).table()
     try:
         _expand_unknown(program, converters)
         with warnings.catch_warnings():
@@ -68,8 +67,8 @@ def _expand_unknown(program: torch.export.ExportedProgram, converters: dict[str,
 class _Converters:
     """One method for each operator; all kernels of a module are made once and named after what they are."""
 
-    def __init__(self, tile: Tile) -> None:
-        self.tile = tile
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles, self.tile = tiles, tiles.default
         self.kernels: dict[Any, Any] = {}
         self.importer: Any = None
         self.own: dict[str, Any] = {}
@@ -78,6 +77,7 @@ class _Converters:
         converters: dict[str, Converter] = {name: self.plain(name) for name in ExportedProgramImporter().create_convert_map()}
         converters |= {
             "tvm_linear.default": self.linear,
+            "tvm_gated_linear.default": self.gated_linear,
             "tvm_norm.default": self.norm,
             "tvm_routed_ffn.default": self.routed_ffn,
             "tvm_native.default": self.native,
@@ -87,6 +87,7 @@ class _Converters:
             "index.Tensor": self.index,
             "slice.Tensor": self.slice,
             "repeat.default": self.repeat,
+            "rsub.Scalar": self.rsub,
             "threshold_gates.default": self.threshold_gates,
             "topk_gates.default": self.topk_gates,
             "gelu.default": self.gelu,
@@ -115,9 +116,19 @@ class _Converters:
     def linear(self, node: fx.Node, importer: Any) -> Any:
         x, weight, bias = _arguments(node, importer)[:3]
         rows, depth = cast(int, node.args[3]), int(x.ty.shape[-1])
-        kernel = self.kernel(importer, f"linear_{rows}_{depth}", None, lambda: linear_kernel(rows, depth, self.tile))
+        shape = LinearShape(rows, depth)
+        kernel = self.kernel(importer, f"linear_{rows}_{depth}", None, lambda: shape.build(self.tiles.of(shape)))
         lead = list(x.ty.shape)[:-1]
         return self.on_rows(importer, kernel, x, [weight, bias], lead, rows)
+
+    def gated_linear(self, node: fx.Node, importer: Any) -> Any:
+        x, gates, weight, bias = _arguments(node, importer)[:4]
+        rows, depth = cast(int, node.args[4]), int(x.ty.shape[-1])
+        kernel = self.kernel(importer, f"gated_linear_{rows}_{depth}", None, lambda: gated_kernel(rows, depth, self.tile))
+        lead = list(x.ty.shape)[:-1]
+        if len(lead) > 1:
+            gates = importer.block_builder.emit(relax.op.reshape(gates, relax.ShapeExpr([_size(lead), 1])))
+        return self.on_rows(importer, kernel, x, [gates, weight, bias], lead, rows)
 
     def norm(self, node: fx.Node, importer: Any) -> Any:
         x, scale, shift = _arguments(node, importer)[:3]
@@ -131,10 +142,9 @@ class _Converters:
         builder, arguments = importer.block_builder, _arguments(node, importer)
         x, gates, up, bias, down, neurons, rows, activation, gated = arguments
         experts, depth = int(up.ty.shape[0]), int(x.ty.shape[-1])
-        kernel = self.kernel(
-            importer, f"routed_ffn_{experts}_{neurons}_{depth}", (rows, activation, gated),
-            lambda: ffn_kernel(experts, neurons, depth, rows, activation, gated=gated, tile=self.tile),
-        )  # fmt: skip
+        shape = FFNShape(experts, neurons, depth, rows, activation, gated)
+        name = f"routed_ffn_{experts}_{neurons}_{depth}"
+        kernel = self.kernel(importer, name, shape, lambda: shape.build(self.tiles.of(shape)))
         lead = list(x.ty.shape)[:-1]
         if len(lead) > 1:
             gates = builder.emit(relax.op.reshape(gates, relax.ShapeExpr([_size(lead), experts])))
@@ -273,6 +283,14 @@ class _Converters:
         return importer.block_builder.emit_te(
             lambda t: te.compute(t.shape, lambda *at: function(t(*at)), name=name), x, primfunc_name_hint=name
         )
+
+    def rsub(self, node: fx.Node, importer: Any) -> Any:
+        """``other - alpha * x`` in the result's dtype (TVM's own takes an integer for an int32)."""
+        x, other, alpha = [*_arguments(node, importer), 1][:3]
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        x = x if str(x.ty.dtype) == dtype else importer.block_builder.emit(relax.op.astype(x, dtype))
+        x = x if alpha == 1 else importer.block_builder.emit(relax.op.multiply(x, relax.const(alpha, dtype)))
+        return importer.block_builder.emit(relax.op.subtract(relax.const(other, dtype), x))
 
     def threshold_gates(self, node: fx.Node, importer: Any) -> Any:
         scores = importer.env[node.args[0]]

@@ -19,6 +19,7 @@ from dyncomp.backends.tvm.machine import Machine, this_machine
 from dyncomp.backends.tvm.native import PREFIX, instruction_set
 from dyncomp.backends.tvm.native import library as native_library
 from dyncomp.backends.tvm.require import require_compiler
+from dyncomp.backends.tvm.tuned import Database, tiles_for
 from torch.export.graph_signature import InputKind
 
 from dyncomp.errors import BackendError
@@ -51,36 +52,44 @@ class Lowered:
     outputs: tuple[str, ...] = ()
 
 
-def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None, progress: Progress | None = None) -> Lowered:
+def lower(
+    graph: Graph,
+    directory: str | Path,
+    *,
+    machine: Machine | None = None,
+    tuning: Database | None = None,
+    progress: Progress | None = None,
+) -> Lowered:
     """Compile ``graph`` into a library, its weights beside it.
 
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
         machine: what to make code for; by default this machine.
+        tuning: the parameters that ``dyncomp tune`` found; by default those in the cache folder.
         progress: ``progress(stage, done, total)``.
 
     Raises:
+        ModelError: the tuning database is damaged.
         BackendError: something in the graph has no TVM form; names it.
         MissingExtraError: TVM is not installed.
     """
     require_compiler()
     from dyncomp.backends.tvm.compile import compile_module
     from dyncomp.backends.tvm.importer import import_graph
-    from dyncomp.backends.tvm.kernels.tile import Tile
     from dyncomp.backends.tvm.select import select
 
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
     native = _native_library(machine) if graph.quantized else None
-    tile = Tile(machine.lanes, machine.vectors, machine.rows)
+    tiles = tiles_for(machine, tuning)
     report("select", 0, 4)
-    selected = select(graph, tile)
+    selected = select(graph, tiles)
     report("export", 1, 4)
     program = exported_program(selected)
     _keep_weights_outside(program)
     report("compile", 2, 4)
-    module = import_graph(selected, program, tile)
+    module = import_graph(selected, program, tiles)
     compiled, kernels, order = compile_module(module, machine)
     report("write", 3, 4)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +100,7 @@ def lower(graph: Graph, directory: str | Path, *, machine: Machine | None = None
     compiled.export_library(str(directory / LIBRARY))
     tensors = _tensors(program)
     entries = _write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
-    config = _config(graph, machine, kernels, entries, None if native is None else instruction_set(native))
+    config = _config(graph, machine, kernels, tiles.used(selected), entries, None if native is None else instruction_set(native))
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     report("write", 4, 4)
     files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE) if (directory / name).exists())
@@ -147,12 +156,18 @@ def _native_library(machine: Machine) -> Path:
 
 
 def _config(
-    graph: Graph, machine: Machine, kernels: dict[str, int], parameters: list[dict[str, Any]], instruction_set: str | None
+    graph: Graph,
+    machine: Machine,
+    kernels: dict[str, int],
+    tuned: list[dict[str, Any]],
+    parameters: list[dict[str, Any]],
+    instruction_set: str | None,
 ) -> dict[str, Any]:
     return {
         **describe(graph, SCHEMA),
         "machine": machine.describe(),
         "kernels": kernels,
+        "tuned": tuned,
         **({"native": {"library": NATIVE, "instruction_set": instruction_set}} if instruction_set is not None else {}),
         **({"sparse_linear": sparse_kernels(graph, kernels.get(f"{PREFIX}sparse_linear", 0))} if sparse_nodes(graph) else {}),
         "parameters": parameters,

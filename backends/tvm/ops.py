@@ -26,6 +26,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
 
 
 @_export_only
+def gated_linear(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
+    """``dyncomp.gated_linear`` on packed weights: x [..., K], gates [..., 1] -> [..., rows]."""
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@_export_only
 def norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, centered: bool) -> Tensor:
     """LayerNorm (centered) or RMSNorm over the last dimension: [..., d] -> [..., d]."""
     return torch.empty_like(x)

@@ -11,18 +11,21 @@ from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_lin
 from dyncomp.backends.tvm import ops
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS as ACTIVATIONS
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
+from dyncomp.backends.tvm.shapes import FFNShape, LinearShape, Tiles
 from torch import fx
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
+from dyncomp.ops import gated_linear
 from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.regions.partial import ShapeOnly
 from dyncomp.regions.routed import find_routed
 
 aten = torch.ops.aten
+GATED = gated_linear._opoverload
 
 
-def select(graph: Graph, tile: Tile) -> Graph:
+def select(graph: Graph, tiles: Tiles) -> Graph:
     """A copy of ``graph`` that calls the operators of :mod:`dyncomp.backends.tvm.ops`; for export only."""
     graph = graph.copy()
     fuse_rms_norms(graph)
@@ -33,10 +36,11 @@ def select(graph: Graph, tile: Tile) -> Graph:
     select_attention(graph)
     select_positions(graph)
     select_norms(graph)
-    select_experts(graph, tile)
+    select_experts(graph, tiles)
     select_sparse_linears(graph, ops)
     select_quantized_linears(graph, ops)
-    select_linears(graph, tile)
+    select_linears(graph, tiles)
+    select_gated(graph, tiles.default)
     graph.clean()
     require_no_quantized(graph)
     return graph
@@ -126,7 +130,7 @@ def select_norms(graph: Graph) -> None:
         graph.module.graph.erase_node(node)
 
 
-def select_experts(graph: Graph, tile: Tile) -> None:
+def select_experts(graph: Graph, tiles: Tiles) -> None:
     """``dyncomp.routed_ffn`` on constant weights."""
     for routed in find_routed(graph):
         if routed.activation not in ACTIVATIONS:
@@ -135,17 +139,19 @@ def select_experts(graph: Graph, tile: Tile) -> None:
         w_up, w_down = graph.tensor(routed.w_up).detach(), graph.tensor(routed.w_down).detach()
         b_up = None if routed.b_up is None else graph.tensor(routed.b_up).detach()
         names = [f"{routed.w_up}_panels", f"{routed.w_up}_bias_panels", f"{routed.w_down}_panels"]
+        settings = (routed.d_ff // routed.experts, routed.d_out, routed.activation, routed.gated)
+        neurons, *rest = settings
+        tile = tiles.of(FFNShape(routed.experts, neurons, w_up.shape[-1], *rest))
         for name, value in zip(names, pack_experts(w_up, b_up, w_down, tile), strict=True):
             graph.add_tensor(name, value)
         operands = (routed.input, routed.gates, *(graph.read(n) for n in names))
-        settings = (routed.d_ff // routed.experts, routed.d_out, routed.activation, routed.gated)
         with graph.inserting(before=routed.node) as b:
             made = b.call(ops.routed_ffn, *operands, *settings)
         routed.node.replace_all_uses_with(made)
         graph.module.graph.erase_node(routed.node)
 
 
-def select_linears(graph: Graph, tile: Tile) -> None:
+def select_linears(graph: Graph, tiles: Tiles) -> None:
     """``linear(x, W, b)`` on a constant float32 weight."""
     for node in graph.nodes:
         if node.target is not aten.linear.default:
@@ -153,14 +159,34 @@ def select_linears(graph: Graph, tile: Tile) -> None:
         x, weight, bias = _padded(node, 3)
         if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.meta["val"].dtype != torch.float32:
             continue
-        rows = int(graph.tensor(weight).shape[0])
+        rows, depth = (int(size) for size in graph.tensor(weight).shape)
+        tile = tiles.of(LinearShape(rows, depth))
         with graph.inserting(before=node) as b:
-            packed = _derived(graph, f"{weight.target}.panels", lambda w=weight: pack(graph.tensor(w).detach(), tile))
+            packed = _derived(graph, f"{weight.target}.panels", lambda w=weight, t=tile: pack(graph.tensor(w).detach(), t))
             if bias is None:
                 padded = _filled(graph, 0.0, tile.panels(rows) * tile.width)
             else:
-                padded = _derived(graph, f"{bias.target}.panels", lambda v=bias: pad_rows(graph.tensor(v).detach(), tile))
+                name = f"{bias.target}.panels{tile.width}"
+                padded = _derived(graph, name, lambda v=bias, t=tile: pad_rows(graph.tensor(v).detach(), t))
             made = b.call(ops.linear, x, packed, padded, rows)
+        node.replace_all_uses_with(made)
+        graph.module.graph.erase_node(node)
+
+
+def select_gated(graph: Graph, tile: Tile) -> None:
+    """``dyncomp.gated_linear`` on a constant weight that is not quantized."""
+    for node in graph.nodes:
+        if node.target is not GATED:
+            continue
+        x, gates, weight, bias = _padded(node, 4)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or str(weight.target) in graph.quantized:
+            continue
+        value = graph.tensor(weight).detach()
+        shift = torch.zeros(len(value)) if bias is None else graph.tensor(bias).detach()
+        with graph.inserting(before=node) as b:
+            packed = _derived(graph, f"{weight.target}_gated_panels", lambda v=value: pack(v, tile))
+            padded = _derived(graph, f"{weight.target}_gated_bias_panels", lambda v=shift: pad_rows(v, tile))
+            made = b.call(ops.gated_linear, x, gates, packed, padded, len(value))
         node.replace_all_uses_with(made)
         graph.module.graph.erase_node(node)
 

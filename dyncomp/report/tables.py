@@ -200,6 +200,26 @@ def notes(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def tuning_table(report: dict[str, Any]) -> Table:
+    """What a search of kernel parameters found: one row a shape."""
+    threads = report["threads"]
+    title = f"kernels, {threads} thread{'s' if threads > 1 else ''}"
+    result = table(title, "kernel", "shape", ">calls", ">tried", ">failed", "parameters", ">x default", ">noise")
+    for row in report["kernels"]:
+        chosen = row["parameters"]
+        result.add_row(
+            row["kernel"],
+            row["shape"],
+            str(row["calls"]),
+            f"{row['tried']} of {row['candidates']}",
+            str(row["failed"]),
+            "default kept" if chosen is None else " ".join(f"{k}={v}" for k, v in chosen.items()),
+            ", ".join(f"{v:.2f} ({tokens} tokens)" if tokens != "1" else f"{v:.2f} (1 token)" for tokens, v in row["ratio"].items()),
+            ", ".join(f"{v:.1%}" for v in row["noise"].values()),
+        )
+    return result
+
+
 def _plain_quantization_wins(report: dict[str, Any], increase: dict[str, float]) -> list[str]:
     """A line when the dense model in the same precision is about as fast, and better."""
     speed = {(e["variant"], e["precision"]): e.get("decode_tokens_per_s") for e in report.get("bench", [])}

@@ -21,20 +21,40 @@ def linear(rows: int, depth: int, tile: Tile) -> Any:
     n, k, width, vectors, lanes, high = rows, depth, tile.width, tile.vectors, tile.lanes, tile.rows
     count = tile.panels(n)
     ragged = n % width != 0
-    multiply = product(lanes)
+    parts, split = tile.parts, tile.split
+    multiply = product(lanes, tile.unroll)
+
+    def share(tokens: Any) -> Any:
+        """Tiles of tokens that one thread takes at a time."""
+        return ((tokens + high - 1) // high + split - 1) // split
+
+    def first_of(tokens: Any, p: Any) -> Any:
+        return 0 if split == 1 else p % split * share(tokens)
+
+    def tiles_of(tokens: Any, p: Any) -> Any:
+        tiles = (tokens + high - 1) // high
+        return tiles if split == 1 else T.max(T.min(share(tokens), tiles - first_of(tokens, p)), 0)
 
     @T.macro
-    def block(x, w, b, y, p, first, tokens, high):
+    def block(x, w, b, y, p, first, tokens, high, begin, depth, fresh):
+        """What ``depth`` inputs from ``begin`` on give some tokens; added to y unless ``fresh``."""
         acc = T.alloc_buffer((high, vectors, lanes), "float32", scope="local")
         for m in T.unroll(high):
             for r in T.unroll(vectors):
-                for v in T.vectorized(lanes):
-                    acc[m, r, v] = b[p * width + r * lanes + v]
+                if fresh:
+                    for v in T.vectorized(lanes):
+                        acc[m, r, v] = b[p * width + r * lanes + v]
+                elif not ragged:
+                    for v in T.vectorized(lanes):
+                        acc[m, r, v] = y[T.min(first + m, tokens - 1), p * width + r * lanes + v]
+                else:
+                    for v in range(lanes):
+                        acc[m, r, v] = y[T.min(first + m, tokens - 1), T.min(p * width + r * lanes + v, n - 1)]
         multiply(
             acc,
-            lambda m, k: x[T.min(first + m, tokens - 1), k],
-            lambda k, r, v: w[p, k, r * lanes + v],
-            k,
+            lambda m, k: x[T.min(first + m, tokens - 1), begin + k],
+            lambda k, r, v: w[p, begin + k, r * lanes + v],
+            depth,
             high,
             vectors,
         )
@@ -60,10 +80,17 @@ def linear(rows: int, depth: int, tile: Tile) -> Any:
         y = T.match_buffer(y_, (tokens, T.int64(n)), "float32")
         if tokens == 1:
             for p in T.parallel(count):
-                block(x, w, b, y, p, T.int64(0), tokens, 1)
+                block(x, w, b, y, p, T.int64(0), tokens, 1, 0, k, True)
         else:
-            for p in T.parallel(count):
-                for i in range((tokens + high - 1) // high):
-                    block(x, w, b, y, p, i * high, tokens, high)
+            for p in T.parallel(count * split):
+                for i in range(tiles_of(tokens, p)):
+                    block(x, w, b, y, p // split, (first_of(tokens, p) + i) * high, tokens, high, 0, k // parts, True)
+                if parts > 1:
+                    for c in range(parts - 1):
+                        for i in range(tiles_of(tokens, p)):
+                            block(
+                                x, w, b, y, p // split, (first_of(tokens, p) + i) * high, tokens, high, (c + 1) * (k // parts), k // parts,
+                                False,
+                            )  # fmt: skip
 
     return kernel

@@ -31,7 +31,7 @@ def routed_ffn(experts: int, neurons: int, depth: int, rows: int, activation: st
     hidden, outputs = count * given, tile.panels(rows)
     kept = vectors // 2 if gated else vectors
     ragged = rows % width != 0
-    act, multiply = FUNCTIONS[activation], product(lanes)
+    act, multiply, parts = FUNCTIONS[activation], product(lanes, tile.unroll), tile.parts
 
     @T.macro
     def expand(x, gates, up, bias, h, listed, start, e, p, first, high):
@@ -54,8 +54,8 @@ def routed_ffn(experts: int, neurons: int, depth: int, rows: int, activation: st
                             h[start[e] + first + m, p * given + r * lanes + v] = act(acc[m, r, v]) * gates[row[m], e]
 
     @T.macro
-    def contract(h, down, y, listed, start, e, p, first, high):
-        """Add what expert ``e`` gives for some of its tokens to panel ``p`` of the result."""
+    def contract(h, down, y, listed, start, e, p, first, high, begin, depth):
+        """Add what ``depth`` hidden columns of expert ``e`` from ``begin`` on give some of its tokens to panel ``p`` of the result."""
         acc = T.alloc_buffer((high, vectors, lanes), "float32", scope="local")
         for m in T.unroll(high):
             for r in T.unroll(vectors):
@@ -63,9 +63,9 @@ def routed_ffn(experts: int, neurons: int, depth: int, rows: int, activation: st
                     acc[m, r, v] = T.float32(0)
         multiply(
             acc,
-            lambda m, k: h[T.min(start[e] + first + m, start[e + 1] - 1), k],
-            lambda k, r, v: down[e, p, k, r * lanes + v],
-            hidden,
+            lambda m, k: h[T.min(start[e] + first + m, start[e + 1] - 1), begin + k],
+            lambda k, r, v: down[e, p, begin + k, r * lanes + v],
+            depth,
             high,
             vectors,
         )
@@ -125,9 +125,13 @@ def routed_ffn(experts: int, neurons: int, depth: int, rows: int, activation: st
                         y[t, p * width + v] = T.float32(0)
             for a in range(count_of[0]):
                 if tokens == 1:
-                    contract(h, down, y, listed, start, active[a], p, 0, 1)
-                else:
+                    contract(h, down, y, listed, start, active[a], p, 0, 1, 0, hidden)
+                elif parts == 1:
                     for i in range((start[active[a] + 1] - start[active[a]] + high - 1) // high):
-                        contract(h, down, y, listed, start, active[a], p, i * high, high)
+                        contract(h, down, y, listed, start, active[a], p, i * high, high, 0, hidden)
+                else:
+                    for c in range(parts):
+                        for i in range((start[active[a] + 1] - start[active[a]] + high - 1) // high):
+                            contract(h, down, y, listed, start, active[a], p, i * high, high, c * (hidden // parts), hidden // parts)
 
     return kernel

@@ -18,11 +18,18 @@ class Tile:
         lanes: floats in a vector register.
         vectors: vectors side by side; ``width = vectors * lanes`` outputs make a panel, the unit in which weights are stored.
         rows: tokens at a time; ``rows * vectors`` sums, a panel's row of weights and an input must fit the registers.
+        unroll: steps along the depth that are written out one after the other.
+        parts: of the depth, worked through one after the other for all tokens, so that a part of a panel stays in the cache. It divides
+            the depth.
+        split: parts of the tokens that go to threads of their own; 1 deals out whole panels.
     """
 
     lanes: int = 16
     vectors: int = 4
     rows: int = 6
+    unroll: int = 1
+    parts: int = 1
+    split: int = 1
 
     @property
     def width(self) -> int:
@@ -73,18 +80,29 @@ def pack_experts(w_up: Tensor, b_up: Tensor | None, w_down: Tensor, tile: Tile) 
     return pack(w_up, tile), pad_rows(bias, tile), pack(down, tile)
 
 
-def product(lanes: int) -> Any:
+def product(lanes: int, unroll: int = 1) -> Any:
     """The macro ``product(acc, x, w, depth, rows, vectors)``: ``acc[m, r, :] += x(m, k) * w(k, r, :)`` over k < depth.
 
     ``x(m, k)`` and ``w(k, r, lane)`` are functions that give an expression; ``acc`` is a local buffer [rows, vectors, lanes].
     """
 
     @T.macro
+    def step(acc, x, w, k, rows, vectors):
+        for m in T.unroll(rows):
+            for r in T.unroll(vectors):
+                for v in T.vectorized(lanes):
+                    acc[m, r, v] = acc[m, r, v] + x(m, k) * w(k, r, v)
+
+    @T.macro
     def macro(acc, x, w, depth, rows, vectors):
-        for k in range(depth):
-            for m in T.unroll(rows):
-                for r in T.unroll(vectors):
-                    for v in T.vectorized(lanes):
-                        acc[m, r, v] = acc[m, r, v] + x(m, k) * w(k, r, v)
+        if unroll == 1:
+            for k in range(depth):
+                step(acc, x, w, k, rows, vectors)
+        else:
+            for k in range(depth // unroll):
+                for u in T.unroll(unroll):
+                    step(acc, x, w, k * unroll + u, rows, vectors)
+            for k in range(depth % unroll):
+                step(acc, x, w, depth // unroll * unroll + k, rows, vectors)
 
     return macro
