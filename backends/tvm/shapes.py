@@ -176,12 +176,13 @@ def _calls(selected: Graph) -> Iterator[tuple[Shape, Tensor]]:
     for node in selected.nodes:
         if node.target not in (ops.linear, ops.routed_ffn):
             continue
-        x = node.args[0].meta["val"]
+        arguments: tuple[Any, ...] = node.args
+        x = arguments[0].meta["val"]
         if node.target is ops.linear:
-            yield LinearShape(node.args[3], x.shape[-1]), x
+            yield LinearShape(arguments[3], x.shape[-1]), x
         else:
-            neurons, rows, activation, gated = node.args[5:]
-            yield FFNShape(node.args[2].meta["val"].shape[0], neurons, x.shape[-1], rows, activation, gated), x
+            neurons, rows, activation, gated = arguments[5:]
+            yield FFNShape(arguments[2].meta["val"].shape[0], neurons, x.shape[-1], rows, activation, gated), x
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
