@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dyncomp.bundle import Bundle, disk_errors, open_bundle, versions
-from dyncomp.errors import PassError, RequestError
+from dyncomp.errors import BackendError, PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.models.extras import require
@@ -179,14 +179,48 @@ def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
     notes = [
         "model.onnx with its data, config.json (inputs, outputs, KV cache) and the tokenizer: onnxruntime alone runs it, as "
         "examples/onnxruntime_only.py of dyncomp shows",
-        "no genai_config.json: onnxruntime-genai binds past_key_values, present and an attention mask, this model takes past_length and "
-        "chosen and updates caches of fixed capacity in place",
+        "for onnxruntime-genai, which feeds an attention mask and other names, use --backend genai",
     ]
     if (folder / "dyncomp_ort.so").is_file():
         notes.append(
             "register dyncomp_ort.so with SessionOptions.register_custom_ops_library: it holds the operators of the domain dyncomp"
         )
     return {"check": {"class": "ONNX Runtime", "relative_error": parity["relative_error"]}, "notes": notes}
+
+
+def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    from dyncomp.backends.genai.check import compare
+    from dyncomp.backends.genai.write import CONFIG, write
+    from dyncomp.backends.ort.lower import LIBRARY
+    from dyncomp.deploy import TOLERANCE, with_cache
+
+    task = opened.manifest.source.task
+    if task != "causal-lm":
+        what = "an encoder" if task == "encoder" else "a model that is no decoder"
+        raise RequestError(f"{opened.path} holds {what}: onnxruntime-genai generates text", hint="use --backend ort")
+    tokenizer = _save_tokenizer(opened, folder)
+    if tokenizer is None:
+        raise RequestError(f"{opened.path} has no tokenizer: onnxruntime-genai takes text", hint="use --backend ort")
+    lowered, refused = with_cache(graph)
+    if refused:
+        raise BackendError(f"onnxruntime-genai needs a KV cache: {refused[0].reason}", hint="use --backend ort or pt2")
+    write(lowered, folder, tokenizer)
+    allowed = TOLERANCE[lowered.precision]
+    found = compare(lowered, folder, good=allowed)
+    if not found["relative_error"] <= allowed:
+        raise PassError(
+            f"what {found['class']} computes differs from the graph by {found['relative_error']:.1e} (relative); allowed {allowed:g}",
+            hint="this is a defect: please report the model and the recipe",
+        )
+    notes = [
+        f"onnxruntime_genai.Model(folder) opens it (0.13 or newer); {CONFIG} says what it feeds. A generator allocates its cache at once: "
+        "set max_length to what is needed"
+    ]
+    if (folder / LIBRARY).is_file():
+        notes.append(
+            f"{CONFIG} registers {LIBRARY}, dyncomp's kernels for this machine; they update the cache in place, so num_beams stays 1"
+        )
+    return {"check": found, "notes": notes}
 
 
 def _pt2(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
@@ -238,7 +272,9 @@ def _gguf_source(opened: Bundle) -> GgufFile | None:
     return read_gguf(path, {int(k): v for k, v in GGML_QUANT_SIZES.items()}) if path.suffix == ".gguf" and path.is_file() else None
 
 
-BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {"hf": _hf, "gguf": _gguf, "ort": _ort, "pt2": _pt2}
+BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {
+    "hf": _hf, "gguf": _gguf, "ort": _ort, "genai": _genai, "pt2": _pt2,
+}  # fmt: skip
 """Name -> writes a bundle's graph into a folder, checks it, and returns facts for the record."""
 
 

@@ -34,7 +34,7 @@ def write_text(file: Path, words: int = 6000, seed: int = 0) -> Path:
     return file
 
 
-def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+def write_checkpoint(folder: Path, seed: int = 0, heads: int = 4) -> Path:
     """Two layers, 32 features, 64 hidden neurons, context 128; bytes as an alphabet, merged over :func:`prose`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,8 +43,8 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([prose(2000, 7)], trainer)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

@@ -50,8 +50,7 @@ def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """(entries of each row after this step - 1, the largest + 1), shared by all layers."""
     past = node.args[5]
     assert isinstance(past, fx.Node)
-    anchor = next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder"))
-    with graph.inserting(before=anchor) as b:
+    with graph.inserting(before=node, path="") as b:
         size = b.call(aten.sym_size.int, graph.placeholders[0], 1)
         after = b.call(aten.add.Tensor, past, size)
         lengths = b.call(aten._to_copy.default, b.call(aten.sub.Tensor, after, 1), dtype=torch.int32)
