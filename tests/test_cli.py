@@ -161,6 +161,9 @@ def test_run_streams_what_the_graph_generates(place) -> None:
     assert ort.startswith(prompt)
     assert ort == run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--backend", "torch")
     assert ort == run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--speculate")
+    drafted = json.loads(run(place, "run", "out", "--prompt", prompt, "--max-tokens", "12", "--draft", "out", "--json"))[0]
+    assert ort == drafted["prompt"] + drafted["text"] + "\n"
+    assert 0 < drafted["speculation"]["passes"] <= 12
     assert "one prompt at a time" in refused(place, "run", "out", "--prompt", prompt, "--prompt", "b", "--speculate")
     answers = json.loads(run(place, "run", "out", "--prompt", prompt, "--prompt", "A stone", "--max-tokens", "12", "--json"))
     assert prompt + answers[0]["text"] == ort.rstrip("\n")

@@ -9,13 +9,14 @@ from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from test_batching import Modulo, model  # noqa: F401  (a fixture)
 from test_runtime import END, Bytes
 
 from dyncomp.errors import RequestError
 from dyncomp.runtime.generate import Generator
-from dyncomp.runtime.sampling import Sampling
-from dyncomp.runtime.speculate import MOST, Lookup, Speculation
+from dyncomp.runtime.sampling import Sampler, Sampling
+from dyncomp.runtime.speculate import MOST, Draft, Lookup, Speculation
 
 
 class Chant:
@@ -95,6 +96,70 @@ def test_guessing_that_does_not_pay_is_turned_off() -> None:
     assert "did not pay" in str(session.report)
 
 
+class Markov(Chant):
+    """Logits depend on the last token alone; a pass takes the seconds it is said to, of a clock that models share."""
+
+    def __init__(self, table: Array, clock: list[float], seconds: float) -> None:
+        super().__init__("x", 0.0)
+        self.table, self.clock, self.seconds = table, clock, seconds
+
+    def extend(self, ids: Array) -> Array:
+        self.clock[0] += self.seconds
+        return super().extend(ids)
+
+    def _logits(self) -> Array:
+        return self.table[self.text[-1]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(noise=st.sampled_from([0.0, 1.0, 3.0]), temperature=st.sampled_from([0.0, 1.0]), context=st.sampled_from([0, 3, 20]))
+def test_the_text_is_the_same_whatever_a_draft_guesses(noise: float, temperature: float, context: int) -> None:
+    sampling = Sampling(max_tokens=60, temperature=temperature)
+    (plain,) = Generator(Chant("abca b", 1.0), Bytes()).generate(["abca"], sampling)
+    (draft := Chant("abca b", noise)).context_length = context
+    session = Speculation(Chant("abca b", 1.0), drafter=Draft(draft))
+    for _ in range(2):
+        assert Generator(session, Bytes()).generate(["abca"], sampling)[0].tokens == plain.tokens
+    assert (session.report.guessed > 0) == (context != 3)
+
+
+def markov(draft_noise: float, draft_seconds: float) -> tuple[Array, Speculation]:
+    random, clock = np.random.default_rng(0), [0.0]
+    table = random.normal(size=(5, 5)).astype(np.float32)
+    draft = Markov(table + draft_noise * random.normal(size=(5, 5)), clock, draft_seconds)
+    return table, Speculation(Markov(table, clock, 1.0), lambda: clock[0], drafter=Draft(draft))
+
+
+def sampled(session: Speculation, tokens: int) -> list[int]:
+    sampler, text = Sampler(Sampling(temperature=1.0)), [0]
+    logits = session.prefill(np.array([text]), np.array([1]), tokens)
+    while len(text) <= tokens:
+        text.append(sampler.choose(logits[0]))
+        logits = session.step(np.array(text[-1:])) if len(text) <= tokens else logits
+    return text
+
+
+def test_tokens_sampled_by_rejection_have_the_models_distribution() -> None:
+    table, session = markov(draft_noise=1.0, draft_seconds=0.01)
+    text = sampled(session, 4000)
+    assert 500 < session.report.accepted < session.report.guessed
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (text[:-1], text[1:]), 1)
+    weights = np.exp(table.astype(np.float64))
+    expected = weights / weights.sum(1, keepdims=True) * counts.sum(1, keepdims=True)
+    assert chisquare(counts, expected, axis=1).pvalue.min() > 0.01
+
+
+def test_a_draft_that_costs_as_much_as_the_model_is_turned_off() -> None:
+    passes = []
+    for seconds in (0.01, 1.0):
+        _, session = markov(draft_noise=0.0, draft_seconds=seconds)
+        sampled(session, 300)
+        passes.append(session.report.passes)
+        assert (session.report.pauses > 0) == (seconds == 1.0)
+    assert passes[0] < 200 < passes[1]
+
+
 def test_lookup_takes_the_latest_of_the_longest() -> None:
     assert Lookup([1, 2, 3, 4, 9, 1, 2, 3, 5, 0, 1, 2, 3]).following(2) == [5, 0]
     assert Lookup([7, 1, 2, 8, 6, 1, 2, 9, 7, 1, 2]).following(3) == [8, 6, 1]
@@ -112,6 +177,8 @@ def test_a_lowered_model_says_the_same(model: OrtModel, temperature: float) -> N
     for _ in range(2):  # the second time with what was learned
         assert Generator(session, Modulo()).generate([prompt], sampling)[0].tokens == plain.tokens
     assert session.report.guessed > 0 or temperature  # a sampled text need not repeat itself
+    drafted = Speculation(OrtDecoder(model), drafter=Draft(OrtDecoder(model)))
+    assert Generator(drafted, Modulo()).generate([prompt], sampling)[0].tokens == plain.tokens
     two = Generator(session, Modulo()).generate([prompt, "other"], sampling)
     assert two[0].tokens == plain.tokens
 

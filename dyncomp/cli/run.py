@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from dyncomp.cli import options
 if TYPE_CHECKING:
     from dyncomp.runtime.generate import Completion, Generator
     from dyncomp.runtime.sampling import Sampling
+    from dyncomp.runtime.speculate import Draft, Speculation
 
 
 @click.command("run")
@@ -26,18 +28,26 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at work at a time.")
 @click.option("--speculate", is_flag=True, help="Guess tokens that repeat earlier text and check them in one pass; the text is the same.")
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    help="A cheaper bundle of the same vocabulary whose guesses --speculate checks, in place of repeated text.",
+)
 @click.option("--backend", type=click.Choice(["ort", "tvm", "torch"]), default="ort", show_default=True)
 @options.threads
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, speculate: bool,
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, speculate: bool, draft: Path | None,
     threads: int | None, json_: bool, chat: bool,
     **sampling: Any,
 ) -> None:  # fmt: skip
     """Complete prompts with BUNDLE; one prompt streams as it is generated.
 
     Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone.
+
+    --speculate gives the text that there would be without it. How many tokens are guessed follows from what guesses and passes cost and
+    how often guesses are right; when they do not pay they are turned off for a while. A report on standard error says how it went.
     """
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import open_session
@@ -48,6 +58,7 @@ def command(
     texts = list(prompts) + (_lines(file) if file is not None else [])
     if not texts:
         raise RequestError("there is nothing to complete", hint="give --prompt TEXT or --input FILE")
+    speculation: Speculation | None = None
     opened = open_bundle(bundle)
     tokenizer = opened.tokenizer()
     if tokenizer is None:
@@ -55,8 +66,9 @@ def command(
     choice = Sampling(**sampling)
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
-    if speculate:
-        generator.session = _speculation(generator.session, len(requests))
+    if speculate or draft is not None:
+        drafting = None if draft is None else _draft(draft, tokenizer, backend, threads)
+        generator.session = speculation = _speculation(generator.session, len(requests), drafting)
     if not generator.session.cached:
         click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
     if len(texts) == 1 and not json_:
@@ -65,12 +77,13 @@ def command(
         for piece in generator.stream(requests[0], choice):
             click.echo(piece, nl=False)
         click.echo()
-        if speculate:
-            click.echo(generator.session.report, err=True)  # type: ignore[attr-defined]
+        if speculation is not None:
+            click.echo(speculation.report, err=True)
         return
     completions = _complete(generator, requests, choice, slots)
     if json_:
-        options.print_json([_as_dict(t, c) for t, c in zip(texts, completions, strict=True)])
+        guesses = {} if speculation is None else {"speculation": dataclasses.asdict(speculation.report)}
+        options.print_json([_as_dict(t, c) | guesses for t, c in zip(texts, completions, strict=True)])
         return
     for text, completion in zip(texts, completions, strict=True):
         click.echo(f"--- {text}\n{completion.text}")
@@ -92,18 +105,44 @@ def _complete(generator: Generator, requests: list[Any], sampling: Sampling, slo
     )
 
 
-def _speculation(session: Any, requests: int) -> Any:
+def _speculation(session: Any, requests: int, draft: Draft | None) -> Speculation:
     from dyncomp.errors import RequestError
     from dyncomp.runtime.speculate import Speculation
 
-    if not hasattr(session, "extend"):
-        raise RequestError(
-            f"--speculate: {session.engine} cannot check several tokens in one pass here",
-            hint="use --backend ort or tvm on a model with a KV cache",
-        )
+    _require_extend(session, "--speculate")
     if requests > 1:
         raise RequestError("--speculate is for one prompt at a time", hint="several prompts share their passes already")
-    return Speculation(session)
+    return Speculation(session, drafter=draft)
+
+
+def _draft(bundle: Path, tokenizer: Any, backend: str, threads: int | None) -> Draft:
+    """What guesses with another bundle.
+
+    Raises:
+        RequestError: its tokens are not those of ``tokenizer``, or it cannot take several tokens at once.
+    """
+    from dyncomp.bundle import open_bundle
+    from dyncomp.deploy import open_session
+    from dyncomp.errors import RequestError
+    from dyncomp.runtime.speculate import Draft
+
+    opened = open_bundle(bundle)
+    other = opened.tokenizer()
+    if other is None or other.get_vocab() != tokenizer.get_vocab():
+        raise RequestError(f"--draft {bundle}: its tokens are not those of the model", hint="give a bundle made from the same model")
+    session: Any = open_session(opened, backend, threads=threads)
+    _require_extend(session, f"--draft {bundle}")
+    return Draft(session)
+
+
+def _require_extend(session: Any, option: str) -> None:
+    from dyncomp.errors import RequestError
+
+    if not hasattr(session, "extend"):
+        raise RequestError(
+            f"{option}: {session.engine} cannot check several tokens in one pass here",
+            hint="use --backend ort or tvm on a model with a KV cache",
+        )
 
 
 def _as_dict(prompt: str, completion: Any) -> dict[str, Any]:

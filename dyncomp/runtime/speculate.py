@@ -1,8 +1,10 @@
-"""Lossless speculation: guess the next tokens from the text so far, and check all of them in one pass.
+"""Lossless speculation: guess the next tokens, and check all of them in one pass.
 
 The guesses are those that followed the last time the text went like this (prompt lookup; A. Saxena 2023,
-github.com/apoorvumang/prompt-lookup-decoding). A guess counts only where the model's own choice, greedy or sampled, is that very
-token, so the text is what it would be without; what changes is how many passes over the weights it takes.
+github.com/apoorvumang/prompt-lookup-decoding), or what a cheaper model finds likeliest (2211.17192). A guess counts only where the
+model's own choice, greedy or sampled, is that very token. For sampled text this is the rejection rule of that paper for a proposal that
+is certain of its token x: x is kept with the probability p(x) that the model gives it, else the token comes from p without x. So the text
+is what it would be without, for the same seed the very same; what changes is how many passes over the weights it takes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -47,14 +50,18 @@ class SpeculationReport:
 
 @dataclass
 class _Costs:
-    """Running means: seconds of a pass by its tokens, and how often a guess is right."""
+    """Running means: seconds of a pass by its tokens, seconds to guess a token, and how often a guess is right."""
 
     seconds: dict[int, float] = field(default_factory=dict)
+    guess: float = 0.0
     right: float = 0.5
 
     def note(self, tokens: int, seconds: float) -> None:
         known = self.seconds.get(tokens)
         self.seconds[tokens] = seconds if known is None else 0.8 * known + 0.2 * seconds
+
+    def note_guess(self, seconds: float) -> None:
+        self.guess = 0.8 * self.guess + 0.2 * seconds if self.guess else seconds
 
     def judge(self, guessed: int, accepted: int) -> None:
         for index in range(min(accepted + 1, guessed)):
@@ -69,20 +76,40 @@ class _Costs:
             seconds = self.seconds.get(length + 1)
             if seconds is None:
                 seconds = min((s for n, s in self.seconds.items() if n > length + 1), default=one or 0.0)
+            seconds += length * self.guess
             if seconds == 0 or expected / seconds > rate:
                 best, rate = length, expected / seconds if seconds else float("inf")
         return best
+
+
+class Drafter(Protocol):
+    """What guesses how a text goes on."""
+
+    def begin(self, text: list[int], room: int) -> None:
+        """A new text, that at most ``room`` tokens will follow."""
+
+    def append(self, token: int) -> None:
+        """The text goes on with this token."""
+
+    def available(self, most: int) -> int:
+        """How many tokens, at most ``most``, can be guessed now."""
+
+    def following(self, most: int) -> list[int]:
+        """The next tokens, at most ``most``, as it guesses them."""
 
 
 class Speculation:
     """A :class:`~dyncomp.runtime.session.DecoderSession` around another one. Batches of several sequences pass through as they are.
 
     Args:
-        clock: seconds; what a pass costs decides how many tokens are guessed.
+        clock: seconds; what a pass and a guess cost decides how many tokens are guessed.
+        drafter: what guesses; by default the text so far (:class:`Lookup`).
     """
 
-    def __init__(self, session: ExtendableSession, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.session, self._clock = session, clock
+    def __init__(
+        self, session: ExtendableSession, clock: Callable[[], float] = time.perf_counter, *, drafter: Drafter | None = None
+    ) -> None:
+        self.session, self._drafter, self._clock = session, drafter or Lookup(), clock
         self.engine, self.cached, self.threads, self.context_length = (
             session.engine,
             session.cached,
@@ -94,7 +121,7 @@ class Speculation:
         self.reset()
 
     def reset(self) -> None:
-        self._text: Lookup | None = None  # None: more than one sequence
+        self._alone = False  # one sequence
         self._ahead: list[tuple[int, Array]] = []  # guessed tokens in the cache that are not confirmed, with the logits after each
         self._guessed = self._taken = self._pause = 0
         self.session.reset()
@@ -102,15 +129,15 @@ class Speculation:
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
         self.reset()
         if len(ids) == 1:
-            self._text = Lookup(int(t) for t in ids[0, : lengths[0]])
-            self._room = room
+            self._drafter.begin([int(t) for t in ids[0, : lengths[0]]], room)
+            self._alone, self._room = True, room
         return self.session.prefill(ids, lengths, room)
 
     def step(self, ids: Array) -> Array:
-        if self._text is None:
+        if not self._alone:
             return self.session.step(ids)
         token = int(ids[0])
-        self._text.append(token)
+        self._drafter.append(token)
         self._room -= 1
         self.report.tokens += 1
         if self._ahead and self._ahead[0][0] == token:
@@ -143,20 +170,27 @@ class Speculation:
         if self._pause:
             self._pause -= 1
             return []
-        found = self._text.following(min(MOST, self._room)) if self._text is not None else []
-        if not found or 1 not in self._costs.seconds:
+        available = self._drafter.available(min(MOST, self._room))
+        if not available or 1 not in self._costs.seconds:
             return []
-        length = self._costs.best_length(len(found))
+        length = self._costs.best_length(available)
         if length == 0:
             self.report.pauses += 1
             self._pause, self._costs.right = PAUSE, 0.5  # then it is given another chance
-        return found[:length]
+            return []
+        start = self._clock()
+        found = self._drafter.following(length)
+        self._costs.note_guess((self._clock() - start) / length)
+        return found
 
 
 class Lookup:
     """A text, and where each of its short sequences of tokens occurred last."""
 
-    def __init__(self, text: Iterable[int]) -> None:
+    def __init__(self, text: Iterable[int] = ()) -> None:
+        self.begin(text)
+
+    def begin(self, text: Iterable[int], room: int = 0) -> None:
         self.text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # sequence -> where its latest occurrence ended
         for token in text:
@@ -166,6 +200,9 @@ class Lookup:
         for ending in self._endings():  # from here on something follows it
             self._after[ending] = len(self.text)
         self.text.append(token)
+
+    def available(self, most: int) -> int:
+        return len(self.following(most))
 
     def following(self, most: int) -> list[int]:
         """What followed the latest earlier occurrence of the longest known ending, at most ``most`` tokens."""
@@ -178,3 +215,38 @@ class Lookup:
         for size in range(LONGEST_MATCH, SHORTEST_MATCH - 1, -1):
             if len(self.text) >= size:
                 yield tuple(self.text[-size:])
+
+
+class Draft:
+    """A cheaper model, and the tokens that it finds likeliest."""
+
+    def __init__(self, session: ExtendableSession) -> None:
+        self.session = session
+
+    def begin(self, text: list[int], room: int) -> None:
+        self._text = list(text)
+        self._limit = min(len(text) + room, self.session.context_length or len(text) + room)
+        self._seen: list[int] = []  # tokens in its cache
+        if len(text) < self._limit:
+            self.session.prefill(np.array([text]), np.array([len(text)]), self._limit - len(text))
+            self._seen = list(text)
+        self._same = len(self._seen)  # of them, those known to be the text's
+
+    def append(self, token: int) -> None:
+        self._text.append(token)
+
+    def available(self, most: int) -> int:
+        return max(0, min(most, self._limit - len(self._text)))
+
+    def following(self, most: int) -> list[int]:
+        while self._same < min(len(self._seen), len(self._text)) and self._seen[self._same] == self._text[self._same]:
+            self._same += 1
+        if self._same < len(self._seen):
+            self.session.rewind(len(self._seen) - self._same)
+        logits = self.session.extend(np.array(self._text[self._same :]))[-1]
+        self._seen, self._same, found = list(self._text), len(self._text), [int(logits.argmax())]
+        while len(found) < most:
+            logits = self.session.step(np.array(found[-1:]))[0]
+            self._seen.append(found[-1])
+            found.append(int(logits.argmax()))
+        return found
