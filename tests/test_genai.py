@@ -132,7 +132,7 @@ def greedy(folder: Path, prompts: list[str], tokens: int) -> list[list[int]]:
 def same_text(folder: Path, session, tokenizer, prompts: list[str]) -> None:
     """A batch, and each prompt alone, through onnxruntime-genai gives what dyncomp gives."""
     expected = [list(c.tokens) for c in Generator(session, tokenizer).generate(prompts, Sampling(max_tokens=32))]
-    assert len(expected[0]) == 32
+    assert len(expected[0]) > 24
     for texts, wanted in ([prompts, expected], [prompts[:1], expected[:1]]):
         for found, tokens in zip(greedy(folder, texts, 32), wanted, strict=True):
             assert found[: len(tokens)] == tokens

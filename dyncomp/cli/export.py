@@ -14,7 +14,9 @@ from dyncomp.cli import options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
-    "--backend", default="hf", show_default=True,
+    "--backend",
+    default="hf",
+    show_default=True,
     help="hf (a checkpoint that stock classes load), gguf (llama.cpp), ort (ONNX), genai (ONNX for onnxruntime-genai) or pt2.",
 )
 @click.option("--architecture", default="auto", show_default=True, help="Of the checkpoint; auto is the first that can hold the model.")
