@@ -161,6 +161,7 @@ def test_a_damaged_database_is_refused_by_name(tmp_path: Path) -> None:
         database.path.write_text(text)
         with pytest.raises(ModelError, match=f"tuning.json.* {named}"):
             tiles_for(HERE, database)
+    database.path.write_text("{")
     with pytest.raises(ModelError, match=r"tuning\.json"):
         lower(trace(torch.nn.Linear(4, 4), {"input": torch.zeros(2, 4)}, {}), tmp_path / "out", tuning=database)
     database.path.write_text(changed(sources="of another release"))
