@@ -122,7 +122,7 @@ def _row(task: Any, entry: Any, machine: Any) -> dict[str, Any]:
     from dyncomp.backends.tvm.tune import candidates
 
     chosen = entry.chosen
-    offered = candidates(task.shape, Tile(machine.lanes, machine.vectors, machine.rows), machine, machine.threads)
+    offered = candidates(task.shape, Tile.of(machine), machine, machine.threads)
     return {
         "kernel": entry.kernel,
         "shape": describe(task.shape),

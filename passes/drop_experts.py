@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from dyncomp.passes.layerwise import reads_only, routing_facts
@@ -13,6 +13,7 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import RoutedFFN, find_regions
+from dyncomp.regions.partial import evaluate
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
@@ -79,8 +80,10 @@ def _narrow(graph: Graph, region: RoutedFFN, kept: Tensor) -> str | None:
     if not reads_only(region.router, region.input):
         return "its router reads more than its input"
     replaced = {n: _part(graph.tensor(n).detach(), kept, region.experts) for n in _constants(region)}
+    tokens = torch.randn(8, region.d_model, generator=torch.Generator().manual_seed(0))
+    given = {region.input: tokens, **{n: value for n, (_, value) in replaced.items()}}
     try:
-        gates = _run(graph, region, {n: value for n, (_, value) in replaced.items()})
+        (gates,) = evaluate(graph, [region.gates], {"batch": 2, "sequence": 4}, given)
     except Exception as error:  # sizes that the router has written down, such as those of groups
         return f"its router is made for {region.experts} experts ({type(error).__name__})"
     if gates.shape[-1] != len(kept) or not bool(gates.any(-1).all()):
@@ -107,14 +110,3 @@ def _part(value: Tensor, kept: Tensor, experts: int) -> tuple[str | None, Tensor
         return f"tables.experts_{len(kept)}", torch.arange(len(kept))
     axis = next((i for i, size in enumerate(value.shape) if size == experts), None)
     return None, value if axis is None else value.index_select(axis, kept)
-
-
-def _run(graph: Graph, region: RoutedFFN, constants: dict[fx.Node, Tensor]) -> Tensor:
-    """The gates of a few random tokens."""
-    x = torch.randn(8, region.d_model, generator=torch.Generator().manual_seed(0))
-    values: dict[fx.Node, Any] = {region.input: x, **constants}
-    for node in region.router:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    gates: Tensor = values[region.gates]
-    return gates

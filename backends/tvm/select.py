@@ -65,13 +65,12 @@ def select_attention(graph: Graph) -> None:
         if node.target is not CACHED:
             continue
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (3, 4))  # type: ignore[union-attr]
+        where = node.meta.get("path") or node.name
         if key != value:
-            where = node.meta.get("path") or node.name
             raise BackendError(
                 f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"
             )
         if has_absent_tokens(node):
-            where = node.meta.get("path") or node.name
             raise BackendError(
                 f"{where}: attention from which tokens are absent has no TVM kernel", hint="use --backend ort, or kv=compute"
             )
@@ -139,14 +138,13 @@ def select_experts(graph: Graph, tiles: Tiles) -> None:
         w_up, w_down = graph.tensor(routed.w_up).detach(), graph.tensor(routed.w_down).detach()
         b_up = None if routed.b_up is None else graph.tensor(routed.b_up).detach()
         names = [f"{routed.w_up}_panels", f"{routed.w_up}_bias_panels", f"{routed.w_down}_panels"]
-        settings = (routed.d_ff // routed.experts, routed.d_out, routed.activation, routed.gated)
-        neurons, *rest = settings
+        neurons, rest = routed.d_ff // routed.experts, (routed.d_out, routed.activation, routed.gated)
         tile = tiles.of(FFNShape(routed.experts, neurons, w_up.shape[-1], *rest))
         for name, value in zip(names, pack_experts(w_up, b_up, w_down, tile), strict=True):
             graph.add_tensor(name, value)
         operands = (routed.input, routed.gates, *(graph.read(n) for n in names))
         with graph.inserting(before=routed.node) as b:
-            made = b.call(ops.routed_ffn, *operands, *settings)
+            made = b.call(ops.routed_ffn, *operands, neurons, *rest)
         routed.node.replace_all_uses_with(made)
         graph.module.graph.erase_node(routed.node)
 

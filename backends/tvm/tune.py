@@ -119,7 +119,7 @@ def tune(
     Returns:
         an entry for each task, in their order.
     """
-    default, report = Tile(machine.lanes, machine.vectors, machine.rows), progress or (lambda stage, done, total: None)
+    default, report = Tile.of(machine), progress or (lambda stage, done, total: None)
     known, found, end = database.entries(), {}, time.monotonic() + seconds
     order = sorted(tasks, key=lambda t: -t.bytes)
     for number, task in enumerate(order):

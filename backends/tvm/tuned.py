@@ -155,7 +155,7 @@ def tiles_for(machine: Machine, database: Database | None = None) -> Any:
     from dyncomp.backends.tvm.kernels.tile import Tile
     from dyncomp.backends.tvm.shapes import SHAPES, Tiles
 
-    database, default, tuned = database or Database(), Tile(machine.lanes, machine.vectors, machine.rows), {}
+    database, default, tuned = database or Database(), Tile.of(machine), {}
     for entry in database.of(machine):
         assert entry.chosen is not None
         tile = dataclasses.replace(default, **entry.chosen.parameters.model_dump())

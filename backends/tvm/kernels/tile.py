@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dyncomp.backends.tvm.machine import Machine
 from torch import Tensor
 from tvm.script import tirx as T
 
@@ -30,6 +31,11 @@ class Tile:
     unroll: int = 1
     parts: int = 1
     split: int = 1
+
+    @classmethod
+    def of(cls, machine: Machine) -> Tile:
+        """What a machine's registers ask for, without tuning."""
+        return cls(machine.lanes, machine.vectors, machine.rows)
 
     @property
     def width(self) -> int:
