@@ -185,16 +185,21 @@ class _Reference:
     def __init__(self, predicted: _Predictions) -> None:
         self.likeliest, self._normalizer = predicted.likeliest, predicted.normalizer
         self._probabilities = (predicted.logits - predicted.normalizer[..., None]).exp_()
-        self._expected = torch.linalg.vecdot(self._probabilities, predicted.logits)
+        self._expected = _dot(self._probabilities, predicted.logits)
 
     def divergence(self, other: _Predictions) -> Tensor:
         """Mean KL(self || other) of each window [B]: the expected difference of the logits less that of the normalizers."""
-        difference = self._expected - torch.linalg.vecdot(self._probabilities, other.logits)
+        difference = self._expected - _dot(self._probabilities, other.logits)
         return (difference - self._normalizer + other.normalizer).mean(1).clamp_min(0)
 
     def agreement(self, other: _Predictions) -> Tensor:
         """Share of each window's tokens [B] after which both find the same token likeliest."""
         return (self.likeliest == other.likeliest).float().mean(1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[B, S, V], [B, S, V] -> [B, S]; unlike ``torch.linalg.vecdot`` without a third tensor of that size."""
+    return (a.unsqueeze(-2) @ b.unsqueeze(-1)).flatten(-3)
 
 
 def _pooled(output: Tensor) -> Tensor:

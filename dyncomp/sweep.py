@@ -70,7 +70,7 @@ class Sweep:
             watch: functions called with (batch index, value) as soon as a node's value is there.
             tick: called after each batch.
         """
-        segment = self._segment(to)
+        segment = self._segment(to, watch or {})
         between = self._between(segment, to)
         for index in range(len(self._batches)):
             self._run(segment, index, watch or {}, between)
@@ -88,9 +88,13 @@ class Sweep:
         return [self._lookup(node, index) for index in range(len(self._batches))]
 
     def provide(self, node: fx.Node, values: Sequence[Tensor]) -> None:
-        """Give the values of a node that has not run, one for each batch, where the caller has them already."""
+        """Give the values of a node that has not run, one for each batch, where the caller has them already.
+
+        Neither the node is then run, nor what was only for it.
+        """
         for known, value in zip(self._values, values, strict=True):
             known[node] = value
+        self._done.add(node)
 
     def branch(self, batches: Sequence[int] | None = None) -> Sweep:
         """Another sweep over all or some of the batches that goes on from here; neither sees what the other computes or is given."""
@@ -112,7 +116,8 @@ class Sweep:
         """Whether :meth:`values` can give this node."""
         return node in self._done and (node in self._static_nodes or all(node in values for values in self._values))
 
-    def _segment(self, to: fx.Node) -> list[fx.Node]:
+    def _segment(self, to: fx.Node, watch: Mapping[fx.Node, Any]) -> list[fx.Node]:
+        """What has to run up to ``to``, in order."""
         segment = []
         for node in self.graph.module.graph.nodes:
             if node.op == "call_function" and node not in self._done:
@@ -121,7 +126,12 @@ class Sweep:
                     self._static_nodes.add(node)
             if node is to:
                 break
-        return segment
+        left, needed = set(segment), set[fx.Node]()
+        for node in reversed(segment):
+            if node is to or node in watch or any(u in needed or (u not in left and u not in self._done) for u in node.users):
+                needed.add(node)
+        self._done.update(left - needed)
+        return [node for node in segment if node in needed]
 
     def _between(self, segment: list[fx.Node], to: fx.Node) -> set[fx.Node]:
         """Of what has been made of products alone, what only products read."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PARTS = 4
+"""Groups of columns of a Gram matrix; of the products of two groups, which it holds twice, one is computed: 10 of 16."""
+
 
 class LeastSquares:
     """Accumulates ``min ||A X - B||² + λ ||X||²`` over blocks of rows; the last column of A is a constant, for the bias.
@@ -15,20 +18,26 @@ class LeastSquares:
     """
 
     def __init__(self, columns: int, targets: int) -> None:
-        self.gram = torch.zeros(columns + 1, columns + 1)
+        self._lower = torch.zeros(columns + 1, columns + 1)  # the Gram matrix, right up to the diagonal and just beyond it
         self.cross = torch.zeros(columns + 1, targets)
         self.rows = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add rows: a [n, columns], b [n, targets]. Of a in bfloat16 the products are, too (relative error of a block about 2e-3)."""
-        column_sums = a.sum(0, dtype=torch.float32)
-        self.gram[:-1, :-1] += a.T @ a
-        self.gram[-1, :-1] += column_sums
-        self.gram[:-1, -1] += column_sums
+        size = -(-a.shape[1] // _PARTS)
+        for start in range(0, a.shape[1], size):
+            rows, columns = slice(start, start + size), slice(min(start + size, a.shape[1]))
+            self._lower[:-1, :-1][rows, columns] += a[:, rows].T @ a[:, columns]
+        self._lower[-1, :-1] += a.sum(0, dtype=torch.float32)
         self.cross[:-1] += a.T @ b.to(a.dtype)
         self.cross[-1] += b.sum(0)
         self.rows += len(a)
-        self.gram[-1, -1] = self.rows
+        self._lower[-1, -1] = self.rows
+
+    @property
+    def gram(self) -> Tensor:
+        """AᵀA, of A with its constant column."""
+        return self._lower.tril() + self._lower.tril(-1).T
 
     def solve(self, ridge: float, *, bias: bool = True) -> tuple[Tensor, Tensor]:
         """(X [columns, targets], bias [targets]); λ is ``ridge`` times the mean diagonal of AᵀA, the bias is not penalised.
@@ -50,8 +59,9 @@ class LeastSquares:
         The ridge solution projected on the ``rank`` directions of its predictions that vary most.
         """
         solution, _ = self.solve(ridge)
-        mean_a, mean_b = self.gram[-1, :-1] / self.rows, self.cross[-1] / self.rows
-        covariance = self.gram[:-1, :-1] / self.rows - mean_a[:, None] * mean_a
+        gram = self.gram
+        mean_a, mean_b = gram[-1, :-1] / self.rows, self.cross[-1] / self.rows
+        covariance = gram[:-1, :-1] / self.rows - mean_a[:, None] * mean_a
         varies = solution.T @ covariance @ solution
         directions = torch.linalg.eigh(varies.double()).eigenvectors[:, -rank:].float()  # [targets, rank]
         down, up = solution @ directions, directions.T

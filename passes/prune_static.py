@@ -68,17 +68,17 @@ class PruneStatic(Pass):
                 if ffn.shared_weights:
                     result.refused.append(Refusal(ffn.name, self.name, "its weights are read by another layer", "keep it dense"))
                     continue
-                inputs = sweep.advance(ffn.input)
-                self._prune(graph, ffn, max(1, round(share * ffn.d_ff / self.multiple)) * self.multiple, inputs, ctx)
+                count = max(1, round(share * ffn.d_ff / self.multiple)) * self.multiple
+                sweep.provide(*self._prune(graph, ffn, count, sweep.advance(ffn.input), ctx))
                 result.changed.append(ffn.name)
-                del inputs
                 release_memory(collect=False)
         return result
 
-    def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor], ctx: Context) -> None:
+    def _prune(self, graph: Graph, ffn: FFN, count: int, inputs: list[Tensor], ctx: Context) -> tuple[fx.Node, list[Tensor]]:
+        """(the node that stands for the FFN's output now, what it gives for each batch)."""
         weights = ffn.weights(graph)
-        axis = ffn.ups[0].axis
-        blocks = [x.movedim(axis, -1).reshape(-1, ffn.d_model) for x in inputs]
+        inputs = [x.movedim(ffn.ups[0].axis, -1) for x in inputs]
+        blocks = [x.reshape(-1, ffn.d_model) for x in inputs]
         mean, square = _moments(ffn, weights, blocks, ctx)
         score = (square - mean.square()) * weights.w_down.square().sum(0)
         keep = score.topk(count).indices.sort().values
@@ -87,10 +87,10 @@ class PruneStatic(Pass):
         weights, mean = _reorder(weights, ffn, order), mean[order]
         down, rest = weights.w_down[:, :count], weights.w_down[:, count:]
         bias = rest @ mean[count:]
+        hidden = [_hidden(x, weights, ffn) for x in blocks]
         if self.refit:
             problem = LeastSquares(count, ffn.d_out)
-            for x in blocks:
-                h = _hidden(x, weights, ffn)
+            for h in hidden:
                 with reduced_products():
                     missing = (h[:, count:] @ rest.T).float()
                 problem.add(h[:, :count], missing)
@@ -99,7 +99,10 @@ class PruneStatic(Pass):
         halves = weights.w_up.view(-1, ffn.d_ff, ffn.d_model)[:, :count]
         biases = None if weights.b_up is None else weights.b_up.view(-1, ffn.d_ff)[:, :count]
         total = bias if weights.b_down is None else weights.b_down + bias
-        _replace(graph, ffn, halves, biases, down.contiguous(), total)
+        with reduced_products():
+            outputs = [torch.nn.functional.linear(h[:, :count], down, total).float() for h in hidden]
+        outputs = [y.view(*x.shape[:-1], -1).movedim(-1, ffn.output_axis) for x, y in zip(inputs, outputs, strict=True)]
+        return _replace(graph, ffn, halves, biases, down.contiguous(), total), outputs
 
 
 def _reorder(weights: FFNWeights, ffn: FFN, order: Tensor) -> FFNWeights:
@@ -129,8 +132,8 @@ def _hidden(x: Tensor, weights: FFNWeights, ffn: FFN) -> Tensor:
     return ACTIVATIONS[ffn.activation](h[:, : ffn.d_ff]) * h[:, ffn.d_ff :] if ffn.gated else ACTIVATIONS[ffn.activation](h)
 
 
-def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down: Tensor, bias: Tensor) -> None:
-    """Put a plain FFN of the kept neurons in place of ``ffn``."""
+def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down: Tensor, bias: Tensor) -> fx.Node:
+    """Put a plain FFN of the kept neurons in place of ``ffn``; returns the node that stands for its output."""
     parts = ("gate", "up") if ffn.gated else ("up",)
     for part, half in zip(parts, halves, strict=True):
         graph.add_tensor(f"{ffn.name}.pruned.{part}", half.contiguous())
@@ -149,4 +152,4 @@ def _replace(graph: Graph, ffn: FFN, halves: Tensor, biases: Tensor | None, down
             h = builder.call(aten.mul.Tensor, h, linear(x, "up", biased=biases is not None))
         return linear(h, "down", biased=True)
 
-    replace_ffn(graph, ffn, build)
+    return replace_ffn(graph, ffn, build)

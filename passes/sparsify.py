@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.block_budgets import WINDOWS, Choice, block_shares
 from dyncomp.passes.sensitivity import Sensitivity, sensitivity
 from torch import Tensor, fx
 
@@ -21,6 +22,7 @@ from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
 aten = torch.ops.aten
+BUDGETS = ("block", "global", "uniform")
 _SAMPLE = 4_000_000  # values that a threshold is taken from
 
 
@@ -35,6 +37,8 @@ class Sparsify(Pass):
     Layers that read the same activations (query, key and value; gate and up) share it, and so one choice of inputs. Thresholds are
     quantiles on calibration text, each layer's on what the converted layers before it give; the vocabulary head is left alone.
 
+    With ``budgets=block`` the layers of a residual block share what it may leave out as changes its output least
+    (:mod:`~dyncomp.passes.block_budgets`): an FFN can do without most of the inputs of its down-projection.
     With ``budgets=global`` what is left out of a layer is not the same fraction everywhere: an input of ``n`` outputs may be left out
     when ``(x_j * importance_j)^2 / n`` is below one limit for the whole model. With ``score=fisher`` that is the rise of the KL
     divergence to the dense model, to second order, for each weight that is not read (:mod:`~dyncomp.passes.sensitivity`).
@@ -49,16 +53,20 @@ class Sparsify(Pass):
     score: str = "teal"
     """importance_j: ``fisher``, the root mean square of the loss's derivative by x_j; ``wina``, the norm of W's column j; ``teal``, 1."""
     budgets: str = "uniform"
-    """``global``, as above, or ``uniform``: the same fraction in every layer."""
+    """``block`` or ``global``, as above, or ``uniform``: the same fraction in every layer."""
     windows: int = 16
     """Calibration windows that derivatives are taken on (``score=fisher``, ``budgets=global``)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= 1:
             raise RequestError(f"sparsify: the fraction {self.active:g} is not in (0, 1]", hint="for example active=75%")
-        for option, known in (("where", ("all", "ffn")), ("score", ("fisher", "wina", "teal")), ("budgets", ("global", "uniform"))):
-            if getattr(self, option) not in known:
-                raise RequestError(f"sparsify: {option}={getattr(self, option)} is not known", hint=f"use {' or '.join(known)}")
+        for option, known in (
+            ("where", ("all", "ffn")),
+            ("score", ("fisher", "wina", "teal")),
+            ("budgets", ("block", "global", "uniform")),
+        ):
+            if (value := getattr(self, option)) not in known:
+                raise RequestError(f"sparsify: {option}={value} is not known", hint=f"use {', '.join(known[:-1])} or {known[-1]}")
         if self.windows < 1:
             raise RequestError(f"sparsify: windows={self.windows} is not a number of windows", hint="for example windows=16")
 
@@ -77,6 +85,8 @@ class Sparsify(Pass):
         importance = {s.input: self._importance(graph, s, found) for s in sites}
         if self.budgets == "global" and found is not None:
             shares = _global_shares(sites, importance, found, self.active)
+        if self.budgets == "block":
+            shares = self._block_shares(graph, sites, importance, ctx)
         noted: dict[str, float] = dict(graph.info.get("active_inputs", {}))
         sweep = Sweep(graph, batches)
         with fast_matmul(), torch.no_grad():
@@ -84,10 +94,8 @@ class Sparsify(Pass):
                 ctx.progress(self.name, position + 1, len(sites))
                 inputs = sweep.advance(site.input)
                 thresholds, active = _threshold(inputs, importance[site.input], shares[site.input])
-                name = f"{site.linears[0].nodes[0].name}_thresholds"
-                graph.add_tensor(name, thresholds, trainable=False)
-                for linear in site.linears:
-                    weight = _replace(graph, linear, name)
+                for node in _make_sparse(graph, site, thresholds):
+                    weight = str(node.args[1].target)  # type: ignore[union-attr]
                     noted[weight] = max(active, noted.get(weight, 0.0)) if weight in result.changed else active
                     result.changed.append(weight)
         graph.info["active_inputs"] = noted
@@ -115,6 +123,19 @@ class Sparsify(Pass):
             else:
                 found.setdefault(linear.input, []).append(linear)
         return [_Site(node, linears) for node, linears in found.items()]
+
+    def _block_shares(self, graph: Graph, sites: list[_Site], importance: Mapping[fx.Node, Tensor], ctx: Context) -> dict[fx.Node, float]:
+        work = graph.copy()
+        choices = []
+        for site, copied in zip(sites, self._sites(work, PassResult()), strict=True):
+            weights = importance[site.input]
+            nodes = _make_sparse(work, copied, torch.full_like(weights, -1.0))
+            cut = lambda inputs, share, weights=weights: _threshold(inputs, weights, share)[0]  # noqa: E731
+            choices.append(Choice(tuple(nodes), str(nodes[0].args[3].target), site.outputs * len(weights), cut))  # type: ignore[union-attr]
+        sample = _windows(ctx.need_calibration(self.name).batches, WINDOWS)
+        with fast_matmul(), torch.no_grad():
+            shares = block_shares(work, choices, sample, self.active, lambda done, all_: ctx.progress("block budgets", done, all_))
+        return {site.input: share for site, share in zip(sites, shares, strict=True)}
 
     def _importance(self, graph: Graph, site: _Site, found: Sensitivity | None) -> Tensor:
         """[K]"""
@@ -179,8 +200,14 @@ def _threshold(inputs: list[Tensor], importance: Tensor, share: float) -> tuple[
     ) if rank else 1.0
 
 
-def _replace(graph: Graph, linear: Linear, thresholds: str) -> str:
-    """Returns the name of the weight, which is another one where it was stored transposed."""
+def _make_sparse(graph: Graph, site: _Site, thresholds: Tensor) -> list[fx.Node]:
+    """Put ``sparse_linear`` nodes, which read the same thresholds [K], in the place of the linear layers of a site."""
+    shared = f"{site.linears[0].nodes[0].name}_thresholds"
+    graph.add_tensor(shared, thresholds, trainable=False)
+    return [_replace(graph, linear, shared) for linear in site.linears]
+
+
+def _replace(graph: Graph, linear: Linear, thresholds: str) -> fx.Node:
     name = linear.weight
     if linear.transposed:
         name = f"{linear.weight}_by_rows"
@@ -192,4 +219,4 @@ def _replace(graph: Graph, linear: Linear, thresholds: str) -> str:
     linear.node.replace_all_uses_with(y)
     for node in reversed(linear.nodes):
         graph.module.graph.erase_node(node)
-    return name
+    return y
