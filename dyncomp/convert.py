@@ -26,7 +26,9 @@ from dyncomp.errors import RequestError
 from dyncomp.evaluate import batches
 from dyncomp.evidence import baselines, cost_figures, measure_quality, prepare_texts
 from dyncomp.graph import Graph
-from dyncomp.models import LoadedModel, load_model
+from dyncomp.hardware import available_memory
+from dyncomp.mapped import TensorStore
+from dyncomp.models import LoadedModel, count_weights, load_model
 from dyncomp.passes import Heal
 from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make_pass, no_progress, parse_passes
@@ -40,6 +42,9 @@ from dyncomp.workspace import Workspace
 
 BACKENDS = ("ort", "tvm", "torch")
 DEFAULT_GOAL = Goal(max_loss=0.01)
+WHOLE, LOWERED = 5, 4
+"""Times the bytes of a model's weights in float32: what a conversion takes that has all of them in memory, and what lowering and timing
+take (docs/large_models.md)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class ConvertRequest:
         backend: ``ort``, ``tvm`` or ``torch`` (no artifact: the graph itself is run).
         threads: of the latency figures; None is every core.
         seed: of everything random.
+        low_memory: keep weights in files beside ``out``, mapped into memory, and work on one layer after the other; None does so when
+            they would not fit, see :data:`WHOLE`.
         dump: folder for the graph's text after each pass.
         bundle: a bundle of this model to go on from, in place of the dense graph; ``passes`` are what runs on it.
         text: what passes that train learn from; None is the calibration text without what is held out.
@@ -80,6 +87,7 @@ class ConvertRequest:
     backend: str = "ort"
     threads: int | None = None
     seed: int = 0
+    low_memory: bool | None = None
     dump: Path | None = None
     bundle: Path | None = None
     passes: tuple[Pass, ...] = ()
@@ -189,6 +197,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     """Everything up to the bundle without artifacts."""
     goal = request.searched
     recipe = Recipe(name="search", passes="") if goal is not None else load_recipe(request.recipe)
+    store = _store(request)
     origin = bundle.open_bundle(request.bundle) if request.bundle is not None else None
     passes = list(request.passes)
 
@@ -200,8 +209,11 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     else:
         if goal is None:
             resolve()  # what is wrong is said before the model is loaded
-        loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model)
+        loaded = request.model if isinstance(request.model, LoadedModel) else load_model(request.model, store=store)
     dense = trace_model(loaded)
+    if store is not None:
+        dense.keep_in(store)
+        _check_lowering(request, dense)
     regions = find_regions(dense)
     ffns = regions.ffns if regions.routed else require_ffns(regions)
     if goal is None and origin is None:
@@ -268,6 +280,25 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         os.link(statistics, folder / "calibration.safetensors")
     manifest = _manifest(recipe.name, loaded, earlier, work.records, regions.refusals)
     return _Rewritten(work, folder, parse_passes(", ".join(specs)), artifact, report, manifest, models)
+
+
+def _store(request: ConvertRequest) -> TensorStore | None:
+    """Where to put weights that do not all fit into memory."""
+    wanted = request.low_memory
+    if wanted is None:
+        size = 0 if isinstance(request.model, LoadedModel) else 4 * count_weights(request.model)
+        wanted = 0 < available_memory() < WHOLE * size
+    return TensorStore(request.out.absolute().parent) if wanted else None
+
+
+def _check_lowering(request: ConvertRequest, dense: Graph) -> None:
+    needed, available = LOWERED * 4 * dense.parameter_count(), available_memory()
+    if request.backend != "torch" and 0 < available < needed:
+        raise RequestError(
+            f"--backend {request.backend}: lowering {request.out.name} and timing it beside the dense model takes about "
+            f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are available",
+            hint="add --backend torch and name a recipe (--recipe experts); an artifact can be made where there is more memory",
+        )
 
 
 def _search(

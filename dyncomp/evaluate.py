@@ -125,14 +125,14 @@ def evaluate(
     quality = Quality(len(windows), windows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
-    runs = {name: _Run(graph) for name, graph in models.items()}
+    runs = {name: _Run(graph, windows.split(batch)) for name, graph in models.items()}
     with torch.no_grad():
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
             expected: _Reference | None = None
             reference: Tensor | None = None
             for name in sorted(models, key=lambda n: n != "dense"):
-                output = runs[name](ids)
+                output = next(runs[name].outputs)
                 if task == "causal-lm":
                     predicted = _Predictions(output)
                     nll[name].append(predicted.losses(ids))
@@ -234,23 +234,17 @@ def _passages(windows: Tensor) -> Tensor:
 
 
 class _Run:
-    """Runs one model, batch after batch, and notes the gates of every routed FFN and skip on the way."""
+    """Runs one model, batch after batch as :attr:`outputs` are asked for, and notes the gates of every routed FFN and skip on the way."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.gates: dict[str, list[Tensor]] = {}
-        self._graph, self._sweep = graph, Sweep(graph, [])
-        self._gated = _gated(graph)
+    def __init__(self, graph: Graph, batches: Sequence[Tensor]) -> None:
+        noted: dict[fx.Node, list[Tensor]] = {}
+        self.gates = {region.name: noted.setdefault(region.gates, []) for region in _gated(graph)}
 
-    def __call__(self, ids: Tensor) -> Tensor:
         def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
             return lambda _, value: seen.append((value != 0).flatten(0, -2))
 
-        noted: dict[fx.Node, list[Tensor]] = {region.gates: [] for region in self._gated}
-        sweep = self._sweep.restart([model_inputs(self._graph, ids)])
-        (output,) = sweep.advance(self._graph.output_nodes[0], watch={node: note(seen) for node, seen in noted.items()})
-        for region in self._gated:
-            self.gates.setdefault(region.name, []).extend(noted[region.gates])
-        return output
+        sweep = Sweep(graph, [model_inputs(graph, ids) for ids in batches])
+        self.outputs = sweep.each(graph.output_nodes[0], watch={node: note(seen) for node, seen in noted.items()})
 
 
 def model_inputs(graph: Graph, ids: Tensor) -> dict[str, Tensor]:

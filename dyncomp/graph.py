@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unb
 
 from dyncomp.errors import GraphError, RequestError
 from dyncomp.interpret import Interpreter, rounds_activations
+from dyncomp.mapped import TensorStore, is_mapped
 from dyncomp.quantized import Quantized
 
 _DTYPE_SHORT = {
@@ -60,6 +61,7 @@ class Graph:
         info: plain facts that travel with the graph (``name``, ``task``, ``context_length``, passes that ran …).
         quantized: codes and scales of the weights that are kept in few bits, by name. The module holds their decoded values, so
             every graph runs in PyTorch and is analysed like any other; backends and files use the codes.
+        store: where new tensors are put, for models that memory does not hold; None keeps them in memory.
     """
 
     module: fx.GraphModule
@@ -67,11 +69,12 @@ class Graph:
     outputs: tuple[str, ...]
     info: dict[str, Any] = field(default_factory=dict)
     quantized: dict[str, Quantized] = field(default_factory=dict)
+    store: TensorStore | None = None
 
     # -- running -------------------------------------------------------------------------------------------------
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Run the graph; one output is returned bare, several as a tuple."""
-        if rounds_activations(self):
+        if rounds_activations(self) or self.store is not None:
             result = Interpreter(self).run(*self._bind(args, kwargs))
         else:
             result = self.module(*self._bind(args, kwargs))
@@ -131,6 +134,7 @@ class Graph:
         A weight of that name that was quantized no longer is.
         """
         self.quantized.pop(name, None)
+        value = self._stored(value)
         *path, leaf = name.split(".")
         owner: torch.nn.Module = self.module
         for part in path:
@@ -149,7 +153,18 @@ class Graph:
     def add_quantized(self, name: str, value: Quantized) -> None:
         """Register a weight by its codes; the module gets the decoded values."""
         self.add_tensor(name, value.decode())
-        self.quantized[name] = value
+        parts = (None if part is None else self._stored(part) for part in (value.codes, value.scales, value.offsets))
+        self.quantized[name] = Quantized(*parts, value.bits)  # type: ignore[arg-type]
+
+    def _stored(self, value: Tensor) -> Tensor:
+        return value if self.store is None else self.store.put(value)
+
+    def keep_in(self, store: TensorStore) -> None:
+        """Put the tensors, and those that are added from now on, into a store."""
+        self.store = store
+        for name, value in self.constants().items():
+            if not is_mapped(value):
+                self.add_tensor(name, value.detach(), trainable=isinstance(value, torch.nn.Parameter))
 
     def add_alias(self, name: str, source: str, *, trainable: bool = True) -> None:
         """Let ``name`` stand for the tensor ``source`` too, quantized or not; the values are shared."""
@@ -198,7 +213,7 @@ class Graph:
         mapping: dict[fx.Node, fx.Node] = {}
         result = module.graph.graph_copy(self.module.graph, mapping)
         module.graph.output(result).meta = dict(self._output.meta)
-        clone = Graph(module, self.inputs, self.outputs, copy.deepcopy(self.info), dict(self.quantized))
+        clone = Graph(module, self.inputs, self.outputs, copy.deepcopy(self.info), dict(self.quantized), self.store)
         clone._adopt_tensors(self)
         module.recompile()
         return clone

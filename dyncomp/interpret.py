@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dyncomp.mapped import trim
 from dyncomp.ops import expert_hidden, gated_linear, keep_large, routed_ffn, sparse_linear
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ class Interpreter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return compute(self._graph, n, args, kwargs, {})
+        value = compute(self._graph, n, args, kwargs, {})
+        trim()
+        return value
 
 
 def _routed_ffn_rounded(x: Tensor, gates: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, activation: str) -> Tensor:

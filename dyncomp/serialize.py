@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 import dyncomp.ops  # noqa: F401  registers the ops a graph may name
 from dyncomp.errors import BundleError, GraphError
 from dyncomp.graph import Graph, TensorSpec
+from dyncomp.mapped import TensorStore, read_tensors, save_tensors
 from dyncomp.quantized import Quantized, pack_nibbles, unpack_nibbles
 
 FORMAT = 1
@@ -58,7 +58,7 @@ def save_graph(graph: Graph, graph_file: Path, tensor_file: Path) -> None:
         "quantized": {name: q.bits for name, q in graph.quantized.items() if name not in alias},
     }
     graph_file.write_text(json.dumps(document, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
-    save_file(tensors, str(tensor_file))
+    save_tensors(tensors, tensor_file)
 
 
 def write_structure(graph: Graph) -> dict[str, Any]:
@@ -90,8 +90,11 @@ def read_structure(document: dict[str, Any], tensors: Mapping[str, Tensor], wher
     return graph
 
 
-def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
+def load_graph(graph_file: Path, tensor_file: Path, *, store: TensorStore | None = None) -> Graph:
     """Read what :func:`save_graph` wrote; shapes are inferred anew.
+
+    Args:
+        store: of the graph; its tensors then stay in the file, mapped, and must not be written to.
 
     Raises:
         BundleError: a file is missing or damaged, was written by a newer dyncomp, or names an unknown operator.
@@ -99,12 +102,13 @@ def load_graph(graph_file: Path, tensor_file: Path) -> Graph:
     try:
         document = json.loads(graph_file.read_text())
         with safe_open(str(tensor_file), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = read_tensors(tensor_file) if store is not None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise BundleError(f"{error.filename} is missing", hint="convert the model again") from error
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise BundleError(f"{graph_file.parent} holds a damaged graph: {error}", hint="convert the model again") from error
     graph, trainable = _without_nodes(document, graph_file), set(document["trainable"])
+    graph.store = store
     for name, bits in document.get("quantized", {}).items():
         codes, scales, offsets = tensors.pop(f"{name}::codes"), tensors.pop(f"{name}::scales"), tensors.pop(f"{name}::offsets", None)
         graph.add_quantized(name, Quantized(unpack_nibbles(codes) if bits == 4 else codes, scales, offsets, bits))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.interpret import compute, rounds_activations
+from dyncomp.mapped import release, trim
 from dyncomp.ops import routed_ffn_reference
 from dyncomp.regions.linear import PRODUCTS
 
@@ -34,6 +36,9 @@ _BETWEEN = {
     *(aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default),
 }
 """... but these, where they stand between two products: the second would round what they give to bfloat16 in any case."""
+
+PIECE = 1 << 29
+"""Bytes of weights that all batches run through before the next ones are read, where weights are in files."""
 
 
 class Sweep:
@@ -72,16 +77,25 @@ class Sweep:
         """
         segment = self._segment(to, watch or {})
         between = self._between(segment, to)
-        for index in range(len(self._batches)):
-            self._run(segment, index, watch or {}, between)
-            if tick is not None:
-                tick()
-        self._reduced.clear()
-        self._done.update(segment)
-        for values in self._values:
-            for node in [n for n in values if n is not to and all(u in self._done for u in n.users)]:
-                del values[node]
+        *before, last = self._pieces(segment)
+        for piece in before:
+            self._run_all(piece, to, watch or {}, between, None)
+        self._run_all(last, to, watch or {}, between, tick)
         return self.values(to)
+
+    @torch.no_grad()
+    def each(self, to: fx.Node, *, watch: Mapping[fx.Node, Callable[[int, Tensor], None]] | None = None) -> Iterator[Tensor]:
+        """The values of ``to``, made one after the other as they are asked for: nothing is kept, so that the sweep ends there."""
+        segment = self._segment(to)
+        between = self._between(segment, to)
+        *before, last = self._pieces(segment)
+        for piece in before:
+            self._run_all(piece, to, watch or {}, between, None)
+        for index in range(len(self._batches)):
+            self._run(last, index, watch or {}, between)
+            value = self._lookup(to, index)
+            self._values[index] = {}
+            yield value
 
     def values(self, node: fx.Node) -> list[Tensor]:
         """The values of a node that has run and is still needed, one for each batch."""
@@ -96,6 +110,20 @@ class Sweep:
             known[node] = value
         self._done.add(node)
 
+    def _run_all(
+        self, piece: list[fx.Node], to: fx.Node, watch: Mapping[fx.Node, Callable[[int, Tensor], None]], between: set[fx.Node],
+        tick: Callable[[], None] | None,
+    ) -> None:  # fmt: skip
+        for index in range(len(self._batches)):
+            self._run(piece, index, watch, between)
+            if tick is not None:
+                tick()
+        self._reduced.clear()
+        self._done.update(piece)
+        for values in self._values:
+            for node in [n for n in values if n is not to and all(u in self._done for u in n.users)]:
+                del values[node]
+
     def branch(self, batches: Sequence[int] | None = None) -> Sweep:
         """Another sweep over all or some of the batches that goes on from here; neither sees what the other computes or is given."""
         chosen = range(len(self._batches)) if batches is None else batches
@@ -103,13 +131,6 @@ class Sweep:
         other._values = [dict(self._values[i]) for i in chosen]
         other._static = {shapes: dict(values) for shapes, values in self._static.items()}
         other._static_nodes, other._done = set(self._static_nodes), set(self._done)
-        return other
-
-    def restart(self, batches: Sequence[dict[str, Tensor]]) -> Sweep:
-        """A sweep of the same graph over other batches, from its beginning. The graph must not have changed: what depends on shapes
-        and constants alone is not computed again."""
-        other = Sweep(self.graph, batches)
-        other._static = self._static
         return other
 
     def has(self, node: fx.Node) -> bool:
@@ -132,6 +153,40 @@ class Sweep:
                 needed.add(node)
         self._done.update(left - needed)
         return [node for node in segment if node in needed]
+
+    def _pieces(self, segment: list[fx.Node]) -> list[list[fx.Node]]:
+        """The segment; of a model in files in pieces of :data:`PIECE` bytes of weights, so that these are read once for all batches.
+
+        Cut only where as few values are alive as between two layers: two percent of all places, or more, have no more.
+        """
+        if self.graph.store is None or not segment:
+            return [segment]
+        alive = self._alive(segment)
+        narrow = sorted(alive)[len(alive) // 50]
+        pieces: list[list[fx.Node]] = [[]]
+        start = 0
+        for position, count in enumerate(alive):
+            if count <= narrow or position == len(alive) - 1:
+                part, start = segment[start : position + 1], position + 1
+                if pieces[-1] and self._weight_bytes([*pieces[-1], *part]) > PIECE:
+                    pieces.append([])
+                pieces[-1] += part
+        return pieces
+
+    def _alive(self, segment: list[fx.Node]) -> list[int]:
+        """How many values of a batch are wanted later, after each node of the segment."""
+        position = {node: i for i, node in enumerate(segment)}
+        begun = {node: -1 for values in self._values[:1] for node in values} | position
+        changes = [0] * (len(segment) + 1)
+        for node, start in begun.items():
+            if node not in self._static_nodes:
+                changes[max(start, 0)] += 1
+                changes[max((position.get(user, len(segment)) for user in node.users if user not in self._done), default=start)] -= 1
+        return list(itertools.accumulate(changes[:-1]))
+
+    def _weight_bytes(self, nodes: Iterable[fx.Node]) -> int:
+        read = {source for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
+        return sum(t.numel() * t.element_size() for t in map(self.graph.tensor, read))
 
     def _between(self, segment: list[fx.Node], to: fx.Node) -> set[fx.Node]:
         """Of what has been made of products alone, what only products read."""
@@ -167,6 +222,7 @@ class Sweep:
                 store[node] = self._compute(node, index, full=node not in between)
             if node in watch:
                 watch[node](index, store[node].float() if node in between else store[node])
+            trim()
             for source in node.all_input_nodes:
                 if source in left:
                     left[source] -= 1
@@ -262,5 +318,6 @@ def release_memory(*, collect: bool = True) -> None:
     """
     if collect:
         gc.collect()
+    release()
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -63,7 +63,7 @@ class Workspace:
             result = item.pop("result")
             refused = [Refusal(**r) for r in result["refused"]]
             self.records.append(PassRecord(**item, result=PassResult(result["changed"], refused, result["facts"])))
-        return load_graph(done / "graph.json", done / "weights.safetensors"), list(self.records)
+        return load_graph(done / "graph.json", done / "weights.safetensors", store=dense.store), list(self.records)
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON value, computed once."""

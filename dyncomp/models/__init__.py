@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from dyncomp.errors import ModelError
+from dyncomp.mapped import TensorStore
+from dyncomp.models.checkpoint import weight_count
 from dyncomp.models.factory import load_factory
 from dyncomp.models.gguf import load_gguf, load_gguf_architecture
 from dyncomp.models.huggingface import load_architecture, load_directory, load_hub, load_tokenizer
@@ -16,7 +18,7 @@ from dyncomp.models.loaded import LoadedModel
 from dyncomp.models.packaged import PACKAGED, load_packaged, packaged_path
 from dyncomp.models.program import load_program
 
-__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "load_for_inspection", "load_model", "load_tokenizer"]
+__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "count_weights", "load_for_inspection", "load_model", "load_tokenizer"]
 
 _ACCEPTED = (
     "a model is a Hugging Face directory, a .gguf file, a .pt2 file, a Python factory (module:function), a hub id (owner/name), "
@@ -24,12 +26,13 @@ _ACCEPTED = (
 )
 
 
-def load_model(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(source: str, *, dtype: torch.dtype = torch.float32, store: TensorStore | None = None) -> LoadedModel:
     """Load a dense model, wherever it comes from.
 
     Args:
         source: a path that exists is taken as one; then a factory ``module:function``, a packaged name, a hub id.
         dtype: of the parameters. A ``.pt2`` program keeps its own.
+        store: where to put the weights; a directory's are read and converted one by one, other sources are in memory once before.
 
     Raises:
         ModelError: the source is missing, damaged, truncated, or of an unknown kind or architecture.
@@ -38,7 +41,20 @@ def load_model(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMode
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_directory(path, name=source, dtype=dtype)
+        return load_directory(path, name=source, dtype=dtype, store=store)
+    loaded = _load_other(path, source, dtype)
+    if store is not None:
+        store.adopt(loaded.module)
+    return loaded
+
+
+def count_weights(source: str) -> int:
+    """How many weights a model has, as far as its files say without being read: 0 for what is no directory."""
+    path = Path(source).expanduser()
+    return weight_count(path) if path.is_dir() else 0
+
+
+def _load_other(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
     if path.suffix in (".gguf", ".pt2") and not path.is_file():
         raise ModelError(f"no such file: {path}", hint=_ACCEPTED)
     if path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,17 @@ def check_weights(folder: Path) -> list[Path]:
     return paths
 
 
-def check_safetensors(path: Path) -> None:
-    """Compare a safetensors file's length with what its header says.
+def weight_count(folder: Path) -> int:
+    """How many values the directory's safetensors files hold, by their headers.
+
+    Raises:
+        ModelError: as :func:`check_weights`.
+    """
+    return sum(math.prod(entry["shape"]) for path in check_weights(folder) for entry in check_safetensors(path).values())
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Compare a safetensors file's length with what its header says; returns the header's entries by tensor.
 
     Raises:
         ModelError: the file is truncated or damaged; the message names it and gives both lengths.
@@ -89,6 +99,7 @@ def check_safetensors(path: Path) -> None:
         raise ModelError(f"{path} is truncated: its header says {end} bytes, the file has {size}", hint=again)
     if end < size:
         raise ModelError(f"{path} is damaged: its header says {end} bytes, the file has {size}", hint=again)
+    return tensors
 
 
 def _no_weights(folder: Path) -> ModelError:

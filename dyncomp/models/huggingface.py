@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dyncomp.errors import DyncompError, ModelError
+from dyncomp.mapped import TensorStore, read_tensors, release
 from dyncomp.models.checkpoint import check_weights, read_config
 from dyncomp.models.extras import quiet, require
 from dyncomp.models.loaded import LoadedModel, first_line
@@ -23,8 +24,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def load_directory(folder: Path, *, name: str, dtype: torch.dtype = torch.float32, kind: str = "huggingface") -> LoadedModel:
+def load_directory(
+    folder: Path, *, name: str, dtype: torch.dtype = torch.float32, kind: str = "huggingface", store: TensorStore | None = None
+) -> LoadedModel:
     """Load a directory that ``save_pretrained`` wrote. Code that comes with a model is never run, nor a pickle read.
+
+    Args:
+        store: where the weights are put, one by one as they are read; None loads them into memory.
 
     Raises:
         ModelError: the directory is incomplete, damaged, or of an architecture that transformers does not know.
@@ -35,11 +41,27 @@ def load_directory(folder: Path, *, name: str, dtype: torch.dtype = torch.float3
     from transformers import AutoModel, AutoModelForCausalLM
 
     config = _config(config_dict, str(folder))
-    check_weights(folder)
+    files = check_weights(folder)
     causal = is_causal_lm(config)
     auto = AutoModelForCausalLM if causal else AutoModel
-    model = from_pretrained(auto, str(folder), name=name, config=config, dtype=dtype, use_safetensors=True)
+    if store is None or "quantization_config" in config_dict:  # what is packed must be unpacked by who knows how
+        model = from_pretrained(auto, str(folder), name=name, config=config, dtype=dtype, use_safetensors=True)
+    else:
+        kind_of_model = type(_on_meta(auto, config, name))  # the Auto classes take no weights
+        model = from_pretrained(kind_of_model, None, name=name, config=config, dtype=dtype, state_dict=_stored(files, dtype, store))
+    if store is not None:
+        store.adopt(model)
+        release()
     return wrap(model, name=name, kind=kind, tokenizer=load_tokenizer(folder), causal=causal)
+
+
+def _stored(files: list[Path], dtype: torch.dtype, store: TensorStore) -> dict[str, torch.Tensor]:
+    """Every tensor of the files, in ``dtype`` where it is floating point."""
+    found = {}
+    for file in files:
+        for name, value in read_tensors(file).items():
+            found[name] = store.put(value, dtype if value.is_floating_point() else None)
+    return found
 
 
 def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
@@ -67,12 +89,16 @@ def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
         name, config = name or str(source), _config(read_config(path if path.is_dir() else path.parent), str(path))
     causal = is_causal_lm(config)
     auto = AutoModelForCausalLM if causal else AutoModel
+    return wrap(_on_meta(auto, config, name), name=name, kind="huggingface", tokenizer=None, causal=causal, check=False)
+
+
+def _on_meta(auto: Any, config: Any, name: str) -> nn.Module:
     with quiet(), torch.device("meta"):
         try:
-            model = _with_attention(lambda **kwargs: auto.from_config(config, dtype=torch.float32, **kwargs))
+            model: nn.Module = _with_attention(lambda **kwargs: auto.from_config(config, dtype=torch.float32, **kwargs))
         except Exception as error:
             raise ModelError(f"{name}: transformers cannot build this architecture: {first_line(error)}") from error
-    return wrap(model, name=name, kind="huggingface", tokenizer=None, causal=causal, check=False)
+    return model
 
 
 def load_hub(model_id: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -98,7 +124,7 @@ def load_hub(model_id: str, *, dtype: torch.dtype = torch.float32) -> LoadedMode
     return load_directory(Path(folder), name=model_id, dtype=dtype)
 
 
-def from_pretrained(auto: Any, location: str, *, name: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+def from_pretrained(auto: Any, location: str | None, *, name: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     """``auto.from_pretrained``, local and silent, with every parameter accounted for.
 
     Raises:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dyncomp.errors import ModelError
+from dyncomp.mapped import trim
 
 # Two sequences of sixteen tokens: torch.export specialises on sizes 0 and 1, so a dynamic dimension starts at 2 or more.
 EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 16
+
+_HASHED = 1 << 26  # bytes at a time
 
 # What says where a configuration came from, not what the model is. Left out, so that equal models have equal configurations.
 _PROVENANCE = {"transformers_version", "quantization_config", "dtype", "torch_dtype", "name_or_path"}
@@ -58,7 +61,9 @@ class LoadedModel:
                 digest.update(f"is {first_name[key]}".encode())
                 continue
             first_name[key] = name
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            for part in tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_HASHED):
+                digest.update(memoryview(part.numpy()))
+                trim()
         return digest.hexdigest()
 
 
