@@ -3,7 +3,7 @@
     python -m bench.memory [--only TEXT …] [--minutes N] [--again] [--list]
 
 Each row makes a random Llama of real shapes in bfloat16 with a small tokenizer, converts it in a process of its own, and removes both.
-They go into the folder DYNCOMP_SCRATCH (else TMPDIR), which must hold about 17 bytes a parameter. A row is stored in
+They go into the folder DYNCOMP_SCRATCH (else TMPDIR), which must be on a disk and hold about 25 bytes a parameter. A row is stored in
 docs/large_models.json as soon as it is measured, and rows that are there already are not measured again.
 """
 
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dyncomp.convert import ConvertRequest, convert
 from safetensors.torch import save_file
 
 from bench import rowwise
 from dyncomp.bundle import versions
+from dyncomp.convert import LOWERED, WHOLE, ConvertRequest, convert
 from dyncomp.text import load_text
 
 TOKENS, WINDOWS, CONTEXT = 2048, 1, 512
@@ -127,8 +127,8 @@ def _convert(folder: Path, row: Row) -> dict[str, Any]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     request = ConvertRequest(
-        model=str(folder / "model"), out=folder / "out", calibrate=str(folder / "model" / "text.txt"), tokens=TOKENS, windows=WINDOWS, other=None, backend="torch",
-        low_memory=row.low, **WORK[row.work],
+        model=str(folder / "model"), out=folder / "out", calibrate=str(folder / "model" / "text.txt"), tokens=TOKENS, windows=WINDOWS,
+        other=None, backend="torch", low_memory=row.low, **WORK[row.work],
     )  # fmt: skip
     report = convert(request)
     done.set()
@@ -143,8 +143,46 @@ def _private_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
+_TEXT = f"""
+# Models larger than memory
+
+Written by `python -m bench.memory`; do not edit.
+
+`dyncomp convert MODEL -o OUT --low-memory` keeps weights in files beside `OUT`, mapped into memory. A directory's safetensors are mapped;
+what is not float32 there is converted tensor by tensor into a nameless file on the disk of `OUT`, and the tensors that passes make go into
+such files too. Calibration, fits and evaluation take all windows through half a gigabyte of weights before they read the next, and pages
+of files are given back once more than a gigabyte of them is in memory. What remains is the residual stream of the tokens and what a pass
+needs for one layer. The result has the same bits as without. The files are gone when the conversion ends, or is interrupted.
+
+It is the default for a directory where {WHOLE} times its weights in float32 are more than the memory available (`--no-low-memory`: never).
+Lowering and timing an artifact is then refused by name where {LOWERED} times the weights are not available; `--backend torch` makes the
+bundle without one. The disk must hold the checkpoint, its float32 copy, the new tensors and the bundle: about 13 bytes a parameter for
+int8, 25 for experts and their baseline. Other sources (GGUF, factories, hubs) are in memory once, while they are loaded. `heal` keeps in
+memory what training needs.
+
+Random Llamas of the shapes of real ones in bfloat16, {TOKENS} calibration tokens, {WINDOWS} window of {CONTEXT} tokens to evaluate on.
+*Peak memory* is the largest resident set, pages of mapped files included; *private* is the part that is no page of a file. *int8* rounds
+every weight; *experts* carves, fits routers, refits, and makes static pruning to stand beside. *Whole* is `--no-low-memory`. Seconds are
+those of a machine that others used at the same time; CPU seconds are not.
+
+| conversion | like | parameters | checkpoint | | peak memory | private | CPU seconds | seconds | threads |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
 def markdown(results: dict[str, Any]) -> str:
-    return ""
+    lines = [_line(row, results["rows"][key]) for key, row in rows().items() if key in results["rows"]]
+    return _TEXT.lstrip() + "\n".join(lines) + "\n"
+
+
+def _line(row: Row, found: dict[str, Any]) -> str:
+    parameters = found["parameters"]
+    cells = [
+        row.work, SHAPES[row.size].like, f"{parameters / 1e9:.2f} B", f"{2 * parameters / 2**30:.1f} GiB",
+        "low memory" if row.low else "whole", f"{found['peak_rss_bytes'] / 2**30:.1f} GiB", f"{found['private_bytes'] / 2**30:.1f} GiB",
+        f"{found['cpu_seconds']:.0f}", f"{found['seconds']:.0f}", str(found["threads"]),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

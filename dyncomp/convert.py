@@ -42,9 +42,9 @@ from dyncomp.workspace import Workspace
 
 BACKENDS = ("ort", "tvm", "torch")
 DEFAULT_GOAL = Goal(max_loss=0.01)
-WHOLE, LOWERED = 5, 4
-"""Times the bytes of a model's weights in float32: what a conversion takes that has all of them in memory, and what lowering and timing
-take (docs/large_models.md)."""
+WHOLE, LOWERED = 6, 4
+"""Times the bytes of a model's weights in float32: what a conversion may take that has them in memory, and what lowering and timing may
+take where they are in files."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _check_lowering(request: ConvertRequest, dense: Graph) -> None:
         raise RequestError(
             f"--backend {request.backend}: lowering {request.out.name} and timing it beside the dense model takes about "
             f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are available",
-            hint="add --backend torch and name a recipe (--recipe experts); an artifact can be made where there is more memory",
+            hint="add --backend torch (with --recipe, --active or --quantize) for a bundle without an artifact, or --no-low-memory to try",
         )
 
 

@@ -153,8 +153,8 @@ class Graph:
     def add_quantized(self, name: str, value: Quantized) -> None:
         """Register a weight by its codes; the module gets the decoded values."""
         self.add_tensor(name, value.decode())
-        parts = (None if part is None else self._stored(part) for part in (value.codes, value.scales, value.offsets))
-        self.quantized[name] = Quantized(*parts, value.bits)  # type: ignore[arg-type]
+        offsets = None if value.offsets is None else self._stored(value.offsets)
+        self.quantized[name] = Quantized(self._stored(value.codes), self._stored(value.scales), offsets, value.bits)
 
     def _stored(self, value: Tensor) -> Tensor:
         return value if self.store is None else self.store.put(value)

@@ -62,7 +62,7 @@ class TensorStore:
             return value.to(dtype)
         if is_mapped(value) and value.dtype == dtype:
             return value
-        order = sorted(range(value.ndim), key=lambda axis: -value.stride(axis))
+        order = sorted(range(value.ndim), key=lambda axis: -value.stride()[axis])
         dense = value.detach().permute(order).contiguous()
         with tempfile.TemporaryFile(dir=self.folder) as file:
             _write(file, dense, dtype)
@@ -74,7 +74,8 @@ class TensorStore:
         """Put the parameters and buffers of ``module`` that are large into files; tied ones stay tied."""
         known: dict[tuple[Any, ...], Tensor] = {}
         for owner in module.modules():
-            for table in (owner._parameters, owner._buffers):
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
                 for name, value in table.items():
                     if value is None:
                         continue

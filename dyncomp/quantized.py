@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BLOCKS = (32, 64, 128)
+_PART = 1 << 24  # weights that are rounded or decoded at once: a vocabulary's take gigabytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ class Quantized:
 
     def decode(self) -> Tensor:
         """[..., N, K] float32."""
-        return decode(self.codes.unflatten(-1, (-1, self.block)), self.scales, self.offsets, self.bits).flatten(-2)
+        value = torch.empty(self.codes.shape)
+        for out, codes, scales, offsets in zip(
+            *(_rows(t, self.codes) for t in (value, self.codes, self.scales, self.offsets)), strict=True
+        ):
+            out.copy_(decode(codes.unflatten(-1, (-1, self.block)), scales, offsets, self.bits).flatten(-2))
+        return value
 
 
 def round_to_nearest(weight: Tensor, bits: int, block: int, *, symmetric: bool = True) -> Quantized:
@@ -55,9 +64,22 @@ def round_to_nearest(weight: Tensor, bits: int, block: int, *, symmetric: bool =
         weight: [..., N, K]; ``block`` must divide K.
         symmetric: the scale covers the largest magnitude; otherwise scale and offset cover the range.
     """
-    blocks = weight.float().unflatten(-1, (-1, block))
-    scales, offsets = grid(blocks, bits, symmetric=symmetric)
-    return Quantized(encode(blocks, scales, offsets, bits).flatten(-2), scales, offsets, bits)
+    parts = []
+    for rows in _rows(weight, weight):
+        blocks = rows.float().unflatten(-1, (-1, block))
+        scales, offsets = grid(blocks, bits, symmetric=symmetric)
+        parts.append(Quantized(encode(blocks, scales, offsets, bits).flatten(-2), scales, offsets, bits))
+    whole, shape = join(parts), weight.shape[:-1]
+    assert whole is not None  # one format
+    offsets = None if whole.offsets is None else whole.offsets.unflatten(0, shape)
+    return Quantized(whole.codes.unflatten(0, shape), whole.scales.unflatten(0, shape), offsets, bits)
+
+
+def _rows(value: Tensor | None, like: Tensor) -> Iterator[Any]:
+    """The rows of ``value`` [..., N, any], as many at once as have :data:`_PART` values in ``like`` [..., N, K]; Nones for None."""
+    step = max(1, _PART // like.shape[-1])
+    count = -(-like[..., 0].numel() // step)
+    return itertools.repeat(None, count) if value is None else iter(value.reshape(-1, value.shape[-1]).split(step))
 
 
 def grid(blocks: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor | None]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncomp.quantized import Quantized, decode, encode, grid
+from dyncomp.quantized import Quantized, decode, encode, grid, join
 
 _SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _LAZY = 128  # columns whose errors are passed on together
+_VALUES = 1 << 26  # weights at once: a vocabulary's take gigabytes in float64
 
 
 def gptq(weight: Tensor, gram: Tensor, bits: int, block: int, *, symmetric: bool = True, damping: float = 0.01) -> Quantized:
@@ -22,7 +23,15 @@ def gptq(weight: Tensor, gram: Tensor, bits: int, block: int, *, symmetric: bool
         gram: [K, K] sum of x xᵀ over calibration inputs x.
         damping: added to the diagonal, as a fraction of its mean.
     """
-    w, factor = weight.double().clone(), _inverse_factor(gram, damping)
+    factor = _inverse_factor(gram, damping)
+    parts = weight.split(max(1, _VALUES // weight.shape[1]))  # rows do not depend on each other
+    whole = join([_gptq_rows(rows, factor, bits, block, symmetric=symmetric) for rows in parts])
+    assert whole is not None  # one format
+    return whole
+
+
+def _gptq_rows(weight: Tensor, factor: Tensor, bits: int, block: int, *, symmetric: bool) -> Quantized:
+    w = weight.double().clone()
     importance = factor.diagonal().reciprocal().square()
     rows, columns = w.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
+from dyncomp.mapped import trim
 
 _KEPT = 256  # tokens of a batch whose inputs are kept
 
@@ -65,6 +66,7 @@ class Sensitivity:
             total = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(0)
             self._sums[node] = self._sums[node] + total if node in self._sums else total
             self._tokens[node] = self._tokens.get(node, 0) + len(rows)
+            trim()
 
         return note
 
@@ -78,6 +80,7 @@ class _Recorder(fx.Interpreter):
         self._owner, self._read = owner, dict[fx.Node, Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
+        trim()
         source = self._owner._linears.get(n)
         if source is None:
             return super().run_node(n)

@@ -26,7 +26,8 @@ from dyncomp.cli import options
 @click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")
 @click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, tvm, or torch (the graph itself, no artifact).")
 @click.option(
-    "--low-memory/--no-low-memory", default=None,
+    "--low-memory/--no-low-memory",
+    default=None,
     help="Keep weights in files, and one layer in memory at a time. [default: when they would not fit]",
 )
 @click.option("--dump", type=click.Path(path_type=Path), help="Write the graph's text after each pass into this folder.")

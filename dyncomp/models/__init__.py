@@ -18,7 +18,7 @@ from dyncomp.models.loaded import LoadedModel
 from dyncomp.models.packaged import PACKAGED, load_packaged, packaged_path
 from dyncomp.models.program import load_program
 
-__all__ = ["PACKAGED", "LoadedModel", "load_architecture", "count_weights", "load_for_inspection", "load_model", "load_tokenizer"]
+__all__ = ["PACKAGED", "LoadedModel", "count_weights", "load_architecture", "load_for_inspection", "load_model", "load_tokenizer"]
 
 _ACCEPTED = (
     "a model is a Hugging Face directory, a .gguf file, a .pt2 file, a Python factory (module:function), a hub id (owner/name), "
