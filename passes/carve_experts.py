@@ -16,6 +16,7 @@ from dyncomp.graph import Builder, Graph
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import FFN, FFNWeights, find_regions, replace_ffn
 from dyncomp.regions.refusal import Refusal
+from dyncomp.sweep import release_memory
 
 aten = torch.ops.aten
 _SIMD = 16  # float32 lanes of AVX-512
@@ -78,6 +79,7 @@ class CarveExperts(Pass):
             if (size := ffn.d_ff // self.experts) < _SIMD:
                 result.facts["narrow"] = f"{size} neurons an expert: kernels that compute {_SIMD} at once gain nothing from fewer"
             result.changed.append(ffn.name)
+            release_memory(collect=False)
         return result
 
     def _partition(self, ffn: FFN, weights: FFNWeights, ctx: Context) -> Tensor:

@@ -21,7 +21,7 @@ from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
 from dyncomp.regions.depth import find_skips
 from dyncomp.regions.linear import PRODUCTS, constant
 from dyncomp.regions.refusal import Refusal
-from dyncomp.sweep import Sweep, fast_matmul
+from dyncomp.sweep import Sweep, fast_matmul, release_memory
 
 aten = torch.ops.aten
 _PRODUCTS = (*PRODUCTS, torch.ops.dyncomp.sparse_linear.default, torch.ops.dyncomp.gated_linear.default)
@@ -71,6 +71,7 @@ class Quantize(Pass):
         else:
             for target in self._targets(graph, result):
                 self._store(graph, target, self._round(target.weight(graph), target.bits), result)
+                release_memory(collect=False)
         if not result.changed:
             raise RequestError("quantize: the graph has no weight that can be quantized")
         graph.info["activations"] = self.activations
@@ -148,6 +149,7 @@ class Quantize(Pass):
                     for t in group:
                         value = gptq(t.weight(graph), gram, t.bits, self.block, symmetric=self.symmetric)
                         self._store(graph, t, value, result)
+                release_memory(collect=False)
                 done += len(group)
                 ctx.progress(self.name, done, len(targets))
 
