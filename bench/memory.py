@@ -162,8 +162,8 @@ memory what training needs.
 
 Random Llamas of the shapes of real ones in bfloat16, {TOKENS} calibration tokens, {WINDOWS} window of {CONTEXT} tokens to evaluate on.
 *Peak memory* is the largest resident set, pages of mapped files included; *private* is the part that is no page of a file. *int8* rounds
-every weight; *experts* carves, fits routers, refits, and makes static pruning to stand beside. *Whole* is `--no-low-memory`. Seconds are
-those of a machine that others used at the same time; CPU seconds are not.
+every weight; *experts* carves, fits routers, refits, and makes static pruning to stand beside. *Whole* is `--no-low-memory`. Seconds
+depend on what else the machine and its disk do, CPU seconds less.
 
 | conversion | like | parameters | checkpoint | | peak memory | private | CPU seconds | seconds | threads |
 |---|---|---|---|---|---|---|---|---|---|
