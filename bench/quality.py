@@ -17,9 +17,10 @@ from dyncomp.passes.sparsify import active_share
 from bench import rowwise
 from dyncomp.bundle import versions
 from dyncomp.cache import cache_folder
-from dyncomp.calibrate import Calibration, calibrate, fingerprint
-from dyncomp.evaluate import batches
-from dyncomp.evidence import Texts, measure_quality, prepare_texts
+from dyncomp.calibrate import calibrate
+from dyncomp.evaluate import glimpse
+from dyncomp.evidence import calibration_of, measure_quality
+from dyncomp.examples import Prepared, prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel, load_model
@@ -90,7 +91,7 @@ class _Bench:
     """Measures rows; keeps the model of the last."""
 
     def __init__(self) -> None:
-        self.model: tuple[LoadedModel, Graph, Texts, Context] | None = None
+        self.model: tuple[LoadedModel, Graph, Prepared, Context] | None = None
 
     def measure(self, row: Row) -> dict[str, Any]:
         loaded, dense, texts, ctx = self._open(row.model)
@@ -106,17 +107,16 @@ class _Bench:
         inputs = {"active_inputs": active_share(graph)} if sparse_nodes(graph) else {}
         return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | inputs | spent
 
-    def _open(self, name: str) -> tuple[LoadedModel, Graph, Texts, Context]:
+    def _open(self, name: str) -> tuple[LoadedModel, Graph, Prepared, Context]:
         if self.model is None or self.model[0].name != name:
             self.model = None
             release_memory()
             loaded = load_model(name)
             dense = trace_model(loaded)
-            texts = prepare_texts(loaded, None, "news", tokens=TOKENS, count=WINDOWS, seed=0)
-            data = batches(dense, texts.calibration)
-            calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
+            texts = prepare_examples(reader_of(loaded, dense), None, "news", tokens=TOKENS, count=WINDOWS, seed=0)
+            calibration = calibration_of(loaded, dense, texts.calibration)
             calibrate(dense, find_regions(dense).ffns, calibration, cache=cache_folder() / f"bench-quality-{name}.safetensors")
-            self.model = loaded, dense, texts, Context(calibration, batches(dense, texts.calibration[:1, :64])[0], dense=dense)
+            self.model = loaded, dense, texts, Context(calibration, glimpse(dense, texts.calibration), dense=dense)
         return self.model
 
 

@@ -4,7 +4,7 @@
 
     dyncomp.json            schema, source and its fingerprint, recipe, passes, versions, sha256 of every file
     graph.json              the converted graph                      weights.safetensors   its tensors
-    tokenizer/              as transformers saves it                 report.json           quality, cost, parity, timings
+    tokenizer/ processor/   as transformers saves them               report.json           quality, cost, parity, timings
     artifacts/ort/          what runs: model.onnx + external data
 """
 
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from dyncomp import __version__
 from dyncomp.errors import BundleError, DyncompError, ModelError, RequestError
 from dyncomp.graph import Graph
-from dyncomp.models import LoadedModel, load_model, load_tokenizer
+from dyncomp.models import LoadedModel, load_model, load_processor, load_tokenizer
 from dyncomp.serialize import load_graph, save_graph
 
 SCHEMA = 1
@@ -122,6 +122,11 @@ class Bundle:
             return None
         return load_tokenizer(folder)
 
+    def processor(self) -> Any | None:
+        """The image processor, or None when the model came without one."""
+        folder = self.path / "processor"
+        return load_processor(folder) if folder.is_dir() else None
+
 
 def open_bundle(path: str | Path) -> Bundle:
     """Open a bundle and verify every file.
@@ -194,12 +199,16 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
-def save_bundle_files(folder: Path, graph: Graph, tokenizer: Any | None, report: dict[str, Any]) -> None:
+def save_bundle_files(
+    folder: Path, graph: Graph, report: dict[str, Any], *, tokenizer: Any | None = None, processor: Any | None = None
+) -> None:
     """Write everything but the artifacts and the manifest into ``folder``."""
     save_graph(graph, folder / "graph.json", folder / "weights.safetensors")
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
+    if processor is not None:
+        processor.save_pretrained(folder / "processor")
 
 
 def seal(folder: Path, out: Path, manifest: Manifest) -> None:

@@ -53,18 +53,24 @@ class Calibration:
     """Calibration inputs and the dense model's statistics on them.
 
     Args:
-        batches: graph inputs by name, full windows.
+        batches: graph inputs by name, full windows or images.
         statistics: by FFN name.
         fingerprint: of model and inputs; statistics are reused only when it matches.
+        example_tokens: that the model makes of one example; None where the inputs are tokens.
     """
 
     batches: list[dict[str, Tensor]]
     fingerprint: str
     statistics: dict[str, FFNStatistics] = field(default_factory=dict)
+    example_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
-        return sum(int(next(iter(b.values())).numel()) for b in self.batches)
+        return sum(map(self._count, self.batches))
+
+    def _count(self, batch: dict[str, Tensor]) -> int:
+        rows = next(iter(batch.values()))
+        return rows.numel() if self.example_tokens is None else len(rows) * self.example_tokens
 
     def first(self, tokens: int) -> list[dict[str, Tensor]]:
         """The first batches, as many as hold ``tokens`` tokens."""
@@ -73,7 +79,7 @@ class Calibration:
             if seen >= tokens:
                 break
             chosen.append(batch)
-            seen += next(iter(batch.values())).numel()
+            seen += self._count(batch)
         return chosen
 
     def save(self, file: Path) -> None:

@@ -21,10 +21,11 @@ from dyncomp import __version__, bundle
 from dyncomp.backends.native.build import begin
 from dyncomp.backends.ort.native import library
 from dyncomp.backends.ort.providers import require_providers
-from dyncomp.calibrate import Calibration, calibrate, fingerprint
+from dyncomp.calibrate import calibrate
 from dyncomp.errors import RequestError
-from dyncomp.evaluate import batches
-from dyncomp.evidence import baselines, cost_figures, measure_quality, prepare_texts
+from dyncomp.evaluate import glimpse
+from dyncomp.evidence import baselines, calibration_of, cost_figures, measure_quality
+from dyncomp.examples import prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.hardware import available_memory
 from dyncomp.mapped import TensorStore
@@ -59,10 +60,11 @@ class ConvertRequest:
         experts: experts per FFN; None leaves it to the recipe.
         quantize: ``int8`` or ``int4``: the weights' precision; None is what the recipe says.
         goal: what to search for in place of a recipe; None is :data:`DEFAULT_GOAL`.
-        calibrate: text to calibrate on, a packaged name or a file; a part of it is held out for evaluation.
-        other: text of another source to evaluate on as well; None for none.
-        tokens: calibration tokens.
-        windows: evaluation windows of each text.
+        calibrate: text (a packaged name or a file) or images (a packaged name or a folder) to calibrate on; a part is held out for
+            evaluation.
+        other: another source to evaluate on as well; None for none, ``"default"`` for the packaged one.
+        tokens: calibration tokens; an image is as many as the model makes of it.
+        windows: evaluation windows of each text, or images; None is 16 windows or 256 images.
         backend: ``ort``, ``tvm`` or ``torch`` (no artifact: the graph itself is run).
         threads: of the latency figures; None is every core.
         seed: of everything random.
@@ -70,7 +72,7 @@ class ConvertRequest:
             they would not fit, see :data:`WHOLE`.
         dump: folder for the graph's text after each pass.
         bundle: a bundle of this model to go on from, in place of the dense graph; ``passes`` are what runs on it.
-        text: what passes that train learn from; None is the calibration text without what is held out.
+        text: what passes that train learn from; None is what is calibrated on without what is held out.
     """
 
     model: str | LoadedModel
@@ -81,9 +83,9 @@ class ConvertRequest:
     quantize: str | None = None
     goal: Goal | None = None
     calibrate: str | None = None
-    other: str | None = "news"
+    other: str | None = "default"
     tokens: int = 40_960
-    windows: int = 16
+    windows: int | None = None
     backend: str = "ort"
     threads: int | None = None
     seed: int = 0
@@ -122,8 +124,8 @@ class ConvertRequest:
             raise RequestError(f"--experts {self.experts}: a routed FFN needs at least 2 experts")
         if self.backend not in BACKENDS:
             raise RequestError(f"unknown backend {self.backend!r}", hint=f"backends: {', '.join(BACKENDS)}")
-        if self.tokens < 512 or self.windows < 1:
-            raise RequestError("too little text: --tokens must be at least 512 and --windows at least 1")
+        if self.tokens < 512 or (self.windows is not None and self.windows < 1):
+            raise RequestError("too little to calibrate and evaluate on: --tokens must be at least 512 and --windows at least 1")
         bundle.check_destination(self.out)
         if self.backend == "ort":  # say so now, not after minutes of work
             require_providers(None)
@@ -221,27 +223,25 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     for item in passes:
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
-    texts = prepare_texts(
-        loaded, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
-        training=any(p.reads_text for p in passes), text=request.text,
+    examples = prepare_examples(
+        reader_of(loaded, dense), request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
+        training=any(p.reads_text for p in passes), source=request.text,
     )  # fmt: skip
-    if goal is not None and len(texts.calibration) <= SELECTION:
+    rows = examples.calibration
+    if goal is not None and len(rows) <= SELECTION:
         raise RequestError(
-            f"a search keeps {SELECTION} windows of the calibration text to itself, and there are no more", hint="raise --tokens"
+            f"a search keeps {SELECTION} windows or images of those to calibrate on to itself, and there are no more", hint="raise --tokens"
         )
     wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
-    data = [texts.calibration, *texts.evaluation.values(), *([] if texts.training is None else [texts.training])]
+    data = [rows, *examples.evaluation_data(), *([] if examples.training is None else [examples.training])]
     start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
-    fitted = texts.calibration if goal is None else texts.calibration[:-SELECTION]
-    fit_to = batches(dense, fitted)
-    calibration = Calibration(fit_to, fingerprint(loaded.fingerprint, fit_to))
-    probe = batches(dense, texts.calibration[:1, :64])[0]
-    ctx = Context(calibration, probe, progress, request.seed, dense, texts.training, work.folder / "training")
+    calibration = calibration_of(loaded, dense, rows if goal is None else rows[:-SELECTION])
+    ctx = Context(calibration, glimpse(dense, rows), progress, request.seed, dense, examples.training, work.folder / "training")
     statistics = work.folder / "calibration.safetensors"
     artifact, searched = None, {}
     if goal is not None:
-        found = _search(request, goal, loaded, ctx, texts.calibration[-SELECTION:], work, say)
+        found = _search(request, goal, loaded, ctx, rows[-SELECTION:], work, say)
         converted, passes, artifact = found.graph, found.passes, found.artifact
         trials = [dataclasses.asdict(t) for t in found.trials]
         searched = {"search": {"goal": str(goal), "chosen": found.best.name, "trials": trials}}
@@ -263,7 +263,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         if origin is not None:
             plain["before"] = origin.graph()
         release_memory()
-        return measure_quality(models | plain, texts.evaluation, loaded.task, progress)
+        return measure_quality(models | plain, examples.evaluation, loaded.task, progress)
 
     earlier = [] if origin is None else origin.manifest.passes
     specs = [*(p.spec for p in earlier), *(r.spec for r in work.records)]
@@ -275,7 +275,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     report |= {k: main[k] for k in ("perplexity", "cosine", "active_ffn") if k in main}
     report |= cost_figures(dense, converted, report["quality"])
     folder = work.bundle_folder()
-    bundle.save_bundle_files(folder, converted, loaded.tokenizer, report)
+    bundle.save_bundle_files(folder, converted, report, tokenizer=loaded.tokenizer, processor=loaded.processor)
     if statistics.exists():
         os.link(statistics, folder / "calibration.safetensors")
     manifest = _manifest(recipe.name, loaded, earlier, work.records, regions.refusals)

@@ -207,22 +207,36 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
 def _measure_encoders(
     models: Sequence[tuple[str, Artifact]], *, tokens: int, batch: int, engine: str, rounds: int = 15
 ) -> list[dict[str, Any]]:
-    ids = np.random.default_rng(0).integers(100, 1000, (batch, tokens))
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    random = np.random.default_rng(0)
+    inputs = {s["name"]: _random_input(s, random, batch, tokens) for s in models[0][1].config["inputs"]}
+    (output, *_) = models[0][1].run(**inputs).values()
+    images = next(iter(inputs.values())).dtype.kind == "f"
+    tokens = output.shape[1] if images and output.ndim == 3 else tokens
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 2):
         for index, (_, model) in enumerate(models):
             start = time.perf_counter()
-            model.run(**{i: known[i] for i in model.inputs})
+            model.run(**inputs)
             if turn >= 2:
                 seconds[index].append(time.perf_counter() - start)
     return [
         {
             "engine": engine, "variant": variant, "precision": model.precision, "threads": model.threads, "batch": batch,
             "decode_tokens_per_s": None, "prefill_tokens_per_s": batch * tokens / statistics.median(times), "prefill_tokens": tokens,
+            **({"images_per_s": batch / statistics.median(times)} if images else {}),
         }
         for (variant, model), times in zip(models, seconds, strict=True)
     ]  # fmt: skip
+
+
+def _random_input(spec: dict[str, Any], random: np.random.Generator, batch: int, tokens: int) -> np.ndarray[Any, Any]:
+    """An input as ``config.json`` describes it: random tokens or pixels, masks of ones, token types of zeros."""
+    shape = [{"batch": batch}.get(size, tokens) if isinstance(size, str) else size for size in spec["shape"]]
+    if spec["dtype"].startswith("float"):
+        return random.standard_normal(shape).astype(spec["dtype"])
+    if spec["name"] == "token_type_ids":
+        return np.zeros(shape, spec["dtype"])
+    return np.ones(shape, spec["dtype"]) if spec["name"].endswith("mask") else random.integers(100, 1000, shape)
 
 
 def open_session(opened: Bundle, backend: str, *, threads: int | None = None) -> DecoderSession:
@@ -234,7 +248,7 @@ def open_session(opened: Bundle, backend: str, *, threads: int | None = None) ->
     """
     if opened.manifest.source.task != "causal-lm":
         raise RequestError(
-            f"{opened.path} holds {opened.manifest.source.task} model: it does not generate text", hint="evaluate and bench work on it"
+            f"{opened.path} holds a model that does not generate text ({opened.manifest.source.task})", hint="evaluate and bench work on it"
         )
     if backend != "torch":
         used = backend_of(backend)

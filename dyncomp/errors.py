@@ -49,6 +49,10 @@ class TextError(RequestError):
     """A text to calibrate or evaluate on is missing, empty or too short."""
 
 
+class ImageError(RequestError):
+    """Images to calibrate or evaluate on are missing, damaged or too few."""
+
+
 class BundleError(RequestError):
     """A bundle is damaged, truncated, foreign or newer than this dyncomp."""
 

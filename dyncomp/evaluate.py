@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dyncomp.bootstrap import interval
+from dyncomp.errors import RequestError
+from dyncomp.examples import Examples, example_tokens
 from dyncomp.graph import Graph
+from dyncomp.probe import probe
 from dyncomp.regions import RoutedFFN, find_routed
+from dyncomp.regions.class_token import has_class_token
 from dyncomp.regions.depth import Skip, find_skips
 from dyncomp.routing import spread
 from dyncomp.sweep import Sweep
@@ -20,7 +24,7 @@ from dyncomp.sweep import Sweep
 _POSITIONS = 128
 COLLAPSED = 0.05
 NEIGHBOURS, PASSAGE = 10, 32
-"""Of how many nearest neighbours retrieval agreement is counted, among passages of how many tokens."""
+"""Of how many nearest neighbours retrieval agreement is counted, among images or passages of how many tokens."""
 
 
 @dataclass
@@ -58,16 +62,19 @@ class RoutingLoad:
 
 @dataclass
 class Quality:
-    """Figures of one or several models on the same windows.
+    """Figures of one or several models on the same windows of tokens, or images.
 
     Args:
         nll: model -> mean negative log-likelihood per token of each window [windows] (causal language models).
         kl: model -> mean KL(dense || model) per token, in nats.
         agreement: model -> fraction of tokens whose most likely next token is the dense model's.
-        cosine: model -> mean cosine of the mean-pooled embedding to the dense model's (encoders).
-        retrieval: model -> mean share of a passage's :data:`NEIGHBOURS` nearest passages that it has in common with the dense model
-            (encoders).
-        by_item: figure (``kl``, ``agreement``, ``cosine`` by window, ``retrieval`` by passage) -> model -> its value for each [items].
+        cosine: model -> mean cosine of the embedding (see :func:`embedding`) to the dense model's (encoders).
+        retrieval: model -> mean share of a passage's or image's :data:`NEIGHBOURS` nearest ones that it has in common with the dense
+            model (encoders).
+        probe: model -> accuracy of a linear probe of its embeddings (encoders, where examples have labels).
+        probe_dense: model -> accuracy of the dense model's linear probe on its embeddings: of a classifier that is not fitted again.
+        by_item: figure (``kl``, ``agreement``, ``cosine`` by window or image, ``retrieval`` by passage or image, probes by image) ->
+            model -> its value for each [items].
         load: model -> expert use by routed FFN.
         computed: model -> fraction of the tokens that did not skip, by gate.
     """
@@ -79,6 +86,8 @@ class Quality:
     agreement: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
     retrieval: dict[str, float] = field(default_factory=dict)
+    probe: dict[str, float] = field(default_factory=dict)
+    probe_dense: dict[str, float] = field(default_factory=dict)
     by_item: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     load: dict[str, dict[str, RoutingLoad]] = field(default_factory=dict)
     computed: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -92,10 +101,13 @@ class Quality:
         return self.perplexity(model) / self.perplexity("dense") - 1
 
     def intervals(self) -> dict[str, dict[str, list[float]]]:
-        """Figure -> model -> [low, high] (see :mod:`dyncomp.bootstrap`); ``increase`` is paired with the dense model by window."""
+        """Figure -> model -> [low, high] (see :mod:`dyncomp.bootstrap`); ``increase`` and ``probe_change`` are paired with the dense
+        model by item."""
         found: dict[str, dict[str, list[float] | None]] = {
             "increase": {m: interval(v - self.nll["dense"], exponential=True) for m, v in self.nll.items() if m != "dense"}
         }
+        if probes := self.by_item.get("probe"):
+            found["probe_change"] = {m: interval(v - probes["dense"]) for m, v in probes.items() if m != "dense"}
         found |= {figure: {m: interval(v) for m, v in models.items()} for figure, models in self.by_item.items()}
         return {f: kept for f, models in found.items() if (kept := {m: v for m, v in models.items() if v is not None})}
 
@@ -107,48 +119,47 @@ class Quality:
 
 def evaluate(
     models: dict[str, Graph],
-    windows: Tensor,
+    examples: Examples | Tensor,
     *,
     task: str,
     batch: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Quality:
-    """Run every model on the same windows.
+    """Run every model on the same examples.
 
     Args:
         models: by name; ``"dense"`` is the reference.
-        windows: [n, length] token ids.
-        task: ``causal-lm`` (perplexity, KL, next-token agreement) or ``encoder`` (cosine of mean-pooled embeddings, agreement on
-            which passages are alike).
-        batch: windows at once.
+        examples: token ids [n, length], images, with or without labels; a tensor is examples without labels.
+        task: ``causal-lm`` (perplexity, KL, next-token agreement) or an encoder's (cosine of embeddings, agreement on what is alike,
+            linear probes where there are labels).
+        batch: examples at once.
     """
-    quality = Quality(len(windows), windows.shape[1])
+    examples = Examples(examples) if isinstance(examples, Tensor) else examples
+    rows = examples.rows
+    quality = Quality(len(rows), rows.shape[1])
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
-    runs = {name: _Run(graph, windows.split(batch)) for name, graph in models.items()}
+    embedded: dict[str, list[Tensor]] = {name: [] for name in models}
+    runs = {name: _Run(graph, rows.split(batch)) for name, graph in models.items()}
     with torch.no_grad():
-        for start in range(0, len(windows), batch):
-            ids = windows[start : start + batch]
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
             expected: _Reference | None = None
-            reference: Tensor | None = None
             for name in sorted(models, key=lambda n: n != "dense"):
                 output = next(runs[name].outputs)
                 if task == "causal-lm":
                     predicted = _Predictions(output)
-                    nll[name].append(predicted.losses(ids))
+                    nll[name].append(predicted.losses(part))
                     if expected is not None:
                         seen["kl"][name].append(expected.divergence(predicted))
                         seen["agreement"][name].append(expected.agreement(predicted))
                     expected = _Reference(predicted) if expected is None else expected
                 else:
-                    pooled = _pooled(output)
-                    if reference is not None:
-                        seen["cosine"][name].append((pooled * reference).sum(-1))
-                    reference = pooled if reference is None else reference
+                    embedded[name].append(runs[name].embedding(output))
             if progress is not None:
-                progress("evaluate", min(start + batch, len(windows)), len(windows))
-        if task != "causal-lm" and "dense" in models:
-            quality.by_item["retrieval"] = _retrieval(models, windows)
+                progress("evaluate", min(start + batch, len(rows)), len(rows))
+        if task != "causal-lm":
+            _compare(quality, models, {name: torch.cat(values) for name, values in embedded.items()}, examples)
     quality.nll = {name: torch.cat(values) for name, values in nll.items() if values}
     quality.by_item |= {f: kept for f, values in seen.items() if (kept := {m: torch.cat(v) for m, v in values.items() if v})}
     for figure, values in quality.by_item.items():
@@ -160,6 +171,24 @@ def evaluate(
         quality.load[name] = {region: load for region, load in loads.items() if region not in skips}
         quality.computed[name] = {region: load.active for region, load in loads.items() if region in skips}
     return quality
+
+
+def _compare(quality: Quality, models: dict[str, Graph], embedded: dict[str, Tensor], examples: Examples) -> None:
+    """Figures of unit embeddings [n, d] beside the dense model's."""
+    if "dense" not in embedded:
+        return
+    others = [name for name in embedded if name != "dense"]
+    quality.by_item["cosine"] = {name: (embedded[name] * embedded["dense"]).sum(-1) for name in others}
+    if examples.rows.is_floating_point():
+        quality.window_tokens = example_tokens(models["dense"]) or 1
+        items = embedded
+    else:
+        passages = _passages(examples.rows)
+        items = {n: torch.cat([embedding(g, g(**model_inputs(g, part))) for part in passages.split(16)]) for n, g in models.items()}
+    quality.by_item["retrieval"] = _retrieval(items)
+    if examples.labels is not None:
+        quality.by_item["probe"] = {n: probe(v, v, examples.labels) for n, v in embedded.items()}
+        quality.by_item["probe_dense"] = {n: probe(embedded["dense"], embedded[n], examples.labels) for n in others}
 
 
 class _Predictions:
@@ -202,21 +231,37 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(-2) @ b.unsqueeze(-1)).flatten(-3)
 
 
-def _pooled(output: Tensor) -> Tensor:
-    """Mean-pooled unit embeddings: [B, S, d] -> [B, d]; of full windows, so that there is no padding to leave out."""
-    return F.normalize(output.float().mean(1), dim=-1)
+def embedding(graph: Graph, output: Tensor, *, first: bool | None = None) -> Tensor:
+    """Unit embeddings [B, d] of what a graph gives [B, S, d] for full windows or images (no padding to leave out).
+
+    The class token of an image encoder that has one, else the mean over tokens; an output [B, d] is one already.
+
+    Args:
+        first: whether it is the first token, if that is known already.
+    """
+    if output.dim() == 2:
+        return F.normalize(output.float(), dim=-1)
+    if output.dim() != 3:
+        raise RequestError(
+            f"an output of {output.dim()} dimensions holds no embedding of each example", hint="evaluation needs [B, S, d] or [B, d]"
+        )
+    first = class_token_counts(graph) if first is None else first
+    return F.normalize(output[:, 0].float() if first else output.float().mean(1), dim=-1)
 
 
-def _retrieval(models: dict[str, Graph], windows: Tensor) -> dict[str, Tensor]:
-    """For each model but the dense one: the share of every passage's nearest neighbours that the dense model gives it too [passages]."""
-    ids = _passages(windows)
+def class_token_counts(graph: Graph) -> bool:
+    """Whether the embedding is the first token's: of image encoders with a class token."""
+    return graph.inputs[0].dtype.is_floating_point and has_class_token(graph)
+
+
+def _retrieval(embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For each model but the dense one: the share of every item's nearest neighbours that the dense model gives it too [items]."""
     neighbours = {}
-    count = min(NEIGHBOURS, len(ids) // 3)
+    count = min(NEIGHBOURS, len(embedded["dense"]) // 3)
     if count < 1:
         return {}
-    for name, graph in models.items():
-        embedded = torch.cat([_pooled(graph(**model_inputs(graph, part))) for part in ids.split(16)])
-        likeness = (embedded @ embedded.T).fill_diagonal_(-2.0)
+    for name, vectors in embedded.items():
+        likeness = (vectors @ vectors.T).fill_diagonal_(-2.0)
         neighbours[name] = torch.zeros_like(likeness).scatter_(1, likeness.topk(count, dim=1).indices, 1.0)
     return {name: (found * neighbours["dense"]).sum(1) / count for name, found in neighbours.items() if name != "dense"}
 
@@ -236,26 +281,45 @@ def _passages(windows: Tensor) -> Tensor:
 class _Run:
     """Runs one model, batch after batch as :attr:`outputs` are asked for, and notes the gates of every routed FFN and skip on the way."""
 
-    def __init__(self, graph: Graph, batches: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, parts: Sequence[Tensor]) -> None:
         noted: dict[fx.Node, list[Tensor]] = {}
         self.gates = {region.name: noted.setdefault(region.gates, []) for region in _gated(graph)}
+        self._graph, self._first = graph, class_token_counts(graph)
 
         def note(seen: list[Tensor]) -> Callable[[int, Tensor], None]:
             return lambda _, value: seen.append((value != 0).flatten(0, -2))
 
-        sweep = Sweep(graph, [model_inputs(graph, ids) for ids in batches])
+        sweep = Sweep(graph, [model_inputs(graph, part) for part in parts])
         self.outputs = sweep.each(graph.output_nodes[0], watch={node: note(seen) for node, seen in noted.items()})
 
-
-def model_inputs(graph: Graph, ids: Tensor) -> dict[str, Tensor]:
-    """The graph's inputs for full windows of token ids: masks of ones, token types of zeros."""
-    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {spec.name: known[spec.name] for spec in graph.inputs}
+    def embedding(self, output: Tensor) -> Tensor:
+        return embedding(self._graph, output, first=self._first)
 
 
-def batches(graph: Graph, windows: Tensor, *, batch: int = 4) -> list[dict[str, Tensor]]:
-    """Windows as graph inputs, ``batch`` at a time."""
-    return [model_inputs(graph, ids) for ids in windows.split(batch)]
+def model_inputs(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
+    """The graph's inputs for rows of its main one, the first: full windows of token ids, images. Masks are of ones, token types of zeros.
+
+    Raises:
+        RequestError: the graph takes something else besides.
+    """
+    main, *rest = graph.inputs
+    known = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+    if unknown := [spec.name for spec in rest if spec.name not in known]:
+        raise RequestError(
+            f"the model takes {', '.join(unknown)} besides {main.name}: calibration and evaluation run models of one input",
+            hint="write a factory (module:function) whose module takes one",
+        )
+    return {main.name: rows} | {spec.name: known[spec.name](rows) for spec in rest}
+
+
+def batches(graph: Graph, rows: Tensor, *, batch: int = 4) -> list[dict[str, Tensor]]:
+    """Rows as graph inputs, ``batch`` at a time."""
+    return [model_inputs(graph, part) for part in rows.split(batch)]
+
+
+def glimpse(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
+    """The least that says whether two graphs compute the same: an image, or the beginning of a window."""
+    return model_inputs(graph, rows[:1] if rows.is_floating_point() else rows[:1, :64])
 
 
 def _gated(graph: Graph) -> list[RoutedFFN | Skip]:

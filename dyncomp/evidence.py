@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from dyncomp.calibrate import Calibration, fingerprint
 from dyncomp.cost import count
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import Quality, batches, evaluate, load_summary
+from dyncomp.examples import Examples, example_tokens, prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel
@@ -21,71 +21,10 @@ from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
 from dyncomp.tasks import load_task, run_task
-from dyncomp.text import Corpus, load_text, split, windows
 from dyncomp.trace import trace_model
 
 BASELINE_TOKENS = 16_384
 """Calibration tokens of the baselines that ``evaluate`` makes."""
-
-
-@dataclass
-class Texts:
-    """Token windows [n, length]: to calibrate on, to evaluate on by name of the text, and to train on."""
-
-    calibration: Tensor
-    evaluation: dict[str, Tensor] = field(default_factory=dict)
-    training: Tensor | None = None
-
-
-def window_length(task: str, context_length: int | None) -> int:
-    """512 tokens for decoders, 128 for encoders (sentences), less when the model's context is shorter."""
-    return min(512 if task == "causal-lm" else 128, context_length or 1 << 30)
-
-
-def prepare_texts(
-    loaded: LoadedModel, calibrate: str | None, other: str | None, *, tokens: int, count: int, seed: int, training: bool = False,
-    text: str | None = None,
-) -> Texts:  # fmt: skip
-    """Load, split and tokenize the texts.
-
-    Args:
-        calibrate: text to calibrate on; a part of its documents is held out for evaluation.
-        other: text of another source to evaluate on as well, or None.
-        tokens: calibration tokens.
-        count: evaluation windows of each text.
-        training: windows to train on are wanted, of ``text`` or else of the calibration text; none of a document that is evaluated on.
-
-    Raises:
-        RequestError: the model has no tokenizer, or a text is unsuitable.
-    """
-    if loaded.tokenizer is None:
-        raise RequestError(
-            f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
-        )
-    length = window_length(loaded.task, loaded.context_length)
-    whole = load_text(calibrate)
-    calibration, held_out = split(whole, seed=seed)
-    texts = Texts(windows(calibration, loaded.tokenizer, length=length, tokens=tokens, seed=seed))
-    texts.evaluation["held out"] = windows(held_out, loaded.tokenizer, length=length, tokens=count * length, seed=seed)
-    evaluated = set(held_out.documents)
-    if other and other != calibrate:
-        second = load_text(other)
-        evaluated.update(second.documents)
-        texts.evaluation["other source"] = windows(second, loaded.tokenizer, length=length, tokens=count * length, seed=seed)
-    if training:
-        source = calibration if text is None else _without(load_text(text), evaluated, whole, calibration)
-        texts.training = windows(source, loaded.tokenizer, length=length, seed=seed)
-    return texts
-
-
-def _without(text: Corpus, evaluated: set[str], whole: Corpus, calibration: Corpus) -> Corpus:
-    """What of ``text`` may be trained on: no document that is evaluated on; of the calibration text, the part to calibrate on."""
-    if text.fingerprint == whole.fingerprint:
-        return calibration
-    kept = tuple(d for d in text.documents if d not in evaluated)
-    if not kept:
-        raise RequestError(f"every document of {text.name!r} is one that the model is evaluated on", hint="train on another text")
-    return Corpus(f"{text.name} (training)", kept)
 
 
 def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> dict[str, Graph]:
@@ -149,57 +88,67 @@ def calibrated_share(graph: Graph) -> float:
     return active / sum([f.d_ff for f in (*regions.ffns, *regions.sparse_ffns)] + [r.d_ff for r in experts])
 
 
-def measure_quality(models: dict[str, Graph], texts: dict[str, Tensor], task: str, progress: Progress = no_progress) -> dict[str, Any]:
-    """Every model on every text: text -> figures, under the report's keys.
+def measure_quality(
+    models: dict[str, Graph], collections: Mapping[str, Examples], task: str, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Every model on the examples of every collection: its name -> figures, under the report's keys.
 
-    ``intervals`` holds figure -> model -> [low, high] at 95 %, by bootstrap over windows (``retrieval``: over passages).
+    ``intervals`` holds figure -> model -> [low, high] at 95 %, by bootstrap over windows or images (``retrieval``: over passages).
     """
     figures = {}
-    for name, ids in texts.items():
+    for name, examples in collections.items():
 
         def tick(_: str, done: int, total: int, name: str = name) -> None:
             progress(f"evaluate {name}", done, total)
 
-        figures[name] = quality_figures(evaluate(models, ids, task=task, progress=tick), models["converted"])
+        figures[name] = quality_figures(evaluate(models, examples, task=task, progress=tick), models["converted"])
     return figures
 
 
 def evaluate_bundle(
     opened: Bundle,
-    texts: Sequence[str],
+    sources: Sequence[str] = (),
     *,
-    count: int = 16,
+    count: int | None = None,
     tasks: Sequence[str] = (),
     items: int = 200,
     plain: bool = False,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Quality of a bundle and of its dense model on the same windows of each text, and on the same questions of each task.
+    """Quality of a bundle and of its dense model on the same examples of each source, and on the same questions of each task.
 
     Args:
+        sources: packaged or the user's; without any, the packaged one that calibration does not use.
+        count: examples of each.
         tasks: as :func:`dyncomp.tasks.load_task` takes them, at most ``items`` questions of each.
-        plain: also of the dense model quantized alike and of static pruning at equal cost, both made here on the packaged text.
+        plain: also of the dense model quantized alike and of static pruning at equal cost, both made here on what is packaged.
 
     Returns:
-        (text -> figures, task -> figures).
+        (source -> figures, task -> figures).
     """
     loaded = opened.dense()
-    length = window_length(loaded.task, loaded.context_length)
-    if loaded.tokenizer is None:
-        raise RequestError(f"{loaded.name} came without a tokenizer: it cannot be evaluated on text")
+    dense = trace_model(loaded)
+    reader = reader_of(loaded, dense)
     if tasks and loaded.task != "causal-lm":
         raise RequestError(f"{loaded.name} does not predict text: --task needs a model that does")
     questions = [load_task(name, count=items, seed=seed) for name in tasks]
-    ids = {text: windows(load_text(text), loaded.tokenizer, length=length, tokens=count * length, seed=seed) for text in texts}
-    models = {"dense": trace_model(loaded), "converted": opened.graph()}
+    count = reader.count if count is None else count
+    examples = {source: reader.draw(reader.load(source), count=count, seed=seed) for source in sources or (reader.other,)}
+    models = {"dense": dense, "converted": opened.graph()}
     if plain:
-        fitted = batches(models["dense"], prepare_texts(loaded, None, None, tokens=BASELINE_TOKENS, count=1, seed=seed).calibration)
-        ctx = Context(Calibration(fitted, fingerprint(loaded.fingerprint, fitted)), progress=progress, seed=seed, dense=models["dense"])
+        fitted = calibration_of(loaded, dense, prepare_examples(reader, None, None, tokens=BASELINE_TOKENS, count=1, seed=seed).calibration)
+        ctx = Context(fitted, progress=progress, seed=seed, dense=dense)
         passes = parse_passes(", ".join(entry.spec for entry in opened.manifest.passes))
         models |= baselines(models["dense"], models["converted"], quantize_of(passes), ctx)
-    answers = {t.name: run_task(models, t, loaded.tokenizer, length=length, progress=progress) for t in questions}
-    return measure_quality(models, ids, loaded.task, progress), answers
+    answers = {t.name: run_task(models, t, loaded.tokenizer, length=reader.tokens, progress=progress) for t in questions}
+    return measure_quality(models, examples, loaded.task, progress), answers
+
+
+def calibration_of(loaded: LoadedModel, dense: Graph, rows: Tensor) -> Calibration:
+    """Rows of the main input as what passes are fitted to."""
+    data = batches(dense, rows)
+    return Calibration(data, fingerprint(loaded.fingerprint, data), example_tokens=example_tokens(dense))
 
 
 def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
@@ -213,6 +162,8 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
     if quality.cosine:
         figures["cosine"] = quality.cosine
         figures["retrieval"] = quality.retrieval
+    if quality.probe:
+        figures["probe"], figures["probe_dense"] = quality.probe, quality.probe_dense
     figures["intervals"] = quality.intervals()
     loads = quality.load.get("converted", {})
     computed = quality.computed.get("converted", {})

@@ -40,12 +40,12 @@ class Context:
     """What passes may use besides the graph.
 
     Args:
-        calibration: text windows and the statistics of the dense model on them.
+        calibration: windows or images and the statistics of the dense model on them.
         probe: inputs by name on which each pass is checked against the graph before it.
         progress: called as work proceeds.
         seed: for everything random.
         dense: the graph before any pass, for passes that follow it.
-        text: [n, length] token windows to train on, for passes with ``reads_text``.
+        text: [n, ...] windows of tokens or images to train on, for passes with ``reads_text``.
         folder: where such a pass keeps checkpoints, so that it continues after an interruption; None keeps none.
         running: the pass at work, for messages.
     """

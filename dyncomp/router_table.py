@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dyncomp.calibrate import Calibration, calibrate, fingerprint
-from dyncomp.evaluate import batches, evaluate
-from dyncomp.evidence import prepare_texts
+from dyncomp.calibrate import calibrate
+from dyncomp.evaluate import evaluate
+from dyncomp.evidence import calibration_of
+from dyncomp.examples import Examples, prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
 from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
@@ -105,13 +105,12 @@ def compare_routers(
 
     Args:
         experts: per FFN, a quarter of them shared.
-        tokens: calibration tokens. count: windows of held-out text. text: to calibrate on, a part of it held out.
+        tokens: calibration tokens. count: windows or images held out. text: what to calibrate on, a part of it held out.
         done: called with each row as it is measured.
     """
     dense = trace_model(loaded)
-    texts = prepare_texts(loaded, text, None, tokens=tokens, count=count, seed=seed)
-    data, held_out = batches(dense, texts.calibration), texts.evaluation["held out"]
-    calibration = Calibration(data, fingerprint(loaded.fingerprint, data))
+    examples = prepare_examples(reader_of(loaded, dense), text, None, tokens=tokens, count=count, seed=seed)
+    calibration, held_out = calibration_of(loaded, dense, examples.calibration), examples.evaluation["held out"]
     ctx = Context(calibration, None, progress, seed, dense)
     calibrate(dense, find_regions(dense).ffns, calibration, progress=progress)
     carved = dense.copy()
@@ -138,8 +137,8 @@ def compare_routers(
     return rows
 
 
-def _loss(dense: Graph, graph: Graph, windows: Tensor, task: str, active: float) -> tuple[float, list[float] | None, float]:
-    quality = evaluate({"dense": dense, "converted": graph}, windows, task=task)
+def _loss(dense: Graph, graph: Graph, held_out: Examples, task: str, active: float) -> tuple[float, list[float] | None, float]:
+    quality = evaluate({"dense": dense, "converted": graph}, held_out, task=task)
     ranges: dict[str, Any] = quality.intervals()
     loads = quality.load["converted"]
     routed = {r.name: r.d_ff for r in find_routed(graph)}

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dyncomp.calibrate import Calibration, calibrate, fingerprint
+from dyncomp.calibrate import calibrate, fingerprint
 from dyncomp.errors import RequestError, SearchError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
@@ -32,7 +32,7 @@ from dyncomp.sweep import release_memory
 from dyncomp.workspace import Workspace
 
 SELECTION = 8
-"""Calibration windows that the candidates' loss is measured on; nothing is fitted to them."""
+"""Calibration windows, or images, that the candidates' loss is measured on; nothing is fitted to them."""
 QUICK = 8_192
 """Calibration tokens of a quick look."""
 HOPELESS = 3.0
@@ -127,7 +127,7 @@ class Search:
     Args:
         dense: the graph to convert.
         ctx: of the passes; its calibration batches are those that may be fitted to.
-        selection: [n, length] windows that nothing is fitted to.
+        selection: windows or images that nothing is fitted to.
         measure: artifact of a graph -> its ``bench`` entry relative to the dense model (see :func:`dyncomp.deploy.compare`).
         work: keeps finished trials.
     """
@@ -225,7 +225,8 @@ class Search:
         calibration = ctx.need_calibration("the search")
         if tokens is not None and tokens < calibration.tokens:
             first = calibration.first(tokens)
-            ctx = dataclasses.replace(ctx, calibration=Calibration(first, fingerprint(self.fingerprint, first)))
+            known = fingerprint(self.fingerprint, first)
+            ctx = dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=first, fingerprint=known, statistics={}))
         if any(p.reads_statistics for p in passes):
             calibrate(self.dense, find_regions(self.dense).ffns, ctx.need_calibration("the search"), progress=ctx.progress)
         graph = self.dense.copy()

@@ -21,9 +21,9 @@ from dyncomp.cli import options
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option("--quantize", metavar="PRECISION", help="Weights in int8 or int4 (GPTQ). [default: as the recipe says]")
-@click.option("--calibrate", metavar="TEXT", help="Text to calibrate on: wikipedia, news, or a .txt/.jsonl file. [default: wikipedia]")
-@click.option("--tokens", type=int, default=40_960, show_default=True, help="Calibration tokens.")
-@click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")
+@click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
+@click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
+@click.option("--windows", type=int, help=options.WINDOWS)
 @click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, tvm, or torch (the graph itself, no artifact).")
 @click.option(
     "--low-memory/--no-low-memory",
@@ -45,7 +45,7 @@ def command(json_: bool, **choices: Any) -> None:
     attention, kv=compute keeps keys and values, share reuses those of the attention before, absent hides them from later tokens;
     gates=threshold decides for each token, expert-choice among all of a sequence, sequence by its first tokens.
 
-    Quality is measured on text held out from the calibration and on another source, beside the dense model and beside static
+    Quality is measured on text or images held out from the calibration and on another source, beside the dense model and beside static
     pruning at the same cost. An interrupted run continues where it was.
     """
     from dyncomp.convert import DEFAULT_GOAL, ConvertRequest, convert

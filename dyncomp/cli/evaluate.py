@@ -11,8 +11,12 @@ from dyncomp.cli import options
 
 @click.command("evaluate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--text", "texts", multiple=True, help="Text to evaluate on: wikipedia, news, or a file; may be repeated. [default: news]")
-@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="At most this many windows of each text.")
+@click.option(
+    "--text", "--images", "sources", multiple=True, metavar="TEXT|IMAGES",
+    help="What to evaluate on: wikipedia, news, or a file; of models of images photos, digits, or a folder of images, in sub-folders by "
+    "what they show for linear probes; may be repeated. [default: news; digits]",
+)  # fmt: skip
+@click.option("--windows", type=click.IntRange(min=1), help="At most this many windows or images of each. [default: 16; 256]")
 @click.option(
     "--task",
     "tasks",
@@ -25,11 +29,12 @@ from dyncomp.cli import options
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, texts: tuple[str, ...], windows: int, tasks: tuple[str, ...], items: int, baselines: bool, seed: int, json_: bool
+    bundle: Path, sources: tuple[str, ...], windows: int | None, tasks: tuple[str, ...], items: int, baselines: bool, seed: int, json_: bool
 ) -> None:
-    """Quality of BUNDLE beside its dense model, on the same windows of any text, and on questions with known answers.
+    """Quality of BUNDLE beside its dense model, on the same windows of any text or the same images, and on questions with
+    known answers.
 
-    Intervals are of 95 %, by bootstrap over windows or questions, paired with the dense model.
+    Intervals are of 95 %, by bootstrap over windows, images or questions, paired with the dense model.
     The dense model is loaded again from where the bundle says it came from, and must be the same one.
     """
     from dyncomp.bundle import open_bundle
@@ -40,7 +45,7 @@ def command(
     opened = open_bundle(bundle)
     with ProgressReporter() as progress:
         quality, answers = evaluate_bundle(
-            opened, texts or ("news",), count=windows, tasks=tasks, items=items, plain=baselines, seed=seed, progress=progress
+            opened, sources, count=windows, tasks=tasks, items=items, plain=baselines, seed=seed, progress=progress
         )
     if json_:
         options.print_json(

@@ -14,16 +14,20 @@ from dyncomp.cli import options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the healed bundle to write.")
 @click.option(
-    "--text", help="Text to train on: wikipedia, news, or a .txt/.jsonl file. [default: the calibration text, less what is held out]"
+    "--text",
+    "--images",
+    "text",
+    metavar="TEXT|IMAGES",
+    help="What to train on, as --calibrate takes it. [default: what is calibrated on, less what is held out]",
 )
 @click.option("--minutes", type=float, help="Time for training: as many steps as fit, found once by timing. [default: 10]")
 @click.option("--steps", type=int, help="Optimiser steps, in place of a time: exactly repeatable.")
 @click.option(
     "--option", "choices", multiple=True, metavar="NAME=VALUE", help="Another option of the pass heal, as lr=1e-4; may be repeated."
 )
-@click.option("--calibrate", metavar="TEXT", help="Text that thresholds are set on, a part of it held out. [default: wikipedia]")
-@click.option("--tokens", type=int, default=40_960, show_default=True, help="Calibration tokens.")
-@click.option("--windows", type=int, default=16, show_default=True, help="Evaluation windows of each text.")
+@click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
+@click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
+@click.option("--windows", type=int, help=options.WINDOWS)
 @click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, or torch (the graph itself, no artifact).")
 @options.threads
 @options.seed

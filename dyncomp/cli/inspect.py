@@ -18,8 +18,10 @@ from dyncomp.cli import options
 @click.option("--active", type=options.Fraction(), default=0.75, show_default="75%", help="With --routers: active fraction.")
 @click.option("--carve", type=click.IntRange(min=2), default=16, show_default=True, help="With --routers: experts per FFN.")
 @click.option("--tokens", type=click.IntRange(min=512), default=8_192, show_default=True, help="With --routers: calibration tokens.")
-@click.option("--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows to measure on.")
-@click.option("--calibrate", metavar="TEXT", help="With --routers: text to calibrate on, a part held out. [default: wikipedia]")
+@click.option(
+    "--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows or images to measure on."
+)
+@click.option("--calibrate", metavar="TEXT|IMAGES", help=f"With --routers: {options.CALIBRATE}")
 @click.option(
     "--depth",
     is_flag=True,
@@ -94,7 +96,7 @@ def _routers(source: str, *, active: float, carve: int, tokens: int, windows: in
         options.print_json({"schema": 1, "model": loaded.name, "active": active, "experts": carve, "tokens": tokens, "routers": plain})
         return
     title = (
-        f"{loaded.name}: {active:.0%} active, {carve} experts, fitted to {tokens} tokens, measured on {windows} windows of held-out text"
+        f"{loaded.name}: {active:.0%} active, {carve} experts, fitted to {tokens} tokens, measured on {windows} windows or images held out"
     )
     show(router_table(plain, title, loaded.task))
 

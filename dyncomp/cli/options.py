@@ -32,3 +32,11 @@ seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
+
+
+CALIBRATE = (
+    "What to calibrate on, a part of it held out: wikipedia, news, or a .txt/.jsonl file; of models of images photos, digits, or a "
+    "folder of images. [default: wikipedia; photos]"
+)
+TOKENS = "Calibration tokens; an image is as many as the model makes of it."
+WINDOWS = "Evaluation windows of each text, or images. [default: 16 windows, 256 images]"

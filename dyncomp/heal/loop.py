@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import PassError
 from dyncomp.evaluate import model_inputs
+from dyncomp.examples import example_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
 from dyncomp.heal.losses import output_loss, relative_square
@@ -78,7 +79,7 @@ class Trainer:
 
     Args:
         graph: gets the trained weights at the end; nothing else in it changes.
-        windows: [n, length] token ids to train on. held_out: windows that choose the best state.
+        windows: [n, ...] token ids or images to train on. held_out: those that choose the best state.
         folder: for checkpoints; None keeps none.
     """
 
@@ -130,7 +131,7 @@ class Trainer:
                     state.save(self._folder, self._key, self._at, self._snapshot(best))
         self.weights.load(best)
         changed = self.weights.merge()
-        tokens = self._at.done * self.settings.batch * self._windows.shape[1]
+        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or self._windows.shape[1])
         return Healed(
             self._at.steps, self._at.best, tokens, time.perf_counter() - started, time.process_time() - cpu, self._at.curve, changed
         )

@@ -13,12 +13,14 @@ from dyncomp.mapped import TensorStore
 from dyncomp.models.checkpoint import weight_count
 from dyncomp.models.factory import load_factory
 from dyncomp.models.gguf import load_gguf, load_gguf_architecture
-from dyncomp.models.huggingface import load_architecture, load_directory, load_hub, load_tokenizer
+from dyncomp.models.huggingface import load_architecture, load_directory, load_hub, load_processor, load_tokenizer
 from dyncomp.models.loaded import LoadedModel
 from dyncomp.models.packaged import PACKAGED, load_packaged, packaged_path
 from dyncomp.models.program import load_program
 
-__all__ = ["PACKAGED", "LoadedModel", "count_weights", "load_architecture", "load_for_inspection", "load_model", "load_tokenizer"]
+__all__ = [
+    "PACKAGED", "LoadedModel", "count_weights", "load_architecture", "load_for_inspection", "load_model", "load_processor", "load_tokenizer",
+]  # fmt: skip
 
 _ACCEPTED = (
     "a model is a Hugging Face directory, a .gguf file, a .pt2 file, a Python factory (module:function), a hub id (owner/name), "

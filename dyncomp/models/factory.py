@@ -16,15 +16,15 @@ from dyncomp.errors import DyncompError, ModelError
 from dyncomp.models.loaded import LoadedModel, check_forward, finish, first_line
 
 _SHAPE = "return (module, example_inputs), or a dict with the keys module and example_inputs, or a dyncomp LoadedModel"
-_KEYS = ("module", "example_inputs", "dynamic_dims", "task", "tokenizer", "output_name", "context_length", "config")
-_TASKS = ("causal-lm", "encoder", "other")
+_KEYS = ("module", "example_inputs", "dynamic_dims", "task", "tokenizer", "processor", "output_name", "context_length", "config")
+_TASKS = ("causal-lm", "encoder", "image-encoder", "other")
 
 
 def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Call ``module:function`` (found as from the working directory) and check what it returns.
 
     The function takes no arguments and returns one of: a tuple of a module and its example inputs; a dict with the keys
-    ``module``, ``example_inputs`` and optionally ``dynamic_dims``, ``task``, ``tokenizer``, ``output_name``,
+    ``module``, ``example_inputs`` and optionally ``dynamic_dims``, ``task``, ``tokenizer``, ``processor`` (of images), ``output_name``,
     ``context_length``, ``config``; a :class:`LoadedModel`; or a Hugging Face model alone. Example inputs are a dict of
     tensors by argument name, or a tuple in the order of ``forward``. Without ``dynamic_dims``, dimension 0 of every input
     is the batch, and dimension 1 of integer inputs (and of others of the same size) the sequence.
@@ -63,7 +63,7 @@ def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> Load
     if task not in _TASKS:
         raise ModelError(f"{source}: the task {task!r} is unknown", hint=f"one of {', '.join(_TASKS)}")
     inputs = _inputs(source, module, fields["example_inputs"])
-    outputs = {"causal-lm": "logits", "encoder": "last_hidden_state"}
+    outputs = {"causal-lm": "logits", "encoder": "last_hidden_state", "image-encoder": "last_hidden_state"}
     loaded = LoadedModel(
         name=source,
         kind=kind,
@@ -75,6 +75,7 @@ def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> Load
         output_name=fields.get("output_name") or outputs.get(task, "output"),
         context_length=fields.get("context_length"),
         config=fields.get("config") or {"class": f"{type(module).__module__}.{type(module).__qualname__}"},
+        processor=fields.get("processor"),
     )
     return check_forward(loaded)
 

@@ -21,6 +21,7 @@ from dyncomp.models.wrap import is_causal_lm, wrap
 
 HUB_TIMEOUT = 5.0  # seconds to wait for a hub's first answer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+PROCESSOR = "preprocessor_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -52,7 +53,7 @@ def load_directory(
     if store is not None:
         store.adopt(model)
         release()
-    return wrap(model, name=name, kind=kind, tokenizer=load_tokenizer(folder), causal=causal)
+    return wrap(model, name=name, kind=kind, tokenizer=load_tokenizer(folder), processor=_processor(model, folder), causal=causal)
 
 
 def _stored(files: list[Path], dtype: torch.dtype, store: TensorStore) -> dict[str, torch.Tensor]:
@@ -80,6 +81,7 @@ def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
     require("transformers", needed_for="building a Hugging Face architecture")
     from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+    folder = None
     if isinstance(source, PreTrainedConfig):
         config, name = source, name or f"{source.model_type} configuration"
     else:
@@ -87,9 +89,11 @@ def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
         if not path.exists():
             raise ModelError(f"no such file or directory: {path}", hint="give a Hugging Face directory or a config.json")
         name, config = name or str(source), _config(read_config(path if path.is_dir() else path.parent), str(path))
+        folder = path if path.is_dir() else None
     causal = is_causal_lm(config)
     auto = AutoModelForCausalLM if causal else AutoModel
-    return wrap(_on_meta(auto, config, name), name=name, kind="huggingface", tokenizer=None, causal=causal, check=False)
+    model = _on_meta(auto, config, name)
+    return wrap(model, name=name, kind="huggingface", tokenizer=None, processor=_processor(model, folder), causal=causal, check=False)
 
 
 def _on_meta(auto: Any, config: Any, name: str) -> nn.Module:
@@ -119,7 +123,7 @@ def load_hub(model_id: str, *, dtype: torch.dtype = torch.float32) -> LoadedMode
             reason = f"{refusal}, and the local cache has no copy" if refusal else first_line(error)
             raise ModelError(
                 f"there is no local directory {model_id!r}, and it cannot be fetched from a hub: {reason}",
-                hint="give a local directory, a .gguf file, or a packaged model (smollm2-135m, minilm)",
+                hint="give a local directory, a .gguf file, or a packaged model (smollm2-135m, minilm, dinov2-small)",
             ) from error
     return load_directory(Path(folder), name=model_id, dtype=dtype)
 
@@ -192,6 +196,32 @@ def load_tokenizer(folder: Path) -> Any | None:
         except Exception as error:
             raise ModelError(
                 f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", hint="copy the tokenizer's files again"
+            ) from error
+
+
+def _processor(model: nn.Module, folder: Path | None) -> Any | None:
+    """The processor of a model that takes images."""
+    return load_processor(folder) if folder is not None and getattr(model, "main_input_name", None) == "pixel_values" else None
+
+
+def load_processor(folder: Path) -> Any | None:
+    """The image processor in a directory, or None when it holds none.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        MissingExtraError: pillow is not installed.
+    """
+    if not (folder / PROCESSOR).is_file():
+        return None
+    require("PIL", needed_for="preparing images")
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    with quiet():
+        try:
+            return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(
+                f"the image processor in {folder} cannot be loaded: {first_line(error)}", hint=f"copy {PROCESSOR} again"
             ) from error
 
 

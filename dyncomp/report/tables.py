@@ -42,7 +42,8 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
     for text, figures in quality.items():
         size = f"{figures['windows']} x {figures['window_tokens']} tokens"
         result.add_column(f"{text}\n{size}\n{'perplexity' if causal else 'cosine to dense'}", justify="right")
-        for name in ("KL, nats", "same next token") if causal else ("same neighbours",):
+        probes = ("linear probe", "dense's probe") if "probe" in figures else ()
+        for name in ("KL, nats", "same next token") if causal else ("same neighbours", *probes):
             result.add_column(f"\n\n{name}", justify="right")
     first = next(iter(quality.values()))
     for variant in [v for v in _VARIANTS if v in first.get("perplexity", first.get("cosine", {})) or v == "dense"]:
@@ -57,6 +58,10 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
                 same = figures.get("retrieval", {}).get(variant)
                 value = "1" if variant == "dense" else f"{figures['cosine'][variant]:.4f}{spread('cosine', '.4f')}"
                 cells += [value, "" if same is None else f"{same:.1%}{spread('retrieval', '.1%')}"]
+                if probe := figures.get("probe"):
+                    change = "" if variant == "dense" else f" ({probe[variant] - probe['dense']:+.1%}{spread('probe_change', '+.1%')})"
+                    kept = figures["probe_dense"].get(variant)
+                    cells += [f"{probe[variant]:.1%}{change}", "" if kept is None else f"{kept:.1%}{spread('probe_dense', '.1%')}"]
                 continue
             rise = "" if variant == "dense" else f" ({figures['increase'][variant]:+.1%}{spread('increase', '+.1%')})"
             cells.append(f"{figures['perplexity'][variant]:.2f}{rise}")
@@ -121,8 +126,9 @@ def search_table(search: dict[str, Any], task: str) -> Table:
 
 
 def cost_table(report: dict[str, Any]) -> Table:
-    """Parameters and FLOPs per token, counted from the graph."""
-    result = table("cost", "", ">parameters", ">active per token", ">MFLOPs per token", ">active FFN neurons")
+    """Parameters and FLOPs per token or image, counted from the graph."""
+    unit = "image" if report.get("task") == "image-encoder" else "token"
+    result = table("cost", "", ">parameters", ">active per token", f">MFLOPs per {unit}", ">active FFN neurons")
     dense = report["dense"]
     result.add_row(
         "dense", _millions(dense["parameters"]), _millions(dense["active_parameters"]), f"{dense['flops_per_token'] / 1e6:.1f}", "100.0%"
@@ -142,14 +148,18 @@ def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
     """Tokens per second, with the ratio to the dense model of the same engine."""
     entries = list(entries)
     first = entries[0]
-    result = table(
-        f"speed, {first['threads']} threads, batch {first['batch']}",
-        "engine", "variant", "precision", ">decode tokens/s", ">x dense", f">prefill {first['prefill_tokens']} tokens/s", ">x dense",
-    )  # fmt: skip
+    prompt = f"prefill {first['prefill_tokens']} tokens/s"
+    rates = (
+        {"images_per_s": "images/s"}
+        if "images_per_s" in first
+        else {"decode_tokens_per_s": "decode tokens/s", "prefill_tokens_per_s": prompt}
+    )
+    columns = [column for label in rates.values() for column in (f">{label}", ">x dense")]
+    result = table(f"speed, {first['threads']} threads, batch {first['batch']}", "engine", "variant", "precision", *columns)
     for entry in entries:
         dense = next((e for e in entries if e["engine"] == entry["engine"] and e["variant"] == "dense"), None)
         cells = []
-        for key in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+        for key in rates:
             value = entry.get(key)
             cells.append("" if value is None else f"{value:.1f}")
             cells.append("" if value is None or dense is None or not dense.get(key) else f"{value / dense[key]:.2f}")

@@ -1,0 +1,210 @@
+"""What a model is calibrated and evaluated on: rows of its main input, read from whatever it takes.
+
+A decoder or a text encoder takes windows of tokens, an image encoder takes pixels. Which of them is a :class:`Reader`; behind it
+everything is a row, and nothing else in dyncomp asks what the rows are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dyncomp import images, text
+from dyncomp.errors import RequestError
+from dyncomp.graph import Graph
+from dyncomp.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows that a model runs on.
+
+    Args:
+        rows: [n, ...] its main input: token ids [n, length], pixels [n, channels, height, width].
+        labels: [n] which class each belongs to, where somebody says.
+    """
+
+    rows: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Collection(Protocol):
+    """Documents or pictures under one name: :class:`dyncomp.text.Corpus`, :class:`dyncomp.images.Album`."""
+
+    name: str
+    documents: tuple[Any, ...]
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Reader(Protocol):
+    """How examples for one model are read.
+
+    Attributes:
+        tokens: of each example, as the model sees it.
+        other: the packaged collection that is evaluated on besides what is calibrated on.
+        count: examples of each collection to evaluate on, where nobody says how many.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def other(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+
+    def load(self, source: str | None) -> Any:
+        """A collection: packaged, or the user's; None is the packaged one to calibrate on."""
+
+    def split(self, collection: Any, *, seed: int) -> tuple[Any, Any]:
+        """(to calibrate on, held out); they share no document."""
+
+    def draw(self, collection: Any, *, count: int | None = None, seed: int) -> Examples:
+        """At most ``count`` examples, drawn from the whole collection; None is all of them."""
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Windows of tokens that do not overlap."""
+
+    tokenizer: Any
+    tokens: int
+    other: str = "news"
+    count: int = 16
+
+    def load(self, source: str | None) -> text.Corpus:
+        return text.load_text(source)
+
+    def split(self, collection: text.Corpus, *, seed: int) -> tuple[text.Corpus, text.Corpus]:
+        return text.split(collection, seed=seed)
+
+    def draw(self, collection: text.Corpus, *, count: int | None = None, seed: int) -> Examples:
+        tokens = None if count is None else count * self.tokens
+        return Examples(text.windows(collection, self.tokenizer, length=self.tokens, tokens=tokens, seed=seed))
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Images as the model's processor makes them, all of one size; ``tokens`` is what the model cuts one into."""
+
+    processor: Any
+    tokens: int
+    other: str = "digits"
+    count: int = 256
+
+    def load(self, source: str | None) -> images.Album:
+        return images.load_images(source)
+
+    def split(self, collection: images.Album, *, seed: int) -> tuple[images.Album, images.Album]:
+        return images.split(collection, seed=seed)
+
+    def draw(self, collection: images.Album, *, count: int | None = None, seed: int) -> Examples:
+        return Examples(*images.pixels(collection, self.processor, count=count, seed=seed))
+
+
+def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
+    """How examples for a model are read.
+
+    Args:
+        graph: the dense one.
+
+    Raises:
+        RequestError: the model came without what makes text or images into its input, or takes neither.
+    """
+    main = graph.inputs[0]
+    if not main.dtype.is_floating_point:
+        if loaded.tokenizer is None:
+            raise RequestError(
+                f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
+            )
+        return TextReader(loaded.tokenizer, window_length(loaded.task, loaded.context_length))
+    if len(main.shape) != 4:
+        raise RequestError(
+            f"{loaded.name} takes {main.name!r} of {len(main.shape)} dimensions, neither text nor images: nothing can calibrate it"
+        )
+    if loaded.processor is None:
+        raise RequestError(
+            f"{loaded.name} came without an image processor, so no images can calibrate it",
+            hint="convert from a directory that has a preprocessor_config.json",
+        )
+    return ImageReader(loaded.processor, example_tokens(graph) or 1)
+
+
+def window_length(task: str, context_length: int | None) -> int:
+    """512 tokens for decoders, 128 for encoders (sentences), less when the model's context is shorter."""
+    return min(512 if task == "causal-lm" else 128, context_length or 1 << 30)
+
+
+def example_tokens(graph: Graph) -> int | None:
+    """How many tokens a graph makes of each example; None where its input is tokens already, as many as there are ids.
+
+    Read from the output [batch, tokens, width]; one where it has no such dimension.
+    """
+    if not graph.inputs[0].dtype.is_floating_point:
+        return None
+    shape = graph.shape(graph.output_nodes[0]) or ()
+    return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 1
+
+
+@dataclass
+class Prepared:
+    """Examples: to calibrate on, to evaluate on by name of the collection, and to train on."""
+
+    calibration: Tensor
+    evaluation: dict[str, Examples] = dataclasses.field(default_factory=dict)
+    training: Tensor | None = None
+
+    def evaluation_data(self) -> list[Tensor]:
+        """Everything that figures depend on."""
+        return [t for e in self.evaluation.values() for t in (e.rows, e.labels) if t is not None]
+
+
+def prepare_examples(
+    reader: Reader, calibrate: str | None, other: str | None, *, tokens: int, count: int | None, seed: int, training: bool = False,
+    source: str | None = None,
+) -> Prepared:  # fmt: skip
+    """Load, split and draw examples.
+
+    Args:
+        calibrate: what to calibrate on; a part of its documents is held out for evaluation.
+        other: another collection to evaluate on as well, or None; ``"default"`` is the reader's packaged one.
+        tokens: calibration tokens.
+        count: evaluation examples of each collection; None is the reader's number.
+        training: examples to train on are wanted, of ``source`` or else of what is calibrated on; none of a document that is
+            evaluated on.
+
+    Raises:
+        RequestError: a collection is unsuitable.
+    """
+    count = reader.count if count is None else count
+    other = reader.other if other == "default" else other
+    whole = reader.load(calibrate)
+    calibration, held_out = reader.split(whole, seed=seed)
+    made = Prepared(reader.draw(calibration, count=-(-tokens // reader.tokens), seed=seed).rows)
+    made.evaluation["held out"] = reader.draw(held_out, count=count, seed=seed)
+    evaluated = set(held_out.documents)
+    if other and other != calibrate:
+        second = reader.load(other)
+        evaluated.update(second.documents)
+        made.evaluation["other source"] = reader.draw(second, count=count, seed=seed)
+    if training:
+        trained = calibration if source is None else _without(reader.load(source), evaluated, whole, calibration)
+        made.training = reader.draw(trained, seed=seed).rows
+    return made
+
+
+def _without(collection: Any, evaluated: set[Any], whole: Collection, calibration: Collection) -> Any:
+    """What of a collection may be trained on: no document that is evaluated on; of what is calibrated on, the part to calibrate on."""
+    if collection.fingerprint == whole.fingerprint:
+        return calibration
+    kept = tuple(d for d in collection.documents if d not in evaluated)
+    if not kept:
+        raise RequestError(f"every document of {collection.name!r} is one that the model is evaluated on", hint="train on another text")
+    return dataclasses.replace(collection, name=f"{collection.name} (training)", documents=kept)
