@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
 from dyncomp.errors import PassError, RequestError
+from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
+from dyncomp.images import prepare, read_image
 from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
@@ -239,6 +243,26 @@ def _random_input(spec: dict[str, Any], random: np.random.Generator, batch: int,
     return np.ones(shape, spec["dtype"]) if spec["name"].endswith("mask") else random.integers(100, 1000, shape)
 
 
+def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads: int | None = None) -> Tensor:
+    """Unit embeddings [n, d] of image files, by a bundle's artifact (``torch``: its graph).
+
+    Raises:
+        RequestError: the bundle's model takes no images, or a file is none.
+        BundleError: it has no artifact for the backend.
+    """
+    processor = opened.processor()
+    if processor is None:
+        raise RequestError(f"{opened.path} holds a model that takes no images ({opened.manifest.source.task})", hint="give --prompt TEXT")
+    rows, graph = torch.stack([prepare(processor, read_image(file)) for file in files]), opened.graph()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with torch.no_grad():
+        if backend == "torch":
+            return embedding(graph, graph(**model_inputs(graph, rows)))
+        model = backend_of(backend).open(opened.artifact(backend), threads=threads)
+        return embedding(graph, torch.from_numpy(model.run(**model_inputs(graph, rows))[graph.outputs[0]]))
+
+
 def open_session(opened: Bundle, backend: str, *, threads: int | None = None) -> DecoderSession:
     """What generates text from a bundle.
 
@@ -254,8 +278,6 @@ def open_session(opened: Bundle, backend: str, *, threads: int | None = None) ->
         used = backend_of(backend)
         session: DecoderSession = used.session(used.open(opened.artifact(backend), threads=threads))
         return session
-    import torch
-
     from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 
     if threads is not None:

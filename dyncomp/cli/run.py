@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="Text to complete; may be repeated (a batch).")
 @click.option("--input", "file", type=click.Path(path_type=Path), help="A file with one prompt a line.")
+@click.option("--image", "pictures", multiple=True, type=click.Path(path_type=Path), help="An image to embed; may be repeated.")
 @click.option("--chat", is_flag=True, help="Take each prompt as a user's message, through the tokenizer's chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, backend: str, slots: int, speculate: bool, draft: Path | None,
-    threads: int | None, json_: bool, chat: bool,
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, pictures: tuple[Path, ...], backend: str, slots: int,
+    speculate: bool, draft: Path | None, threads: int | None, json_: bool, chat: bool,
     **sampling: Any,
 ) -> None:  # fmt: skip
-    """Complete prompts with BUNDLE; one prompt streams as it is generated.
+    """Complete prompts with BUNDLE; one prompt streams as it is generated. Models of images give embeddings (--image).
 
     Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone.
 
@@ -56,13 +57,19 @@ def command(
     from dyncomp.runtime.sampling import Sampling
 
     texts = list(prompts) + (_lines(file) if file is not None else [])
+    if pictures:
+        if texts:
+            raise RequestError("--image asks for embeddings, --prompt and --input for text", hint="give one of them")
+        _embed(bundle, pictures, backend, threads, json_=json_)
+        return
     if not texts:
-        raise RequestError("there is nothing to complete", hint="give --prompt TEXT or --input FILE")
+        raise RequestError("there is nothing to complete", hint="give --prompt TEXT, --input FILE or --image FILE")
     speculation: Speculation | None = None
     opened = open_bundle(bundle)
     tokenizer = opened.tokenizer()
     if tokenizer is None:
-        raise RequestError(f"{bundle} has no tokenizer: it cannot take text")
+        images = opened.processor() is not None
+        raise RequestError(f"{bundle} has no tokenizer: it cannot take text", hint="give --image FILE" if images else None)
     choice = Sampling(**sampling)
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
@@ -87,6 +94,20 @@ def command(
         return
     for text, completion in zip(texts, completions, strict=True):
         click.echo(f"--- {text}\n{completion.text}")
+
+
+def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | None, *, json_: bool) -> None:
+    """Embeddings with ``--json``, else how alike the images are."""
+    from dyncomp.bundle import open_bundle
+    from dyncomp.deploy import embed_images
+
+    found = embed_images(open_bundle(bundle), files, backend, threads=threads)
+    if json_:
+        options.print_json([{"image": str(f), "embedding": e.tolist()} for f, e in zip(files, found, strict=True)])
+        return
+    for file, vector in zip(files, found, strict=True):
+        likeness = "" if len(files) == 1 else ", cosine to the first " + f"{float(vector @ found[0]):.4f}"
+        click.echo(f"{file}: an embedding of {len(vector)} numbers (--json prints them){likeness}")
 
 
 def _complete(generator: Generator, requests: list[Any], sampling: Sampling, slots: int) -> list[Completion]:
