@@ -90,14 +90,14 @@ class Converted:
 
 
 def convert_model(
-    model: str | nn.Module | LoadedModel, tokenizer: Any | None = None, *, example_inputs: Any = None, out: str | Path | None = None,
-    show: bool = True, **options: Any,
+    model: str | nn.Module | LoadedModel, tokenizer: Any | None = None, *, processor: Any | None = None, example_inputs: Any = None,
+    out: str | Path | None = None, show: bool = True, **options: Any,
 ) -> Converted:  # fmt: skip
     """Convert a model; see :class:`~dyncomp.convert.ConvertRequest` for ``options`` (``recipe``, ``active``, ``quantize`` …).
 
     Args:
         model: a name or path, as on the command line; a model of transformers; any module with ``example_inputs``.
-        tokenizer: for text to calibrate on, with a module; a name brings its own.
+        tokenizer: for text to calibrate on, with a module; a name brings its own. processor: the same for images.
         example_inputs: of a module that does not say what it takes: tensors by argument name.
         out: folder of the bundle; a temporary one without.
         show: progress.
@@ -107,6 +107,8 @@ def convert_model(
         model = describe(fields, type(model).__name__, kind="memory", dtype=torch.float32)
     if isinstance(model, LoadedModel) and tokenizer is not None:
         model.tokenizer = tokenizer
+    if isinstance(model, LoadedModel) and processor is not None:
+        model.processor = processor
     kept = tempfile.TemporaryDirectory(prefix="dyncomp-") if out is None else None
     folder = Path(kept.name) / "bundle" if kept is not None else Path(str(out))
     request = ConvertRequest(model=model, out=folder, **options)

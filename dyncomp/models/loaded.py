@@ -45,12 +45,17 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and every tensor's name, shape, dtype and bytes: equal for equal models.
+        """SHA-256 over the configuration, the input sizes that are fixed (an image's), and every tensor's name, shape, dtype and bytes:
+        equal for equal models.
 
         Computed on first use (about a second a gigabyte) and then kept, so read it before changing the module. On the meta
         device, where tensors have no bytes, it covers the rest.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        dynamic = self.dynamic_dims
+        fixed = {n: [s for i, s in enumerate(t.shape) if i not in dynamic.get(n, {})] for n, t in self.example_inputs.items()}
+        if any(fixed.values()):
+            digest.update(json.dumps(fixed, sort_keys=True).encode())
         first_name: dict[tuple[Any, ...], str] = {}
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
