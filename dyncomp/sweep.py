@@ -86,7 +86,7 @@ class Sweep:
     @torch.no_grad()
     def each(self, to: fx.Node, *, watch: Mapping[fx.Node, Callable[[int, Tensor], None]] | None = None) -> Iterator[Tensor]:
         """The values of ``to``, made one after the other as they are asked for: nothing is kept, so that the sweep ends there."""
-        segment = self._segment(to)
+        segment = self._segment(to, watch or {})
         between = self._between(segment, to)
         *before, last = self._pieces(segment)
         for piece in before:
