@@ -82,6 +82,11 @@ class Calibration:
             seen += self._count(batch)
         return chosen
 
+    def last(self, windows: int) -> list[dict[str, Tensor]]:
+        """The last windows, one a batch."""
+        singles = [{name: value[i : i + 1] for name, value in b.items()} for b in self.batches for i in range(len(next(iter(b.values()))))]
+        return singles[-windows:]
+
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors, atomically."""
         tensors = {f"{name}/{f.name}": getattr(s, f.name) for name, s in self.statistics.items() for f in fields(s)}

@@ -58,7 +58,7 @@ class ConvertRequest:
         recipe: name or file. When neither it nor ``active``, ``experts`` or ``quantize`` is given, recipes are searched.
         active: mean fraction of active FFN neurons, in (0, 1]; None leaves it to the recipe.
         experts: experts per FFN; None leaves it to the recipe.
-        quantize: ``int8`` or ``int4``: the weights' precision; None is what the recipe says.
+        quantize: ``int8``, ``int4`` or ``mixed``: the weights' precision; None is what the recipe says.
         goal: what to search for in place of a recipe; None is :data:`DEFAULT_GOAL`.
         calibrate: text (a packaged name or a file) or images (a packaged name or a folder) to calibrate on; a part is held out for
             evaluation.
@@ -270,6 +270,8 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     report = _report(request, recipe.name, loaded, specs) | searched
     if healing is not None:
         report["healing"] = next(r.result.facts for r in work.records if r.spec.startswith(Heal.name))
+    if (mixed := converted.info.get("precisions")) is not None:
+        report["precisions"] = mixed
     report["quality"] = work.stage("quality", quality)
     main = next(iter(report["quality"].values()))
     report |= {k: main[k] for k in ("perplexity", "cosine", "active_ffn") if k in main}
@@ -318,7 +320,7 @@ def _search(
 def _floating(graph: Graph) -> Graph:
     """The graph with the decoded values as plain weights, for passes that train or fit them."""
     graph.quantized.clear()
-    for key in ("activations", "two_terms"):
+    for key in ("activations", "two_terms", "precisions"):
         graph.info.pop(key, None)
     return graph
 

@@ -179,7 +179,9 @@ class Graph:
 
     @property
     def precision(self) -> str:
-        """``int8``, ``int4`` or ``fp32``: what most of the quantized weights are kept in."""
+        """``int8``, ``int4`` or ``fp32``: what most of the quantized weights are kept in; ``mixed`` where each region has its own."""
+        if len({region["bits"] for region in self.info.get("precisions", {}).get("regions", {}).values()}) > 1:
+            return "mixed"
         sizes = collections.Counter({8: 0, 4: 0})
         for value in self.quantized.values():
             sizes[value.bits] += value.codes.numel()

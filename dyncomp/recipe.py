@@ -54,7 +54,7 @@ class Recipe(BaseModel):
         passes = parse_passes(spec)
         if quantize is None:
             if not passes:
-                raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8 or --quantize int4")
+                raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8, int4 or mixed")
             return passes
         if quantize not in PRECISIONS:
             raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")

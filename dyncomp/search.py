@@ -37,6 +37,8 @@ QUICK = 8_192
 """Calibration tokens of a quick look."""
 HOPELESS = 3.0
 """A quick look that loses this many times the limit is not followed up: more text has never won back as much."""
+MIXED = 0.7
+"""Of the limit that a mix of precisions is chosen by."""
 EXPERTS = 48
 ACTIVE = (0.9, 0.75)
 SPARSE = (0.75, 0.65)
@@ -170,28 +172,35 @@ class Search:
         yield "int4, rounded", [dataclasses.replace(PRECISIONS["int4"], method="rtn")]
         if not self._reached("int4, rounded"):
             yield "int4", [PRECISIONS["int4"]]
+        if not self._reached("int4, rounded") and not self._reached("int4") and self._reached("int8"):
+            yield "mixed", [self._mixed()]
         if self._reached("int4, rounded") or self._reached("int4"):
             method = "rtn" if self._reached("int4, rounded") else "gptq"
             yield "int4, head too", [dataclasses.replace(PRECISIONS["int4"], method=method, head_bits=4)]
         quantize = quantize_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else None
         block = quantize.block if quantize is not None else 1
         for active in SPARSE if quantize is not None else ():  # only kernels for quantized weights gain by it
-            name = f"{active:.0%} of the inputs, int{quantize.bits}"  # type: ignore[union-attr]
+            name = f"{active:.0%} of the inputs, {quantize.label}"  # type: ignore[union-attr]
             yield name, [Sparsify(active=active), quantize]  # type: ignore[list-item]
             if self.goal.max_loss is not None and not self._reached(name):
                 break
         experts = self._experts(block)
         for active in ACTIVE if experts is not None else ():
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
-            name = f"{active:.0%} of {experts} experts" + (f", int{quantize.bits}" if quantize is not None else "")
+            name = f"{active:.0%} of {experts} experts" + (f", {quantize.label}" if quantize is not None else "")
             yield name, [*parse_passes(spec), *([quantize] if quantize is not None else [])]
             if self.goal.max_loss is not None and not self._reached(name):
                 break  # fewer neurons lose more
         for active in ACTIVE if find_regions(self.dense).ffns else ():
-            name = f"{active:.0%} of the neurons, static" + (f", int{quantize.bits}" if quantize is not None else "")
+            name = f"{active:.0%} of the neurons, static" + (f", {quantize.label}" if quantize is not None else "")
             yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *([quantize] if quantize is not None else [])]
             if self.goal.max_loss is not None and not self._reached(name):
                 break
+
+    def _mixed(self) -> Quantize:
+        """Each region as small as a part of the loss limit allows, for losses are measured on few windows."""
+        limit = MIXED * math.log1p(self.goal.max_loss) if self.goal.max_loss and self.task == "causal-lm" else Quantize.max_loss
+        return dataclasses.replace(PRECISIONS["mixed"], mixed=(4, 8, 32), max_loss=limit)
 
     def _experts(self, block: int) -> int | None:
         """As many experts as divide every FFN into parts that can be quantized; None when there is no such number."""

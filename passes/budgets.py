@@ -57,7 +57,7 @@ def sensitivities(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph
     sweep, regions = Sweep(graph, chosen), find_carved(graph)
     losses: dict[str, float] = {}
     with fast_matmul(), torch.no_grad():
-        reference = [_Reference(logits) for logits in Sweep(graph, batches[-held:]).advance(graph.output_nodes[0])]
+        reference = [Reference(logits) for logits in Sweep(graph, batches[-held:]).advance(graph.output_nodes[0])]
         for position, (region, copied) in enumerate(zip(regions, find_carved(work), strict=True)):
             inputs = sweep.advance(region.input)
             layer = Layer(ExpertView(work, copied), inputs[:fitted])
@@ -81,7 +81,7 @@ def _converted(work: Graph, layer: Layer, inputs: list[Tensor]) -> list[Tensor]:
     return outputs if added is None else [y + (added if before is None else added - before) for y in outputs]
 
 
-class _Reference:
+class Reference:
     """The dense model's predictions on one batch, to compare others with."""
 
     def __init__(self, logits: Tensor) -> None:

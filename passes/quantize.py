@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from dyncomp.passes.gptq import gptq
+from dyncomp.passes.precisions import FLOAT, Mix, Trials, Unit, aliases, choose, require_reachable
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
@@ -19,7 +21,7 @@ from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, Quantized, round_to_nearest
 from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
 from dyncomp.regions.depth import find_skips
-from dyncomp.regions.linear import PRODUCTS, constant
+from dyncomp.regions.linear import PRODUCTS, common_path, constant
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul, release_memory
 
@@ -52,6 +54,17 @@ class Quantize(Pass):
     """``int8``: inputs of quantized weights are rounded to int8 in blocks of 32, as fast kernels need it; ``float``: they are not."""
     tokens: int = 16_384
     """Calibration tokens for ``gptq``."""
+    mixed: tuple[int, ...] = ()
+    """Bits to choose from for each region by itself, as ``4+8``, in place of ``bits`` and ``head-bits``; 32 leaves a region in float. A
+    region is an FFN, the linear layers that share an input (query, key and value), the embedding, the head: what one kernel reads.
+    Each is rounded alone to each of these, and the loss measured at the end of the model: the KL divergence to the model as it was, in
+    nats a token, or without next-token predictions the squared relative error of the outputs."""
+    mean: float = 0.0
+    """With ``mixed``: mean bits of these weights as a file holds them, scales and offsets included; the mix that loses least."""
+    max_loss: float = 0.01
+    """With ``mixed`` and no ``mean``: the smallest mix that loses at most this, measured with all regions rounded."""
+    windows: int = 2
+    """Calibration windows that losses are measured on, the last ones."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.head_bits not in (4, 8):
@@ -62,22 +75,47 @@ class Quantize(Pass):
             raise RequestError(f"quantize: unknown method {self.method!r}", hint="use rtn or gptq")
         if self.activations not in ("int8", "float"):
             raise RequestError(f"quantize: activations={self.activations} is not known", hint="use int8 or float")
+        if not set(self.mixed) <= {4, 8, FLOAT} or len(self.mixed) == 1 or len(set(self.mixed)) < len(self.mixed):
+            raise RequestError(
+                f"quantize: mixed={'+'.join(map(str, self.mixed))} is no choice of precisions", hint=f"use mixed=4+8 or mixed=4+8+{FLOAT}"
+            )
+        if (self.mean or self.max_loss != 0.01) and not self.mixed:
+            raise RequestError("quantize: mean and max-loss choose among several precisions", hint="add mixed=4+8")
+        if self.mixed and self.mean:
+            low, high = self._stored(min(self.mixed)), self._stored(max(self.mixed))
+            if not low <= self.mean <= high:
+                raise RequestError(
+                    f"quantize: mean={self.mean:g} is not between {low:g} and {high:g}, what the smallest and the largest precision take",
+                    hint="scales and offsets count: symmetric=true or a larger block spares some",
+                )
+        if self.max_loss <= 0 or self.windows < 1:
+            raise RequestError("quantize: max-loss must be positive, and windows at least 1")
+
+    @property
+    def label(self) -> str:
+        """``int8``, ``int4`` or ``mixed``."""
+        return "mixed" if self.mixed else f"int{self.bits}"
+
+    def uniform(self) -> Quantize:
+        """The same with one precision for all regions, the smallest of the mix, rounded: it needs no text."""
+        bits = min(self.mixed, default=self.bits)
+        return dataclasses.replace(self, method="rtn", mixed=(), mean=0.0, max_loss=type(self).max_loss, bits=bits)
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        result = PassResult(facts={"bits": self.bits, "block": self.block, "method": self.method})
+        result = PassResult(facts={"bits": self.mixed or self.bits, "block": self.block, "method": self.method})
         before = graph.weight_bytes()
+        bits = self._mix(graph, ctx, result) if self.mixed else {}
+        targets = [dataclasses.replace(t, bits=bits.get(t.name, t.bits)) for t in self._targets(graph, result)]
+        if not targets:
+            raise RequestError("quantize: the graph has no weight that can be quantized")
+        targets = [t for t in targets if t.bits != FLOAT]
         if self.method == "gptq":
-            self._gptq(graph, ctx, result)
+            self._gptq(graph, ctx, result, targets)
         else:
-            for target in self._targets(graph, result):
+            for target in targets:
                 self._store(graph, target, self._round(target.weight(graph), target.bits), result)
                 release_memory(collect=False)
-        if not result.changed:
-            raise RequestError("quantize: the graph has no weight that can be quantized")
-        graph.info["activations"] = self.activations
-        head = find_regions(graph).head
-        if head is not None and self.activations == "int8":  # a third of what int8 inputs cost is lost there, on one product a token
-            graph.info["two_terms"] = [head.weight]
+        _note_activations(graph, self.activations)
         result.facts |= {"bytes": graph.weight_bytes(), "bytes_before": before}
         return result
 
@@ -121,17 +159,42 @@ class Quantize(Pass):
     def _store(self, graph: Graph, target: _Target, value: Quantized, result: PassResult) -> None:
         if target.linear is not None and target.linear.transposed:
             _store_by_rows(graph, target.linear)
-        storage = graph.tensor(target.name).data_ptr()
-        shared = [name for name, tensor in graph.constants().items() if tensor.data_ptr() == storage]
+        shared = aliases(graph, target.name)
         graph.add_quantized(target.name, value)
         for name in shared:  # tied weights that go by two names
             if name != target.name:
                 graph.add_alias(name, target.name)
         result.changed.append(target.name)
 
+    # ---- a precision for each region -------------------------------------------------------------------------------
+    def _mix(self, graph: Graph, ctx: Context, result: PassResult) -> dict[str, int]:
+        """The bits of each weight; what they were chosen by goes into the facts and into ``graph.info["precisions"]``."""
+        work = graph.copy()
+        for target in self._targets(work, PassResult()):
+            if target.linear is not None and target.linear.transposed:
+                _store_by_rows(work, target.linear)
+        units = _units(work, self._targets(work, PassResult()))
+        _note_activations(work, self.activations)
+        if not units:
+            return {}
+        windows = ctx.need_calibration("quantize{mixed}").last(self.windows)
+        choices = sorted(self.mixed)
+        with torch.no_grad():
+            trials = Trials(work, lambda name, bits: self._round(work.tensor(name).detach(), bits), windows)
+            if not self.mean:
+                require_reachable(trials, units, choices, self.max_loss)
+            losses = trials.each(units, choices, ctx.progress)
+            mix = choose(trials, units, losses, self._stored, mean=self.mean or None, limit=self.max_loss)
+        _note_mix(graph, result, units, losses, mix)
+        result.facts["windows"] = len(windows)
+        return {name: mix.bits[unit.name] for unit in units for name in unit.weights}
+
+    def _stored(self, bits: int) -> float:
+        """Bits of a weight as a file holds it."""
+        return float(bits) if bits == FLOAT else bits + (16 if self.symmetric else 32) / self.block
+
     # ---- GPTQ ------------------------------------------------------------------------------------------------------
-    def _gptq(self, graph: Graph, ctx: Context, result: PassResult) -> None:
-        targets = self._targets(graph, result)
+    def _gptq(self, graph: Graph, ctx: Context, result: PassResult, targets: list[_Target]) -> None:
         sweep = Sweep(graph, ctx.need_calibration(self.name).first(self.tokens))
         done = 0
         with fast_matmul(), torch.no_grad():
@@ -140,7 +203,7 @@ class Quantize(Pass):
                     for t in group:
                         self._store(graph, t, self._round(t.weight(graph), t.bits), result)
                 elif group[0].routed is not None:
-                    self._gptq_experts(graph, group[0].routed, sweep, result)
+                    self._gptq_experts(graph, group[0].routed, group[0].bits, sweep, result)
                 else:
                     inputs = sweep.advance(source)
                     if thresholds is not None:
@@ -153,17 +216,17 @@ class Quantize(Pass):
                 done += len(group)
                 ctx.progress(self.name, done, len(targets))
 
-    def _gptq_experts(self, graph: Graph, routed: RoutedFFN, sweep: Sweep, result: PassResult) -> None:
+    def _gptq_experts(self, graph: Graph, routed: RoutedFFN, bits: int, sweep: Sweep, result: PassResult) -> None:
         """Up: over all tokens; down: each expert over the tokens that run it."""
         gates = sweep.advance(routed.gates)
         inputs = sweep.values(routed.input)
         gram = _gram(x.reshape(-1, x.shape[-1]) for x in inputs)
         up = graph.tensor(routed.w_up).detach()
-        value = gptq(up.flatten(0, 1), gram, self.bits, self.block, symmetric=self.symmetric)
+        value = gptq(up.flatten(0, 1), gram, bits, self.block, symmetric=self.symmetric)
         shape = up.shape[:2]
         offsets = None if value.offsets is None else value.offsets.unflatten(0, shape)
-        value = Quantized(value.codes.unflatten(0, shape), value.scales.unflatten(0, shape), offsets, self.bits)
-        self._store(graph, _Target(routed.w_up, 0, self.bits, routed=routed), value, result)
+        value = Quantized(value.codes.unflatten(0, shape), value.scales.unflatten(0, shape), offsets, bits)
+        self._store(graph, _Target(routed.w_up, 0, bits, routed=routed), value, result)
         up, bias = graph.tensor(routed.w_up).detach(), None if routed.b_up is None else graph.tensor(routed.b_up).detach()
         down = graph.tensor(routed.w_down).detach()
         experts, _, neurons = down.shape
@@ -177,13 +240,13 @@ class Quantize(Pass):
         parts = []
         for e in range(experts):
             if rows[e] < 4 * neurons:  # too few tokens to trust: plain rounding harms nothing it has not seen
-                parts.append(self._round(down[e], self.bits))
+                parts.append(self._round(down[e], bits))
                 result.facts.setdefault("rarely_used", []).append(f"{routed.name} expert {e}: {int(rows[e])} tokens")
             else:
-                parts.append(gptq(down[e], grams[e], self.bits, self.block, symmetric=self.symmetric))
+                parts.append(gptq(down[e], grams[e], bits, self.block, symmetric=self.symmetric))
         codes, scales = torch.stack([p.codes for p in parts]), torch.stack([p.scales for p in parts])
         offsets = None if self.symmetric else torch.stack([p.offsets for p in parts if p.offsets is not None])
-        self._store(graph, _Target(routed.w_down, 0, self.bits, routed=routed), Quantized(codes, scales, offsets, self.bits), result)
+        self._store(graph, _Target(routed.w_down, 0, bits, routed=routed), Quantized(codes, scales, offsets, bits), result)
 
 
 @dataclass(frozen=True)
@@ -202,6 +265,43 @@ class _Target:
 
     def columns(self, graph: Graph) -> int:
         return int(self.weight(graph).shape[-1])
+
+
+def _note_activations(graph: Graph, activations: str) -> None:
+    graph.info["activations"] = activations
+    head = find_regions(graph).head
+    if head is not None and activations == "int8":  # a third of what int8 inputs cost is lost there, on one product a token
+        graph.info["two_terms"] = [head.weight]
+
+
+def _units(graph: Graph, targets: list[_Target]) -> list[Unit]:
+    """Targets by what reads them: an FFN, linear layers of one input, or one weight."""
+    regions = find_regions(graph)
+    inside = {linear.weight: f.name for f in (*regions.ffns, *regions.sparse_ffns) for linear in (*f.ups, f.down)}
+    inside |= {name: r.name for r in regions.routed for name in (r.w_up, r.w_down)}
+    head = regions.head.weight if regions.head is not None else None
+    groups: dict[object, list[_Target]] = {}
+    for target in targets:
+        source = target.linear.input if target.linear is not None and target.name not in inside else target.name
+        groups.setdefault(inside.get(target.name, source), []).append(target)
+    found: dict[str, Unit] = {}
+    for key, group in groups.items():
+        nodes = [t.linear.nodes[0] for t in group if t.linear is not None]
+        path = key if isinstance(key, str) else common_path(nodes)
+        name = group[0].name if not path or path in found or group[0].name == head else path
+        weights = tuple(t.name for t in group)
+        found[name] = Unit(name, weights, sum(graph.tensor(w).numel() for w in weights))
+    return list(found.values())
+
+
+def _note_mix(graph: Graph, result: PassResult, units: list[Unit], losses: Mapping[str, Mapping[int, float]], mix: Mix) -> None:
+    regions = {
+        unit.name: {"bits": mix.bits[unit.name], "weights": unit.size, "loss": {str(b): loss for b, loss in losses[unit.name].items()}}
+        for unit in units
+    }
+    figures = {"mean_bits": mix.stored, "predicted_loss": mix.predicted, "loss": mix.measured}
+    graph.info["precisions"] = {"regions": regions} | figures
+    result.facts |= {"precisions": regions} | figures
 
 
 def _by_input(targets: list[_Target]) -> Iterator[tuple[fx.Node | None, str | None, list[_Target]]]:
@@ -246,9 +346,13 @@ def _store_by_rows(graph: Graph, linear: Linear) -> None:
     graph.module.graph.erase_node(node)
 
 
-PRECISIONS = {"int8": Quantize(bits=8), "int4": Quantize(bits=4, symmetric=False, method="gptq")}
+PRECISIONS = {
+    "int8": Quantize(bits=8),
+    "int4": Quantize(bits=4, symmetric=False, method="gptq"),
+    "mixed": Quantize(mixed=(4, 8), symmetric=False, method="gptq"),
+}
 """What ``--quantize`` takes: int8 by rounding, which loses next to nothing, int4 by GPTQ, with offsets: weights that were 4-bit before
-(a GGUF file's) come out as they were."""
+(a GGUF file's) come out as they were; or int4 where it costs little, int8 elsewhere."""
 
 
 def quantize_of(passes: Iterable[Pass]) -> Quantize | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, RefitDown
 from dyncomp.passes.gptq import gptq
+from dyncomp.passes.precisions import allocate
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +32,7 @@ from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations, round_activations
-from dyncomp.pipeline import Context, Pass, Pipeline
+from dyncomp.pipeline import Context, Pass, Pipeline, parse_passes
 from dyncomp.quantized import Quantized, join, pack_nibbles, round_to_nearest, unpack_nibbles
 from dyncomp.regions import find_linears, find_regions, find_routed
 from dyncomp.serialize import load_graph, save_graph
@@ -197,6 +201,85 @@ def test_bad_options(spec: dict[str, object]) -> None:
         Quantize(**spec)  # type: ignore[arg-type]
 
 
+# ---- a precision for each region -----------------------------------------------------------------------------------
+def mixed(name: str, **options: object) -> tuple[Graph, dict[str, Any], Context]:
+    _, inputs, dims = built(name)
+    data = [sample(inputs, dims, {"batch": 2, "sequence": 16}, seed=s) for s in range(3)]
+    graph = trace_tiny(name)
+    if name != "bert":
+        graph.info["task"] = "causal-lm"
+    ctx = Context(Calibration(data, "test"), dense=graph.copy())
+    return graph, Pipeline([Quantize(**options)]).run(graph, ctx)[0].result.facts, ctx  # type: ignore[arg-type]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), st.floats(0, 1))
+def test_the_best_of_all_mixes_is_found(regions: list[tuple[int, float, float]], part: float) -> None:
+    sizes = {str(i): {4: 4.0 * n, 8: 8.0 * n} for i, (n, _, _) in enumerate(regions)}
+    losses = {str(i): {4: low, 8: low * share} for i, (_, low, share) in enumerate(regions)}
+    every = [dict(zip(sizes, bits, strict=True)) for bits in itertools.product((4, 8), repeat=len(sizes))]
+
+    def total(values: dict[str, dict[int, float]], mix: dict[str, int]) -> float:
+        return sum(values[name][b] for name, b in mix.items())
+
+    room = (4 + 4 * part) * sum(n for n, _, _ in regions)
+    step = 1e-3 * room  # sizes are counted in steps
+    found = allocate(sizes, losses, size=room)
+    assert total(sizes, found) <= room * (1 + 1e-9)
+    assert total(losses, found) <= min((total(losses, m) for m in every if total(sizes, m) <= room - step), default=math.inf) + 1e-9
+    limit = part * total(losses, dict.fromkeys(sizes, 4))
+    allowed = [m for m in every if total(losses, m) <= limit]
+    found = allocate(sizes, losses, loss=limit)
+    if allowed:
+        assert total(losses, found) <= limit + 1e-9
+        assert total(sizes, found) <= min(total(sizes, m) for m in allowed) + step
+
+
+def test_regions_that_bear_it_get_fewer_bits() -> None:
+    graph, facts, ctx = mixed("gpt2", mixed=(4, 8, 32), mean=8.0)
+    regions = facts["precisions"]
+    assert graph.info["precisions"]["regions"] == regions
+    assert graph.precision == "mixed"
+    kept = sum(r["weights"] for r in regions.values() if r["bits"] == 32)
+    weights = sum(r["weights"] for r in regions.values())
+    assert sum(q.codes.numel() for q in graph.quantized.values()) + kept == weights
+    assert sum(8 * q.bytes for q in graph.quantized.values()) + 32 * kept == pytest.approx(facts["mean_bits"] * weights)
+    assert facts["mean_bits"] <= 8
+    assert all(0 <= r["loss"]["8"] < r["loss"]["4"] for r in regions.values())
+    assert ctx.dense is not None
+    plain = ctx.dense.copy()
+    Pipeline([Quantize(bits=4, head_bits=4)]).run(plain, ctx)
+    (fresh,) = ctx.need_calibration("a test").first(1)
+    expected = ctx.dense(**fresh)
+    assert relative_error(graph(**fresh), expected) < 0.7 * relative_error(plain(**fresh), expected)
+
+
+def test_a_loss_limit_is_kept_and_measured_on_the_mix() -> None:
+    graph, facts, _ = mixed("llama", mixed=(4, 8), max_loss=0.005, method="gptq")
+    assert 0 < facts["loss"] <= 0.005
+    assert {q.bits for q in graph.quantized.values()} == {4, 8}
+    with pytest.raises(RequestError, match="8 bits everywhere lose"):
+        mixed("bert", mixed=(4, 8), max_loss=1e-6)  # makes no predictions: its outputs are compared
+
+
+def test_what_one_kernel_reads_gets_one_precision() -> None:
+    graph, _, _ = mixed("llama", mixed=(4, 8), mean=6.0)
+    for ffn in find_regions(graph).ffns:
+        assert len({graph.quantized[i.weight].format for i in (*ffn.ups, ffn.down)}) == 1
+    by_input: dict[object, set[int]] = {}
+    for linear in find_linears(graph).values():
+        by_input.setdefault(linear.input, set()).add(graph.quantized[linear.weight].bits)
+    assert {len(bits) for bits in by_input.values()} == {1}
+    again = Pass.registry["quantize"](**{"mixed": (4, 8), "mean": 6.0})
+    assert parse_passes(again.spec) == [again]
+
+
+@pytest.mark.parametrize("spec", ["mixed=4", "mixed=4+16", "mean=5", "mixed=4+8 mean=4.2", "mixed=4+8 max-loss=0", "mixed=4+4"])
+def test_bad_mixes(spec: str) -> None:
+    with pytest.raises(RequestError, match="quantize"):
+        parse_passes(f"quantize{{{spec}}}")
+
+
 def test_blocks_that_do_not_fit_are_refused_by_name() -> None:
     graph = trace_tiny("llama")
     result = Pipeline([Quantize(block=64)]).run(graph, Context())[0].result
@@ -315,6 +398,23 @@ def test_the_artifact_runs_with_onnxruntime_alone(tmp_path: Path) -> None:
         expected.append(int(logits[0].argmax()))
         logits = session.step(np.array([expected[-1]]))
     assert [int(t) for t in re.findall(r"\d+", done.stdout)][-16:] == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_mixed_precisions_in_onnx_runtime(native: bool, tmp_path: Path) -> None:
+    if native and not available():
+        pytest.skip("no C++ compiler here")
+    graph, _, _ = mixed("llama", mixed=(4, 8, 32), mean=12.0)
+    assert {r["bits"] for r in graph.info["precisions"]["regions"].values()} >= {8, 32}
+    save_graph(graph, tmp_path / "graph.json", tmp_path / "weights.safetensors")
+    graph = cached(load_graph(tmp_path / "graph.json", tmp_path / "weights.safetensors"))
+    lowered = lower(graph, tmp_path, native=native)
+    ours = sum(n for op, n in lowered.operators.items() if op.startswith("dyncomp.Quantized") or op == "com.microsoft.MatMulNBits")
+    assert ours > 0
+    assert lowered.operators.get("MatMul", 0) > 0  # what stays in float
+    model = OrtModel(tmp_path, threads=1)
+    assert model.precision == "mixed"
+    assert parity(graph, model, good=5e-2)["relative_error"] <= 5e-2
 
 
 @needs_compiler

@@ -29,7 +29,7 @@ from dyncomp.errors import BackendError, ModelError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.quantized import round_to_nearest
-from dyncomp.regions import find_routed
+from dyncomp.regions import find_linears, find_routed
 
 tvm = pytest.importorskip("tvm")
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or "")
@@ -37,9 +37,12 @@ pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or 
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine
 from dyncomp.backends.tvm.decoder import decoder_for
+from dyncomp.backends.tvm.kernels.tile import Tile
 from dyncomp.backends.tvm.lower import CONFIG, NATIVE, PARAMETERS, lower
 from dyncomp.backends.tvm.native import instruction_set, library
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros, load_runtime, use_threads
+from dyncomp.backends.tvm.select import select
+from dyncomp.backends.tvm.shapes import Tiles
 
 
 # ---- packed functions ----------------------------------------------------------------------------------------------
@@ -225,6 +228,20 @@ def test_other_architectures(name: str, options: dict[str, Any], tmp_path: Path)
     assert lower(graph, tmp_path).kernels["dyncomp_quantized_ffn"] == 2
     entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", good=1e-3)
     assert entry["relative_error"] <= 2e-2
+
+
+def test_regions_in_precisions_of_their_own() -> None:
+    graph = trace_tiny("llama")
+    for i, layer in enumerate(find_linears(graph).values()):  # as quantize{mixed=4+8+32} leaves a graph
+        bits = 4 if "layers.0" in layer.weight else 8
+        if "layers.0.mlp" not in layer.weight and i:
+            graph.add_quantized(layer.weight, round_to_nearest(graph.tensor(layer.weight).detach(), bits, 32))
+    graph.info["activations"] = "int8"
+    selected = select(with_cache(graph), Tiles(Tile.of(machine.this_machine())))
+    called = [str(n.target) for n in selected.nodes if n.op == "call_function"]
+    assert sum("quantized_ffn" in name for name in called) == 1  # the other one stays in float
+    assert sum("quantized_linear" in name for name in called) > 1
+    assert sum("tvm_linear" in name for name in called) > 1
 
 
 # ---- artifacts -----------------------------------------------------------------------------------------------------

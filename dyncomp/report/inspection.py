@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ from dyncomp.bundle import Bundle
 from dyncomp.cost import count
 from dyncomp.graph import Graph
 from dyncomp.regions import Regions, find_routed
-from dyncomp.report.tables import quality_table, search_table, table
+from dyncomp.report.tables import describe_mix, quality_table, search_table, table
 
 
 def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
@@ -108,6 +109,8 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
         items.append(rows)
     if graph.quantized:
         items.append(_quantized_table(graph))
+    if mixed := graph.info.get("precisions"):
+        items += [_precisions_table(mixed), describe_mix(mixed)]
     kept = [name for entry in manifest.passes for name in entry.facts.get("kept_dense", [])]
     if kept:
         items.append(f"kept dense: {', '.join(kept)}")
@@ -131,6 +134,28 @@ def _quantized_table(graph: Graph) -> Table:
         where = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
         result.add_row(*cells, str(len(names)), f"{size / 1e6:.1f}", where)
     return result
+
+
+def _precisions_table(mixed: dict[str, Any]) -> Table:
+    """Regions by what they would lose in the fewest bits for each million weights, the most sensitive first; where many in a row got the
+    same, one line for all."""
+    bits = sorted({int(b) for region in mixed["regions"].values() for b in region["loss"]})
+    result = table("precision by sensitivity", "precision", ">regions", ">M weights", *(f">loss in {_bits(b)}" for b in bits), "where")
+
+    def sensitivity(item: tuple[str, dict[str, Any]]) -> float:
+        return float(item[1]["loss"][str(bits[0])] / item[1]["weights"])
+
+    ordered = sorted(mixed["regions"].items(), key=sensitivity, reverse=True)
+    for chosen, group in itertools.groupby(ordered, key=lambda item: item[1]["bits"]):
+        names, regions = zip(*group, strict=True)
+        losses = (f"{sum(region['loss'][str(b)] for region in regions):.1e}" for b in bits)
+        where = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        result.add_row(_bits(chosen), str(len(names)), f"{sum(region['weights'] for region in regions) / 1e6:.2f}", *losses, where)
+    return result
+
+
+def _bits(bits: int) -> str:
+    return "float32" if bits == 32 else f"int{bits}"
 
 
 def experts_table(opened: Bundle) -> Table:

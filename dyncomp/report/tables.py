@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from typing import Any
 
@@ -187,6 +188,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     if "skipped" in first:
         lines.append(f"depth: tokens skip {first['skipped']:.1%} of the visits to layers that have a router (dyncomp inspect --depth)")
     lines += _plain_quantization_wins(report, increase)
+    if mixed := report.get("precisions"):
+        lines.append(describe_mix(mixed))
     if load := first.get("load"):
         lines.append(
             f"experts: used by {load['least_used']:.0%} to {load['most_used']:.0%} of the tokens; {load['unused_experts']:.0f} never; "
@@ -208,6 +211,13 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
         )
     return lines
+
+
+def describe_mix(mixed: dict[str, Any]) -> str:
+    """One line: what ``quantize{mixed}`` chose, and what it measured."""
+    counts = collections.Counter(region["bits"] for region in mixed["regions"].values())
+    parts = ", ".join(f"{'float32' if bits == 32 else f'int{bits}'} in {count} regions" for bits, count in sorted(counts.items()))
+    return f"mixed precision: {mixed['mean_bits']:.2f} bits a weight, {parts}; loss on calibration windows {mixed['loss']:.4f}, rounded"
 
 
 def tuning_table(report: dict[str, Any]) -> Table:
