@@ -216,8 +216,8 @@ def allocate(
         enough = (best <= (loss or 0.0)).nonzero()
         left = int(enough[0]) if len(enough) else int(best.argmin())
     found = {}
-    for name, choices, index in reversed(taken):
-        found[name] = choices[int(index[left])]
+    for name, known, index in reversed(taken):
+        found[name] = known[int(index[left])]
         left -= math.ceil((sizes[name][found[name]] - smallest[name]) / step - 1e-9)
     return {name: found[name] for name in sizes}
 

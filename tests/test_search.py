@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -100,6 +101,22 @@ def test_nothing_within_the_limit_is_an_error_that_names_the_closest(place, monk
     with pytest.raises(SearchError, match=r"no candidate reaches at most \+10.00% loss; closest: int4, rounded: \+25.00% loss"):
         convert(place, "none", "--max-loss", "10%", "--trials", "3")
     assert not (place / "none").exists()
+
+
+def test_precisions_are_mixed_where_only_int8_is_good_enough(place, monkeypatch) -> None:
+    losses = iter([0.0, 0.5, 0.5, 0.04])
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph: next(losses))
+    monkeypatch.setattr(
+        search.Search, "_time", lambda self, trial, graph: vars(trial).update(speed=1.0 + len(self.trials), prefill=1.0, bytes=1)
+    )
+    monkeypatch.chdir(place)
+    goal = Goal(max_loss=0.05, trials=4)
+    request = ConvertRequest(model="model", out=place / "mixed", goal=goal, calibrate="text.txt", tokens=2048, windows=2)
+    done = _rewrite(request, no_progress, str)
+    assert [t["name"] for t in done.report["search"]["trials"]] == ["int8", "int4, rounded", "int4", "mixed"]
+    assert done.report["search"]["chosen"] == "mixed"
+    assert done.models["converted"].precision == "mixed"
+    assert done.report["precisions"]["loss"] <= search.MIXED * math.log1p(0.05)
 
 
 def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> None:
