@@ -20,7 +20,7 @@ from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, RefitDown
 from dyncomp.passes.gptq import gptq
-from dyncomp.passes.precisions import allocate
+from dyncomp.passes.precisions import Trials, Unit, allocate
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,6 +252,20 @@ def test_regions_that_bear_it_get_fewer_bits() -> None:
     (fresh,) = ctx.need_calibration("a test").first(1)
     expected = ctx.dense(**fresh)
     assert relative_error(graph(**fresh), expected) < 0.7 * relative_error(plain(**fresh), expected)
+
+
+def test_measuring_leaves_the_graph_as_it_was() -> None:
+    graph = trace_tiny("gpt2")
+    _, inputs, dims = built("gpt2")
+    batch = sample(inputs, dims, {"batch": 1, "sequence": 8}, seed=0)
+    before = graph(**batch)
+    trials = Trials(graph, lambda name, bits: round_to_nearest(graph.tensor(name).detach(), bits, 32), [batch])
+    head = Unit("head", ("model.lm_head.weight",), 1)
+    losses = trials.each([head], (4, 8), lambda *_: None)
+    assert losses["head"][4] == pytest.approx(trials.together([head], {"head": 4}))
+    assert losses["head"][4] > losses["head"][8] > 0
+    assert torch.equal(graph(**batch), before)
+    assert not graph.quantized
 
 
 def test_a_loss_limit_is_kept_and_measured_on_the_mix() -> None:
