@@ -15,6 +15,8 @@ from dyncomp.graph import Graph
 
 Array = np.ndarray[Any, Any]
 CONFIG = "config.json"
+ENCODER = "encoder"
+"""The folder of an encoder's model, in that of its decoder's."""
 
 
 def describe(graph: Graph, schema: int) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def describe(graph: Graph, schema: int) -> dict[str, Any]:
         "kv_cache": graph.info.get("kv_cache"),
         "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in graph.inputs],
         "outputs": list(graph.outputs),
+        **({"encoder": ENCODER} if graph.encoder is not None else {}),
         "precision": graph.precision,
     }
 

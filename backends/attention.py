@@ -27,7 +27,7 @@ def flatten_attention(
 
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
     after:   attend(linear(x, [Wq; Wk; Wv]), None, None, key_cache, value_cache, *progress, cos, sin, heads, scale, window, softcap,
-             interleaved) -> (out, caches);  with ``present`` as the last argument where tokens are absent
+             interleaved) -> (out, caches);  with ``present`` and ``bias`` as the last arguments where there are any
 
     What does not fit stays outside: a rotary embedding of its own, or separate query, key and value.
 
@@ -35,8 +35,10 @@ def flatten_attention(
         progress: how many entries the caches have, as ``attend`` takes it; by default ``past_length``.
         pairs: the rotary embedding goes inside if the pairs it turns are a multiple of this; 0: it stays outside.
     """
-    arguments: tuple[Any, ...] = (*node.args, *(0.0, None)[len(node.args) - 8 :])
-    query, key, value, key_cache, value_cache, past, scale, window, softcap, present = arguments
+    arguments: tuple[Any, ...] = (*node.args, *(0.0, None, None)[len(node.args) - 8 :])
+    query, key, value, key_cache, value_cache, past, scale, window, softcap, *optional = arguments
+    while optional and optional[-1] is None:
+        optional.pop()
     heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))
     with graph.inserting(before=node) as b:
         turned = query if query.target is ROTARY else None, key if key.target is ROTARY else None
@@ -50,7 +52,7 @@ def flatten_attention(
             operands = [packed, None, None]
         result = b.call(
             attend, *operands, key_cache, value_cache, *(progress or (past,)), *tables, heads, scale, window, softcap, interleaved,
-            *([present] if present is not None else []),
+            *optional,
         )  # fmt: skip
         flat, *caches = (b.call(operator.getitem, result, i) for i in range(3))
     for user in list(node.users):
@@ -123,6 +125,11 @@ def _single_source(node: fx.Node, shapes: ShapeOnly) -> fx.Node | None:
 def has_absent_tokens(node: fx.Node) -> bool:
     """Whether a ``dyncomp.cached_attention`` is told which tokens are not attended to."""
     return len(node.args) > 9 and node.args[9] is not None
+
+
+def has_bias(node: fx.Node) -> bool:
+    """Whether a ``dyncomp.cached_attention`` adds something to its scores."""
+    return len(node.args) > 10 and node.args[10] is not None
 
 
 def fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node | None:

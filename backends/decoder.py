@@ -16,6 +16,7 @@ CHUNK = 512  # longest piece of a prompt computed at once: bounds the memory for
 class CachedDecoder:
     """A :class:`~dyncomp.runtime.session.ExtendableSession` over a lowered model with a KV cache, allocated once.
 
+    Of an encoder–decoder it is the decoder, and ``model.encoder`` another model whose outputs are inputs of this one.
     A backend says how arrays are allocated (``zeros``), how a call is bound to its inputs, and how a prompt is read.
     """
 
@@ -32,6 +33,14 @@ class CachedDecoder:
         self.model, self.threads = model, int(model.threads)
         self.context_length = int(cache["context_length"])
         self._caches: list[Array] = []
+        self._encoded: dict[str, Array] = {}
+        self.reset()
+
+    def encode(self, **inputs: Array) -> None:
+        """See :class:`~dyncomp.runtime.session.Seq2SeqSession`."""
+        if self.model.encoder is None:
+            raise RequestError(f"the model in {self.model.directory} has no encoder")
+        self._encoded = {name: self._held(value) for name, value in self.model.encoder.run(**inputs).items()}
         self.reset()
 
     def reset(self) -> None:
@@ -41,6 +50,7 @@ class CachedDecoder:
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
         ids, lengths = np.ascontiguousarray(ids, np.int64), np.asarray(lengths, np.int64)
         batch, length = ids.shape
+        require_encoded(self.model.encoder, len(next(iter(self._encoded.values()), ())), batch)
         capacity = length + room
         if self.context_length and capacity > self.context_length:
             raise RequestError(f"{length} tokens and room for {room} more exceed the model's context of {self.context_length}")
@@ -70,6 +80,12 @@ class CachedDecoder:
     def rewind(self, tokens: int) -> None:
         self._past -= tokens
 
+    def _held(self, array: Array) -> Array:
+        """A copy in memory that the backend can read."""
+        copy = self.zeros(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
     def _read(self, ids: Array, lengths: Array) -> Array:
         """Put a prompt [B, S] into the empty caches; the logits [B, V] after each row's last token. May change ``_past``."""
         raise NotImplementedError
@@ -97,7 +113,16 @@ class CachedDecoder:
 
 def cache_names(model: Any) -> list[str]:
     """The inputs of a lowered model that are KV caches."""
-    return [n for n in model.inputs if n not in ("input_ids", "past_length", "chosen")]
+    return [n for n in model.inputs if "_cache_" in n]
+
+
+def require_encoded(encoder: Any, encoded: int, batch: int) -> None:
+    """Raises:
+    RequestError: there is an encoder, and it has not been run on as many rows as there are sequences.
+    """
+    if encoder is not None and encoded != batch:
+        found = f"{batch} sequences are to be written, and the encoder has read {encoded} inputs"
+        raise RequestError(found if encoded else "the encoder has read nothing", hint="call encode() first, with a row for each sequence")
 
 
 def allocate_caches(model: Any, batch: int, capacity: int, zeros: Callable[..., Array] = np.zeros) -> list[Array]:

@@ -62,6 +62,11 @@ def _decode(
     context = min((s.context_length for s in sessions if s.context_length), default=1 << 30)
     prompt_tokens = max(2, min(prompt_tokens, context // 2))
     steps = max(1, min(steps, context - prompt_tokens))
+    if graph.encoder is not None:
+        sizes = {d: prompt_tokens for s in graph.encoder.inputs for d in s.shape if isinstance(d, str)} | {"batch": 2}
+        read = {name: value.numpy() for name, value in random_inputs(graph.encoder, sizes, int(random.integers(1 << 30))).items()}
+        for session in sessions:
+            session.encode(**read)  # type: ignore[attr-defined]
     ids = random.integers(0, vocabulary_size(graph), (2, prompt_tokens))
     lengths = np.array([prompt_tokens, prompt_tokens // 2 + 1])
     expected, actual = (s.prefill(ids, lengths, steps) for s in sessions)

@@ -29,6 +29,7 @@ from dyncomp.errors import DyncompError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline, relative_error
 from dyncomp.regions import find_regions
+from dyncomp.regions.tokens import token_input
 from dyncomp.trace import trace
 
 LIMITS = {"trace": 1e-5, "convert": 1e-5, "ORT": 1e-4, "TVM": 1e-4}
@@ -60,8 +61,8 @@ class _Row:
 
     def trace(self) -> Cell:
         self.module, self.inputs, self.dims = built(self.name)
-        causal = self.tiny.vocab and list(self.inputs) == ["input_ids"]
-        info = {"name": self.name, "task": "causal-lm" if causal else "other", "context_length": CONTEXT}
+        writes = "causal-lm" if list(self.inputs) == ["input_ids"] else "seq2seq"
+        info = {"name": self.name, "task": writes if self.tiny.vocab else "other", "context_length": CONTEXT}
         graph = trace(self.module, self.inputs, self.dims, info=info)
         fresh = self._sample(5)
         cell = _held("trace", graph(**fresh), self.module(**fresh))
@@ -115,13 +116,17 @@ class _Row:
         if not (self.folder / used.name / "config.json").is_file():
             raise _Empty("there is no artifact")
         session = used.session(used.open(self.folder / used.name, threads=1))
+        name = self._traced.inputs[token_input(self._traced) or 0].name
+        read = {k: v for k, v in sample(self.inputs, self.dims, {"batch": 1, "sequence": PROMPT}, 7).items() if k != name}
+        if read:
+            session.encode(**{k: v.numpy() for k, v in read.items()})
         ids = tokens(1, PROMPT, seed=7)
         logits, written = session.prefill(ids.numpy(), np.array([PROMPT]), GENERATED), list[int]()
         for _ in range(GENERATED):
             written.append(int(logits[0].argmax()))
             logits = session.step(np.array(written[-1:]))
         for _ in range(GENERATED):
-            ids = torch.cat([ids, self.module(input_ids=ids)[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, self.module(**read, **{name: ids})[:, -1:].argmax(-1)], 1)
         expected = ids[0, PROMPT:].tolist()
         if written != expected:
             raise _Empty(f"wrote {written}, PyTorch {expected}")

@@ -84,11 +84,11 @@ def backend_of(name: str) -> Backend:
 
 
 def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
-    """A copy of a decoder's graph that keeps a KV cache and computes the last token's logits; other graphs as they are.
+    """A copy of a graph that writes tokens, with a KV cache and the last token's logits only; other graphs as they are.
 
     What ``add-kv-cache`` refuses is returned: such a model runs without a cache.
     """
-    if graph.info.get("task") != "causal-lm":
+    if graph.info.get("task") not in ("causal-lm", "seq2seq"):
         return graph, []
     cached = graph.copy()
     result = AddKVCache(logits="chosen").run(cached, Context())

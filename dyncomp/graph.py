@@ -62,6 +62,8 @@ class Graph:
         quantized: codes and scales of the weights that are kept in few bits, by name. The module holds their decoded values, so
             every graph runs in PyTorch and is analysed like any other; backends and files use the codes.
         store: where new tensors are put, for models that memory does not hold; None keeps them in memory.
+        encoder: of the decoder of an encoder–decoder with a KV cache: what runs once before it. Its outputs are inputs of this graph, by
+            name. Such graphs are lowered, not stored.
     """
 
     module: fx.GraphModule
@@ -70,6 +72,7 @@ class Graph:
     info: dict[str, Any] = field(default_factory=dict)
     quantized: dict[str, Quantized] = field(default_factory=dict)
     store: TensorStore | None = None
+    encoder: Graph | None = None
 
     # -- running -------------------------------------------------------------------------------------------------
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
@@ -215,7 +218,7 @@ class Graph:
         mapping: dict[fx.Node, fx.Node] = {}
         result = module.graph.graph_copy(self.module.graph, mapping)
         module.graph.output(result).meta = dict(self._output.meta)
-        clone = Graph(module, self.inputs, self.outputs, copy.deepcopy(self.info), dict(self.quantized), self.store)
+        clone = Graph(module, self.inputs, self.outputs, copy.deepcopy(self.info), dict(self.quantized), self.store, self.encoder)
         clone._adopt_tensors(self)
         module.recompile()
         return clone

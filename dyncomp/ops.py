@@ -421,7 +421,7 @@ def _(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
 @torch.library.custom_op("dyncomp::cached_attention", mutates_args=())
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
-    softcap: float = 0.0, present: Tensor | None = None,
+    softcap: float = 0.0, present: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of S new tokens over a KV cache; the same op serves prefill (S = prompt) and decode (S = 1).
 
@@ -433,6 +433,7 @@ def cached_attention(
         window: a query sees its own position and the ``window - 1`` before it; 0 means all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax; 0 means they do not.
         present: [B, 1, C, 1], 0 for entries that no token attends to, the new tokens' included; a new token with a 0 gets zeros.
+        bias: [H, P], added to the score of a key that lies 0, 1 … P - 1 positions back (ALiBi, 2108.12409; T5's buckets, 1910.10683).
 
     Returns:
         out [B, H, S, D] and the caches with the new keys and values at positions past_length … past_length + S - 1.
@@ -453,8 +454,12 @@ def cached_attention(
         visible &= (present[:, 0, None, :used, 0] != 0) | absent[..., None]  # what these see does not count, and must be something
     groups = heads // k.shape[1]
     keys, values = (c[:, :, :used].repeat_interleave(groups, 1) for c in (key_cache, value_cache))
-    if softcap:
-        scores = softcap * torch.tanh(q @ keys.transpose(2, 3) * (scale / softcap))
+    if softcap or bias is not None:
+        scores = q @ keys.transpose(2, 3) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        if bias is not None:
+            distance = (positions[..., None] - slot).clamp_min(0)  # [B, S, used]
+            scores = scores + bias[:, distance].transpose(0, 1)
         out = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1) @ values
     else:
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
@@ -464,7 +469,7 @@ def cached_attention(
 
 
 @cached_attention.register_fake
-def _(q, k, v, key_cache, value_cache, past_length, scale, window, softcap=0.0, present=None):
+def _(q, k, v, key_cache, value_cache, past_length, scale, window, softcap=0.0, present=None, bias=None):
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         torch.empty_like(key_cache),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from dyncomp.passes.position_tables import NotTabulated, PositionTables
+from dyncomp.passes.split_encoder import NotSplit, split_encoder
 from dyncomp.passes.verify_cache import verify_cache
 from torch import Tensor, fx
 
@@ -17,11 +18,13 @@ from dyncomp.ops import append_cache, cached_attention, sequence_scores
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.linear import PRODUCTS
-from dyncomp.regions.partial import ShapeOnly, dominator
+from dyncomp.regions.mask import relative_bias
+from dyncomp.regions.partial import SHAPE_QUERIES, ShapeOnly, dominator
 from dyncomp.regions.refusal import Refusal
 
 aten = torch.ops.aten
 _SEQUENCE = sequence_scores._opoverload
+_LARGEST_BIAS = 2**28  # numbers, a gigabyte
 _HEAD = {*PRODUCTS, torch.ops.dyncomp.sparse_linear.default}
 
 
@@ -32,6 +35,9 @@ class AddKVCache(Pass):
     before:  (input_ids [B, S]) -> logits [B, S, V]
     after:   (input_ids [B, S], past_length [B], key_cache_0 [B, Hkv, C, D], value_cache_0, …)
              -> logits, new_key_cache_0, new_value_cache_0, …
+
+    An encoder–decoder becomes two graphs (``split_encoder``): the one above, with the keys and values of its cross-attentions as
+    further inputs ``encoded_0 [B, H, T, D]`` …, and :attr:`Graph.encoder`, which gives them.
 
     Tokens that are absent from an attention (``skip-depth{kv=absent}``) are marked in ``present_cache_0 [B, 1, C, 1]``, and scores that
     decide for a whole sequence (``gates=sequence``) are kept in ``score_cache_0``, as keys and values are.
@@ -59,12 +65,25 @@ class AddKVCache(Pass):
             reason = f"whether a token skips {ahead[0]} depends on the tokens after it (skip-depth{{gates=expert-choice}})"
             return _refused(graph, reason, "skip-depth{gates=expert-choice predictor=true}")
         work = graph.copy()
+        if len(graph.inputs) > 1:
+            try:
+                encoder, work = split_encoder(graph)
+            except NotSplit as found:
+                return _refused(graph, str(found), "trace the model with input_ids: i64[batch, sequence] as its only input")
+            work.encoder = encoder
         attentions, refused = find_attentions(work)
-        refused += [r for a in attentions if (r := _refusal(a, work)) is not None]
+        crossing = _crossing(work, attentions)
+        attentions = [a for a in attentions if a not in crossing]
+        refused += [r for a in (*attentions, *crossing) if (r := _refusal(a, work, a in crossing)) is not None]
         if not attentions and not refused:
             return _refused(graph, "the graph has no attention", "without attention there is nothing to cache")
         if refused:
             return PassResult(refused=refused)
+        for attention in crossing:
+            _see_everything(attention)
+        if biases := [a for a in attentions if a.mask.kind == "relative" and a.heads * context**2 > _LARGEST_BIAS]:
+            reason = f"the bias of {biases[0].path} is a matrix of {context} x {context} positions for each of {biases[0].heads} heads"
+            return _refused(graph, reason, "give add-kv-cache{context-length=N} with fewer")
         try:
             facts = _Rewrite(work, context, self.logits == "chosen").apply(attentions)
         except NotTabulated as found:
@@ -74,6 +93,7 @@ class AddKVCache(Pass):
             reason = f"with a cache the result differs by {error:.1e} (relative), first at {where}"
             return _refused(graph, reason, "something other than attention mixes tokens: run it without a cache")
         graph.module, graph.inputs, graph.outputs, graph.info = work.module, work.inputs, work.outputs, work.info
+        graph.quantized, graph.encoder = work.quantized, work.encoder
         return PassResult(changed=[a.path for a in attentions], facts={**facts, "relative_error": error})
 
 
@@ -81,12 +101,13 @@ class _Rewrite:
     def __init__(self, graph: Graph, context: int, chosen: bool) -> None:
         self.graph, self.context, self.chosen = graph, context, chosen
         self.made: set[fx.Node] = set()
+        self._biases: list[str] = []
 
     def apply(self, attentions: list[Attention]) -> dict[str, Any]:
         graph = self.graph
         ids = graph.placeholders[0]
         batch = str(graph.inputs[0].shape[0])
-        self._anchor = ids
+        self._anchor = graph.placeholders[-1]
         past = self._input(TensorSpec("past_length", torch.int64, (batch,)))
         chosen = self._input(TensorSpec("chosen", torch.int64, (batch, "chosen"))) if self.chosen else None
         caches = []
@@ -132,7 +153,8 @@ class _Rewrite:
                 {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.value_dim, "window": a.mask.window} for a in attentions
             ],
         }
-        return {"attentions": len(attentions), "rotary": len(rotary), "tables": tables.names, "context_length": self.context}
+        names = [*tables.names, *self._biases]
+        return {"attentions": len(attentions), "rotary": len(rotary), "tables": names, "context_length": self.context}
 
     def _column(self, name: str, column: fx.Node) -> tuple[fx.Node, fx.Node]:
         """(an input to keep a number of each token in, the numbers [B, S, 1] of the new tokens)."""
@@ -152,13 +174,32 @@ class _Rewrite:
         with self.graph.module.graph.inserting_before(a.output):
             if a.key_transposed:
                 key = self._call(aten.transpose.int, key, 2, 3)
-            settings = (a.scale, a.mask.window, a.softcap, *([present] if present is not None else []))
+            optional = [present, self._bias(a)]
+            while optional and optional[-1] is None:
+                optional.pop()
+            settings = (a.scale, a.mask.window, a.softcap, *optional)
             node = self._call(cached_attention._opoverload, query, key, value, *caches, past, *settings)
             out, *new = (self._call(operator.getitem, node, i) for i in range(3))
         for made in (node, out, *new):
             made.meta["path"] = a.path
         a.output.replace_all_uses_with(out)
         return new
+
+    def _bias(self, a: Attention) -> fx.Node | None:
+        """[H, context]: what an attention adds to the scores by distance; the same table for layers that add the same."""
+        if a.mask.kind != "relative":
+            return None
+        assert a.additive is not None
+        bias = relative_bias(a.additive(self.context))
+        if bias is None:
+            raise NotTabulated(f"what {a.path} adds to its scores does not depend on the distance alone")
+        bias = bias.expand(a.heads, -1).contiguous()
+        name = next((n for n in self._biases if torch.equal(self.graph.tensor(n), bias)), None)
+        if name is None:
+            name = f"tables.bias_{len(self._biases)}"
+            self.graph.add_tensor(name, bias, trainable=False)
+            self._biases.append(name)
+        return self.graph.read(name)
 
     def _only_chosen(self, chosen: fx.Node) -> None:
         """Gather the hidden states of the chosen tokens before the vocabulary head."""
@@ -204,24 +245,42 @@ def vocabulary_head(graph: Graph, logits: fx.Node) -> fx.Node:
 
 
 def _unsuitable_inputs(graph: Graph) -> str | None:
-    if len(graph.inputs) != 1:
-        return f"the graph has {len(graph.inputs)} inputs ({', '.join(s.name for s in graph.inputs)})"
     spec = graph.inputs[0]
+    if len(graph.inputs) > 1:
+        return None  # split_encoder looks at these
     if spec.dtype != torch.int64 or len(spec.shape) != 2 or not all(isinstance(d, str) for d in spec.shape):
         return f"its input is {spec}"
     return None
 
 
-def _refusal(attention: Attention, graph: Graph) -> Refusal | None:
+def _crossing(graph: Graph, attentions: list[Attention]) -> list[Attention]:
+    """The attentions whose keys and values do not depend on the tokens."""
+    depends = {graph.placeholders[0]}
+    for node in graph.nodes:
+        if node.target not in SHAPE_QUERIES and any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+    return [a for a in attentions if a.key not in depends and a.value not in depends]
+
+
+def _see_everything(attention: Attention) -> None:
+    """Drop the mask of a cross-attention that hides nothing: it would have to be made for as many tokens as there are."""
+    node = attention.output
+    if attention.mask.kind == "none" and node.target is aten.scaled_dot_product_attention.default:
+        node.args, node.kwargs = node.args[:3], {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
+
+
+def _refusal(attention: Attention, graph: Graph, crossing: bool) -> Refusal | None:
+    if crossing and attention.mask.kind in ("none", "given"):
+        return None
     sequence = graph.inputs[0].shape[1]
     query = graph.shape(attention.query)
     reasons = {
         "none": ("every token sees the whole sequence (bidirectional)", "an encoder runs without a cache"),
         "given": ("its mask depends on the values of an input", "trace the model with input_ids only"),
-        "bias": ("a bias that depends on the positions is added to its scores (ALiBi, relative positions)", "run it without a cache"),
+        "bias": ("what is added to its scores depends on the positions, not on how far apart they are alone", "run it without a cache"),
         "other": ("its mask is neither causal nor a causal window", "run it without a cache"),
     }
-    if not attention.self_attention or query is None or query[2] != sequence:
+    if not crossing and (not attention.self_attention or query is None or query[2] != sequence):
         reason, remedy = "its queries and keys are not the tokens of the input (cross-attention, or pooled)", "run it without a cache"
     elif attention.mask.kind in reasons:
         reason, remedy = reasons[attention.mask.kind]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from dyncomp.passes.split_encoder import encode
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
-from dyncomp.regions.tokens import vocabulary_size
+from dyncomp.regions.tokens import random_inputs, token_input
 
 _LENGTH, _PREFILL, _SHORTER = 12, 7, 2  # tokens a row; tokens of the first chunk; how much shorter the second row is
+_SIZES = {"batch": 2}
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
@@ -19,7 +21,7 @@ def verify_cache(before: Graph, after: Graph, attempts: int = 3) -> tuple[float 
     """Compare on random tokens.
 
     Args:
-        before: (input_ids) -> logits.
+        before: (input_ids) -> logits; or of an encoder–decoder, with its encoder's inputs.
         after: what ``add-kv-cache`` made of it.
         attempts: a router near its threshold may choose differently after rounding; a real difference shows each time.
 
@@ -31,32 +33,32 @@ def verify_cache(before: Graph, after: Graph, attempts: int = 3) -> tuple[float 
         return None, None
     error, where = float("inf"), "the output"
     for seed in range(attempts):
-        tokens = _tokens(before, seed)
+        whole = random_inputs(before, {d: _SIZES.get(d, _LENGTH) for s in before.inputs for d in s.shape if isinstance(d, str)}, seed)
         with torch.no_grad(), float_activations(before, after):
-            expected = before(tokens)
-            error, where = _compare(before, after, tokens, expected)
+            expected = before(**whole)
+            error, where = _compare(before, after, whole, expected)
         if error <= _TOLERANCE.get(expected.dtype, 5e-2):
             return error, None
     return error, where
 
 
-def _tokens(graph: Graph, seed: int) -> Tensor:
-    return torch.randint(0, vocabulary_size(graph), (2, _LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> tuple[float, str]:
+def _compare(before: Graph, after: Graph, whole: dict[str, Tensor], expected: Tensor) -> tuple[float, str]:
     context = after.info["kv_cache"]["context_length"]
     total = min(_LENGTH, context)
     first = min(_PREFILL, total)
-    caches = [torch.zeros([{"batch": 2, "capacity": total}.get(d, d) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
-              for s in after.inputs if "_cache_" in s.name]  # fmt: skip
+    tokens = whole[before.inputs[token_input(before) or 0].name]
+    encoded = encode(after, whole)
+    state = {s.name: torch.zeros([_SIZES[d] if d == "batch" else total if isinstance(d, str) else d for d in s.shape], dtype=s.dtype)
+             for s in after.inputs if "_cache_" in s.name}  # fmt: skip
     lengths = torch.tensor([first, max(first - _SHORTER, 1)])  # real tokens of the first chunk, the rest is padding
     past = torch.zeros(2, dtype=torch.int64)
     chunk, worst, where = tokens[:, :first], 0.0, "the output"
     scale = expected.abs().max().clamp_min(1e-30)
     while True:
-        inputs = [chunk, past, *([lengths[:, None] - 1] if any(s.name == "chosen" for s in after.inputs) else []), *caches]
-        logits, *caches = after(*inputs)
+        chosen = {"chosen": lengths[:, None] - 1} if any(s.name == "chosen" for s in after.inputs) else {}
+        inputs = {"input_ids": chunk, "past_length": past} | chosen | state | encoded
+        logits, *caches = after(**inputs)
+        state = dict(zip(state, caches, strict=True))
         for row in range(2):
             length, start = int(lengths[row]), int(past[row])
             wanted = expected[row, start : start + length]
@@ -65,7 +67,7 @@ def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> t
             if not error <= worst:
                 worst = error if error == error else float("inf")
                 if worst > 1e-5:
-                    where = _first_difference(before, after, tokens, inputs, row, start, length) or where
+                    where = _first_difference(before, after, whole, inputs, row, start, length) or where
         past = past + lengths
         left = total - int(past.max())
         if left <= 0:
@@ -75,10 +77,12 @@ def _compare(before: Graph, after: Graph, tokens: Tensor, expected: Tensor) -> t
         lengths = torch.full((2,), size)
 
 
-def _first_difference(before: Graph, after: Graph, tokens: Tensor, inputs: list[Tensor], row: int, start: int, length: int) -> str | None:
+def _first_difference(
+    before: Graph, after: Graph, given: dict[str, Tensor], inputs: dict[str, Tensor], row: int, start: int, length: int
+) -> str | None:
     """The first node that both graphs have and whose values differ on the given tokens of a row."""
-    whole, part = _values(before, [tokens]), _values(after, inputs)
-    batch, sequence = before.inputs[0].shape
+    whole, part = _values(before, given), _values(after, inputs)
+    batch, sequence = before.inputs[token_input(before) or 0].shape
     for node in before.nodes:
         shape = before.shape(node)
         if node.name not in part or not shape or shape[0] != batch or list(shape).count(sequence) != 1:
@@ -93,7 +97,7 @@ def _first_difference(before: Graph, after: Graph, tokens: Tensor, inputs: list[
     return None
 
 
-def _values(graph: Graph, inputs: list[Tensor]) -> dict[str, Tensor]:
+def _values(graph: Graph, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     class Recorder(fx.Interpreter):
@@ -103,5 +107,5 @@ def _values(graph: Graph, inputs: list[Tensor]) -> dict[str, Tensor]:
                 found[n.name] = result
             return result
 
-    Recorder(graph.module).run(*inputs)
+    Recorder(graph.module).run(*(inputs[s.name] for s in graph.inputs))
     return found

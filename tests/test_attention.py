@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close
 from torch import Tensor, nn
 
 from bench.tiny import ARCHITECTURES, HEADS, trace_tiny
 from dyncomp.graph import Graph
 from dyncomp.regions.attention import find_attentions
-from dyncomp.regions.mask import Mask, classify_mask
+from dyncomp.regions.mask import Mask, classify_mask, relative_bias
 from dyncomp.regions.rotary import rotary_tables
 from dyncomp.trace import trace
 
@@ -85,11 +86,13 @@ class Eager(nn.Module):
     """Attention in primitives, [B, S] ids -> [B, S, d]."""
 
     def __init__(
-        self, *, window: int = 0, cap: float = 0.0, scale: float = 0.35, fill: float = -1e9, bias: float = 0.0, where: bool = False
-    ) -> None:
+        self, *, window: int = 0, cap: float = 0.0, scale: float = 0.35, fill: float = -1e9, bias: float = 0.0, where: bool = False,
+        bent: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed, self.qkv, self.out = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(16, 16)
         self.window, self.cap, self.scale, self.fill, self.bias, self.where = window, cap, scale, fill, bias, where
+        self.bent = bent
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
@@ -101,7 +104,7 @@ class Eager(nn.Module):
         distance = i[:, None] - i[None, :]
         seen = (distance >= 0) & ((distance < self.window) if self.window else True)
         if self.bias:
-            scores = scores - self.bias * distance
+            scores = scores - self.bias * (i.square() if self.bent else distance)
         scores = torch.where(seen, scores, self.fill) if self.where else scores + torch.where(seen, 0.0, self.fill)
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -125,7 +128,12 @@ def test_eager_attention_is_read_by_evaluation(where: bool, cap: float, window: 
 
 def test_positional_bias_is_not_taken_for_a_mask() -> None:
     (found,), _ = find_attentions(eager(bias=0.1))
-    assert found.mask.kind == "bias"
+    assert found.mask == Mask("relative")
+    assert found.additive is not None
+    bias = relative_bias(found.additive(20))
+    assert bias is not None
+    assert_close(bias, -0.1 * torch.arange(20.0).expand(2, -1), rel=1e-5)
+    assert find_attentions(eager(bias=0.1, bent=True))[0][0].mask == Mask("bias"), "not by the distance alone"
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
@@ -148,7 +156,11 @@ def distance(size: int) -> Tensor:
         (lambda s: additive(distance(s).abs() < 4), [4], Mask("other")),
         (lambda s: additive(distance(s) >= -1), [1], Mask("other")),
         (lambda s: torch.zeros(s, s), [], Mask("none")),
-        (lambda s: additive(distance(s) >= 0) - 0.1 * distance(s), [], Mask("bias")),
+        (lambda s: additive(distance(s) >= 0) - 0.1 * distance(s), [], Mask("relative")),
+        (lambda s: additive(distance(s) >= 0) + 0.1 * torch.arange(s), [], Mask("relative")),  # the same, but for a number a query
+        (lambda s: additive(distance(s) >= 0) - 0.1 * distance(s).square() / s, [], Mask("bias")),
+        (lambda s: additive(distance(s) >= 0) + 0.1 * torch.arange(s).square(), [], Mask("bias")),
+        (lambda s: -0.1 * distance(s).abs(), [], Mask("bias")),
         (lambda s: additive(distance(s) % 2 == 0), [2], Mask("other")),
     ],
 )

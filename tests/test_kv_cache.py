@@ -166,8 +166,18 @@ def test_bidirectional_attention_is_refused() -> None:
     assert "bidirectional" in refuse(decoder(Encoder()))
 
 
-def test_positional_bias_and_masks_from_inputs_are_refused() -> None:
-    assert "ALiBi" in refuse(decoder(Eager(bias=0.1)))
+def test_a_bias_by_distance_is_a_table_and_others_are_refused() -> None:
+    before = decoder(Eager(bias=0.1))
+    after = cached(before)
+    ids = tokens(2, 14, 32)
+    with torch.no_grad():
+        assert_close(run_chunks(after, ids, [9, 1, 4]), before(ids), rel=1e-5)
+    assert after.tensor("tables.bias_0").shape == (2, CONTEXT)
+    assert "not on how far apart" in refuse(decoder(Eager(bias=0.1, bent=True)))
+    assert "a matrix of 20000 x 20000 positions" in refuse(decoder(Eager(bias=0.1)), 20_000)
+
+
+def test_several_inputs_of_the_same_shape_are_refused() -> None:
     assert "2 inputs" in refuse(trace_tiny("bert"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, rotate_plainly
+from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, has_bias, rotate_plainly
 from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
@@ -28,7 +28,9 @@ def select_attention(graph: Graph, *, native: bool) -> None:
     for node in graph.nodes:
         if node.target is not CACHED:
             continue
-        if native and _fits(node, 16, _MAX_HEAD_DIM):
+        if has_bias(node):
+            node.target = attend_plainly
+        elif native and _fits(node, 16, _MAX_HEAD_DIM):
             flatten_attention(graph, node, shapes, ops.cached_attention)
         elif _fits(node, 8) and not has_absent_tokens(node):
             lengths = lengths or _lengths(graph, node)
@@ -66,10 +68,10 @@ def append_plainly(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
 
 def attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past_length: Tensor, scale: float, window: int,
-    softcap: float = 0.0, present: Tensor | None = None,
+    softcap: float = 0.0, present: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``dyncomp.cached_attention`` in ATen, over the whole capacity: for head sizes, or absent tokens, that GroupQueryAttention does not
-    take. (A new token that is absent gets what the others give it: nothing reads it.)"""
+    """``dyncomp.cached_attention`` in ATen, over the whole capacity: for head sizes, absent tokens or biases that GroupQueryAttention has
+    not. (A new token that is absent gets what the others give it: nothing reads it.)"""
     batch, heads, length, _ = q.shape
     kv_heads, capacity = key_cache.shape[1], key_cache.shape[2]
     positions = past_length[:, None] + torch.arange(length)  # [B, S]
@@ -84,6 +86,9 @@ def attend_plainly(
     scores = (grouped @ key_cache.transpose(2, 3)).reshape(batch, heads, length, capacity) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        distance = (positions[..., None] - entry).clamp_min(0)  # [B, S, C]
+        scores = scores + bias[:, distance].transpose(0, 1)
     weights = torch.where(visible[:, None], scores, -1e30).softmax(-1)
     out = weights.reshape(batch, kv_heads, heads // kv_heads * length, capacity) @ value_cache
     return out.reshape(batch, heads, length, v.shape[3]), key_cache, value_cache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from dyncomp.backends.decoder import CHUNK, CachedDecoder, cache_names, session_for
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array, Recompute
+
+_NOTHING: Mapping[str, Array] = {}
 
 
 class OrtDecoder(CachedDecoder):
@@ -27,19 +30,22 @@ class OrtDecoder(CachedDecoder):
         return np.concatenate([self._read_row(ids[row : row + 1, : lengths[row]], row) for row in rows])
 
     def _read_row(self, ids: Array, row: int) -> Array:
-        return append_in_pieces(self.model, self._names, ids, 0, [c[row : row + 1] for c in self._caches])
+        encoded = {name: value[row : row + 1] for name, value in self._encoded.items()}
+        return append_in_pieces(self.model, self._names, ids, 0, [c[row : row + 1] for c in self._caches], encoded)
 
     def _bind(self, ids: Array, past: Array, chosen: Array) -> Binding:
-        return Binding(self.model, self._names, ids, past, chosen, self._caches)
+        return Binding(self.model, self._names, ids, past, chosen, self._caches, self._encoded)
 
 
-def append_in_pieces(model: OrtModel, names: list[str], ids: Array, past: int, caches: list[Array]) -> Array:
+def append_in_pieces(
+    model: OrtModel, names: list[str], ids: Array, past: int, caches: list[Array], encoded: Mapping[str, Array] = _NOTHING
+) -> Array:
     """Append ids [1, S] to the sequence of ``past`` tokens in ``caches`` (a batch of one); the logits [1, V] after the last one."""
     logits = np.zeros((1, 0), np.float32)
     for start in range(0, ids.shape[1], CHUNK):
         chunk = np.ascontiguousarray(ids[:, start : start + CHUNK], np.int64)
         last = np.array([[chunk.shape[1] - 1]])
-        logits = Binding(model, names, chunk, np.array([past + start]), last, caches).run()[:, 0]
+        logits = Binding(model, names, chunk, np.array([past + start]), last, caches, encoded).run()[:, 0]
     return logits
 
 
@@ -50,9 +56,13 @@ class Binding:
         names: of the caches, inputs that become the outputs ``new_…`` in the same memory.
         ids: [B, S]. past: [B], tokens each row has. chosen: [B, P], whose logits are wanted.
         caches: [B, Hkv, C, D] each, contiguous.
+        encoded: what the encoder gave, [B, …] each, by name.
     """
 
-    def __init__(self, model: OrtModel, names: list[str], ids: Array, past: Array, chosen: Array, caches: list[Array]) -> None:
+    def __init__(
+        self, model: OrtModel, names: list[str], ids: Array, past: Array, chosen: Array, caches: list[Array],
+        encoded: Mapping[str, Array] = _NOTHING,
+    ) -> None:  # fmt: skip
         from onnxruntime import OrtValue, RunOptions
 
         session, takes_chosen = model.session, "chosen" in model.inputs
@@ -62,7 +72,7 @@ class Binding:
         self._output = model.outputs[0]
         self._binding.bind_output(self._output, "cpu")  # bound first, so that it is the first of get_outputs()
         self._keep = [OrtValue.ortvalue_from_numpy(a) for a in caches]  # on the CPU these share the arrays' memory
-        named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past)]
+        named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past), *encoded.items()]
         if takes_chosen:
             named.append(("chosen", np.ascontiguousarray(chosen, np.int64)))
         for name, array in named:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dyncomp.backends.artifact import CONFIG, describe
+from dyncomp.backends.artifact import CONFIG, ENCODER, describe
 from dyncomp.backends.native import available
 from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
@@ -95,6 +95,9 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     finish(model, graph)
     report("write", 2, 3)
     directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / ENCODER, ignore_errors=True)
+    if graph.encoder is not None:
+        lower(graph.encoder, directory / ENCODER, native=native)
     for name in (MODEL, DATA, CONFIG, LIBRARY):
         (directory / name).unlink(missing_ok=True)
     operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
@@ -104,7 +107,7 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
     (directory / CONFIG).write_text(json.dumps(_config(graph, operators, ours), indent=1) + "\n")
     report("write", 3, 3)
-    files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY) if (directory / name).exists())
+    files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY, ENCODER) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
 
 

@@ -60,6 +60,10 @@ class OrtModel:
             raise BackendError(f"ONNX Runtime cannot load {self.directory / MODEL}: {first_line(error)}") from error
         self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
         self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
+        self.encoder: OrtModel | None = None
+        """What runs once before this model, the decoder of an encoder–decoder; its outputs are inputs of this one."""
+        if "encoder" in self.config:
+            self.encoder = OrtModel(self.directory / self.config["encoder"], threads=threads, providers=providers, pin=pin)
 
     @property
     def kv_cache(self) -> dict[str, Any] | None:

@@ -30,6 +30,8 @@ class OrtSlots:
         cache = model.kv_cache
         if cache is None:
             raise BackendError(f"the model in {model.directory} has no KV cache: its sequences cannot share one")
+        if model.encoder is not None:
+            raise BackendError(f"the model in {model.directory} is an encoder–decoder: its sequences do not join and leave a batch")
         context = int(cache["context_length"])
         if slots < 1 or not 1 < capacity <= context:
             raise RequestError(f"{slots} sequences of {capacity} tokens: at least 1, of 2 to {context} tokens")

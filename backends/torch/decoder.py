@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from dyncomp.backends.decoder import require_encoded
 from dyncomp.backends.recompute import Array, Recompute
+from dyncomp.passes.split_encoder import encode
 
+from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 
 
@@ -18,14 +21,22 @@ class TorchDecoder:
         self.graph, self.threads = graph, torch.get_num_threads()
         self.context_length = int(graph.info["kv_cache"]["context_length"])
         self._chosen = any(s.name == "chosen" for s in graph.inputs)
-        self._specs = [s for s in graph.inputs if s.name not in ("input_ids", "past_length", "chosen")]
+        self._specs = [s for s in graph.inputs if "_cache_" in s.name]
+        self._encoded: dict[str, torch.Tensor] = {}
         self.reset()
+
+    def encode(self, **inputs: Array) -> None:
+        if self.graph.encoder is None:
+            raise RequestError("the model has no encoder")
+        with torch.no_grad():
+            self._encoded = encode(self.graph, {name: torch.as_tensor(value) for name, value in inputs.items()})
 
     def reset(self) -> None:
         self._past, self._caches = torch.zeros(0, dtype=torch.int64), list[torch.Tensor]()
 
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
         batch, length = ids.shape
+        require_encoded(self.graph.encoder, len(next(iter(self._encoded.values()), ())), batch)
         sizes = {"batch": batch, "capacity": length + room}
         self._past = torch.zeros(batch, dtype=torch.int64)
         self._caches = [torch.zeros([sizes.get(d, 0) if isinstance(d, str) else d for d in s.shape], dtype=s.dtype) for s in self._specs]
@@ -35,9 +46,10 @@ class TorchDecoder:
         return self._run(torch.as_tensor(ids).reshape(-1, 1), torch.ones(len(self._past), dtype=torch.int64))
 
     def _run(self, ids: torch.Tensor, lengths: torch.Tensor) -> Array:
-        chosen = [lengths[:, None] - 1] if self._chosen else []
+        chosen = {"chosen": lengths[:, None] - 1} if self._chosen else {}
+        caches = {s.name: cache for s, cache in zip(self._specs, self._caches, strict=True)}
         with torch.no_grad():
-            logits, *self._caches = self.graph(ids, self._past, *chosen, *self._caches)
+            logits, *self._caches = self.graph(input_ids=ids, past_length=self._past, **chosen, **caches, **self._encoded)
         self._past = self._past + lengths
         picked = logits[:, 0] if self._chosen else logits[torch.arange(len(ids)), lengths - 1]
         return np.asarray(picked.float().numpy())

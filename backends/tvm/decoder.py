@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dyncomp.backends.decoder import CHUNK, CachedDecoder, session_for
+from dyncomp.backends.decoder import CHUNK, CachedDecoder, cache_names, session_for
 from dyncomp.backends.recompute import Array, Recompute
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 
@@ -28,7 +28,7 @@ class TvmDecoder(CachedDecoder):
         return logits
 
     def _bind(self, ids: Array, past: Array, chosen: Array) -> Call:
-        return Call(self.model, ids, past, chosen, self._caches)
+        return Call(self.model, ids, past, chosen, dict(zip(cache_names(self.model), self._caches, strict=True)) | self._encoded)
 
 
 class Call:
@@ -36,15 +36,14 @@ class Call:
 
     Args:
         ids: [B, S], copied. past: [B], aligned, tokens each row has. chosen: [B, P], whose logits are wanted.
-        caches: [B, Hkv, C, D] each, aligned; the new keys and values are written into them.
+        state: by name, aligned: caches [B, Hkv, C, D], into which the new keys and values are written, and what the encoder gave.
     """
 
-    def __init__(self, model: TvmModel, ids: Array, past: Array, chosen: Array, caches: list[Array]) -> None:
+    def __init__(self, model: TvmModel, ids: Array, past: Array, chosen: Array, state: dict[str, Array]) -> None:
         self.model, self.ids = model, aligned_copy(ids)
-        named = {"input_ids": self.ids, "past_length": past, "chosen": aligned_copy(np.asarray(chosen, np.int64))}
+        named = {"input_ids": self.ids, "past_length": past, "chosen": aligned_copy(np.asarray(chosen, np.int64))} | state
         self._pick = None if "chosen" in model.inputs else (np.arange(len(chosen))[:, None], np.array(chosen))
-        first = [named[n] for n in model.inputs if n in named]
-        self._inputs: list[Any] = [model.bind(a) for a in (*first, *caches)]
+        self._inputs: list[Any] = [model.bind(named[n]) for n in model.inputs]
 
     def run(self) -> Array:
         """[B, P, V]: the logits after the chosen tokens, valid until the next run."""

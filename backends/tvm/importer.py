@@ -167,19 +167,22 @@ class _Converters:
 
     def cached_attention(self, node: fx.Node, importer: Any) -> Any:
         builder, arguments = importer.block_builder, _arguments(node, importer)
-        query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved = arguments
+        query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved, *optional = arguments
+        bias = optional[1] if optional else None
         batch, tokens = list(query.ty.shape)[:2]
         kv_heads, head_dim = int(key_cache.ty.shape[1]), int(key_cache.ty.shape[3])
         half = 0 if cos is None else int(cos.ty.shape[1])
         if cos is None:
             cos = sin = builder.emit(relax.op.zeros([1, 1], "float32"))
-        what = Attention(heads, kv_heads, head_dim, scale, window, softcap, half, interleaved, packed=key is None)
+        what = Attention(heads, kv_heads, head_dim, scale, window, softcap, half, interleaved, packed=key is None, biased=bias is not None)
+        if bias is None:
+            bias = builder.emit(relax.op.zeros([heads, 1], "float32"))
         kernel = self.kernel(importer, f"cached_attention_{heads}_{kv_heads}_{head_dim}", what, lambda: attention_kernel(what, self.tile))
         if key is None:
             key = value = query
         out = relax.TensorType([batch, tokens, heads * head_dim], "float32")
-        operands = [query, key, value, past, cos, sin, key_cache, value_cache]
-        made = builder.emit(relax.op.call_tir_inplace(kernel, operands, [6, 7, -1], [key_cache.ty, value_cache.ty, out]))
+        operands = [query, key, value, past, cos, sin, bias, key_cache, value_cache]
+        made = builder.emit(relax.op.call_tir_inplace(kernel, operands, [7, 8, -1], [key_cache.ty, value_cache.ty, out]))
         key_cache, value_cache, result = (builder.emit(relax.TupleGetItem(made, i)) for i in range(3))
         return [result, key_cache, value_cache]
 

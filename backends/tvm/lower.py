@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dyncomp.backends.artifact import CONFIG, describe
+from dyncomp.backends.artifact import CONFIG, ENCODER, describe
 from dyncomp.backends.native.build import HINT as COMPILER_HINT
 from dyncomp.backends.native.build import unavailable_reason
 from dyncomp.backends.native.sparse import sparse_kernels
@@ -93,6 +93,9 @@ def lower(
     compiled, kernels, order = compile_module(module, machine)
     report("write", 3, 4)
     directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / ENCODER, ignore_errors=True)
+    if graph.encoder is not None:
+        lower(graph.encoder, directory / ENCODER, machine=machine, tuning=tuning)
     for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE):
         (directory / name).unlink(missing_ok=True)
     if native is not None:
@@ -103,7 +106,7 @@ def lower(
     config = _config(graph, machine, kernels, tiles.used(selected), entries, None if native is None else instruction_set(native))
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     report("write", 4, 4)
-    files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE) if (directory / name).exists())
+    files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE, ENCODER) if (directory / name).exists())
     return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
 
 

@@ -49,6 +49,7 @@ def routed_ffn(
 def cached_attention(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
+    present: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention over a KV cache that is updated in place.
 
@@ -56,6 +57,7 @@ def cached_attention(
         query: [B, S, H * D], or query, key and value side by side, [B, S, (H + 2 Hkv) D]: then key and value are None.
         key, value: [B, S, Hkv * D]. key_cache, value_cache: [B, Hkv, C, D]. past_length: [B].
         cos, sin: [P, R / 2], the rotary embedding to apply; or None.
+        bias: [H, P], added to the score of a key that lies 0, 1 … positions back; or None.
 
     Returns:
         [B, S, H * D] and the caches.

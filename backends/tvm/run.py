@@ -61,6 +61,10 @@ class TvmModel:
         self._parameters = [self._from_dlpack(_view(self._memory, p, self.directory)) for p in self.config["parameters"]]
         self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
         self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
+        self.encoder: TvmModel | None = None
+        """What runs once before this model, the decoder of an encoder–decoder; its outputs are inputs of this one."""
+        if "encoder" in self.config:
+            self.encoder = TvmModel(self.directory / self.config["encoder"], threads=threads)
 
     @property
     def kv_cache(self) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -42,6 +43,7 @@ class Attention:
         rotary: how query and key were rotated, each, if they were.
         projections: the nodes that project the input to query, key and value (the same node when fused), or None.
         present: gates [B, S, 1] of the tokens that are attended to, when others are hidden (``dyncomp::key_mask``).
+        additive: sequence length S -> what is added to the scores, [B, H, S, S], when the mask is ``relative``.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Attention:
     rotary: tuple[Rotary | None, Rotary | None] = (None, None)
     projections: tuple[fx.Node | None, fx.Node | None, fx.Node | None] = (None, None, None)
     present: fx.Node | None = None
+    additive: Callable[[int], Tensor] | None = None
 
     @property
     def heads(self) -> int:
@@ -127,16 +130,20 @@ class _Finder:
             present, mask, causal = mask.args
         if arguments.get("dropout_p"):
             raise _NotUnderstood("it drops out attention weights")
-        scale = arguments.get("scale")
+        scale, additive = arguments.get("scale"), None
         if causal:
             kind = Mask("causal")
         elif mask is None:
             kind = Mask("none")
         else:
             assert isinstance(mask, fx.Node)
-            kind = self._mask(mask, lambda size: _additive(self._evaluate(mask, size)))
+
+            def additive(size: int) -> Tensor:
+                return _additive(self._evaluate(mask, size))
+
+            kind = self._mask(mask, additive)
         found = self._region(node, query, arguments["key"], arguments["value"], float(scale) if scale is not None else None, kind)  # type: ignore[arg-type]
-        return replace(found, present=present)  # type: ignore[arg-type]
+        return replace(found, present=present, additive=additive)  # type: ignore[arg-type]
 
     def attends(self, softmax: fx.Node) -> bool:
         """Whether a softmax looks like that of attention scores: [..., S, T] between two matrix products."""
@@ -166,8 +173,12 @@ class _Finder:
             scale, softcap, mask = 1.0, 0.0, Mask("given")
         else:
             scale, softcap, mask = self._scoring(product, scores, region)
+
+        def additive(size: int) -> Tensor:
+            return self._scored(product, scores, size, 0.0)
+
         found = self._region(output, query, key, output.args[1], scale, mask, softcap, transposed)  # type: ignore[arg-type]
-        return replace(found, present=present)  # type: ignore[arg-type]
+        return replace(found, present=present, additive=additive)  # type: ignore[arg-type]
 
     # -- the parts of an eager attention -----------------------------------------------------------------------------
     def _product_before(self, softmax: fx.Node) -> fx.Node:
@@ -199,10 +210,7 @@ class _Finder:
     def _scoring(self, product: fx.Node, scores: fx.Node, region: set[fx.Node]) -> tuple[float, float, Mask]:
         """Scale, softcap and mask of the region from ``q @ k^T`` to the softmax, by evaluation."""
 
-        def run(size: int, fill: float | Tensor) -> Tensor:
-            sizes = {"batch": 2, "sequence": size}
-            s = torch.zeros(symbolic_shape(self.graph, product, sizes)) + fill
-            return evaluate(self.graph, [scores], sizes, {product: s})[0]
+        run = partial(self._scored, product, scores)
 
         key = (frozenset(n for r in region for n in r.all_input_nodes if n in self.shapes), tuple(str(r.target) for r in region))
         if key not in self._masks:
@@ -220,6 +228,12 @@ class _Finder:
         if torch.allclose(scaled, limit * torch.tanh(sample[seen] * scale / limit), rtol=1e-4, atol=1e-4):
             return _round(scale), _round(limit), self._masks[key]
         raise _NotUnderstood("its scores are neither scaled nor softly capped, but something else")
+
+    def _scored(self, product: fx.Node, scores: fx.Node, size: int, fill: float | Tensor) -> Tensor:
+        """What the region makes of products that are all ``fill``."""
+        sizes = {"batch": 2, "sequence": size}
+        given = torch.zeros(symbolic_shape(self.graph, product, sizes)) + fill
+        return evaluate(self.graph, [scores], sizes, {product: given})[0]
 
     # -- shared --------------------------------------------------------------------------------------------------------
     def _region(

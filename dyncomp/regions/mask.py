@@ -20,8 +20,9 @@ class Mask:
     """Which keys a query sees.
 
     Args:
-        kind: ``"none"`` everything; ``"causal"`` its own position and those before it; ``"bias"`` a number is added that
-            depends on the positions (ALiBi, relative positions); ``"given"`` depends on the values of the inputs (padding);
+        kind: ``"none"`` everything; ``"causal"`` its own position and those before it; ``"relative"`` these too, and a number is added
+            that depends on how far back a key lies (ALiBi, T5's relative positions), but for what is the same for all keys of a query;
+            ``"bias"`` another number that depends on the positions; ``"given"`` depends on the values of the inputs (padding);
             ``"other"`` anything else.
         window: with ``"causal"``, a query sees its own position and the ``window - 1`` before it; 0 means all.
     """
@@ -43,6 +44,10 @@ def classify_mask(additive: Callable[[int], Tensor], literals: Iterable[int], co
     """
     mask = _classify_one(additive(_SHORT))
     shorter = [additive(size) for size in (1, 3)]
+    if mask.kind == "relative":
+        bias = relative_bias(additive(_SHORT))
+        short = relative_bias(shorter[1])
+        return mask if bias is not None and short is not None and _close(short, bias[:, :3]) else Mask("bias")
     if any(_classify_one(m) != _seen_at(mask, m.shape[-1]) for m in shorter):
         return mask if mask.kind == "bias" else Mask("other")
     if mask != Mask("causal"):
@@ -69,6 +74,8 @@ def _classify_one(mask: Tensor) -> Mask:
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     rows = mask.flatten(0, 1)  # [B * H, S, S]
+    if relative_bias(mask) is not None:
+        return Mask("relative")
     if rows.shape[0] > 1 and bool((rows[1:] != rows[:1]).any()):
         return Mask("bias" if mask.is_floating_point() else "other")
     values = rows[0]
@@ -85,6 +92,25 @@ def _classify_one(mask: Tensor) -> Mask:
     if bool((visible == ((distance >= 0) & (distance < window))).all()):
         return Mask("causal", window)
     return Mask("other")
+
+
+def relative_bias(mask: Tensor) -> Tensor | None:
+    """What an additive mask [B, H, S, S] adds to the score of a key 0, 1 … S - 1 positions back, less what it adds to a query's own
+    position: [H, S]. None when it is no causal mask of this kind, or adds nothing."""
+    length, mask = mask.shape[-1], mask[(None,) * (4 - mask.dim())]
+    position = torch.arange(length)
+    distance = position[:, None] - position[None, :]  # query - key
+    seen = distance >= 0
+    if not mask.is_floating_point() or bool(((mask <= _MASKED) == seen).any()):
+        return None
+    mask = mask - mask.diagonal(dim1=2, dim2=3)[..., None]  # a number for all keys of a query does not change its softmax
+    bias = mask[0, :, -1].flip(-1)  # the last query sees every distance
+    wanted = torch.where(seen, bias[:, distance.clamp_min(0)], 0.0)
+    return bias if bool(bias.any()) and _close(torch.where(seen, mask, 0.0), wanted) else None
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(float(expected.abs().max()), 1e-30))
 
 
 def integer_literals(graph: Graph, nodes: Iterable[fx.Node]) -> set[int]:

@@ -11,10 +11,17 @@ aten = torch.ops.aten
 _SAME_VALUES = {aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.to.dtype}
 
 
-def vocabulary_size(graph: Graph, default: int = 2) -> int:
-    """Rows of the smallest embedding that the first input indexes; ``default`` when it indexes none."""
-    ids = graph.placeholders[0]
-    sizes, stack = [], [ids]
+def token_input(graph: Graph) -> int | None:
+    """Which input has the tokens that are written: int64 [batch, sequence], where the output begins with the same two dimensions; None when
+    none has, or more than one."""
+    shape = graph.shape(graph.output_nodes[0])
+    found = [i for i, s in enumerate(graph.inputs) if s.dtype == torch.int64 and len(s.shape) == 2 and s.shape == (shape or ())[:2]]
+    return found[0] if len(found) == 1 and all(isinstance(d, str) for d in graph.inputs[found[0]].shape) else None
+
+
+def vocabulary_size(graph: Graph, default: int = 2, index: int = 0) -> int:
+    """Rows of the smallest embedding that the input number ``index`` indexes; ``default`` when it indexes none."""
+    sizes, stack = [], [graph.placeholders[index]]
     while stack:
         for user in stack.pop().users:
             if user.target in _SAME_VALUES:
@@ -26,8 +33,7 @@ def vocabulary_size(graph: Graph, default: int = 2) -> int:
 
 def random_inputs(graph: Graph, sizes: dict[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Inputs to try a graph on: tokens below the vocabulary size, masks with the end of the first row hidden, else random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary, made = vocabulary_size(graph), {}
+    generator, made = torch.Generator().manual_seed(seed), {}
     for index, spec in enumerate(graph.inputs):
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.name.endswith("mask"):
@@ -37,5 +43,6 @@ def random_inputs(graph: Graph, sizes: dict[str, int], seed: int = 0) -> dict[st
         elif spec.dtype.is_floating_point:
             made[spec.name] = torch.randn(shape, generator=generator, dtype=spec.dtype)
         else:
-            made[spec.name] = torch.randint(0, vocabulary if index == 0 else 1, shape, generator=generator, dtype=spec.dtype)
+            below = vocabulary_size(graph, default=2 if index == 0 else 1, index=index)
+            made[spec.name] = torch.randint(0, below, shape, generator=generator, dtype=spec.dtype)
     return made

@@ -11,7 +11,7 @@ import numpy as np
 
 from dyncomp.errors import RequestError
 from dyncomp.runtime.sampling import Sampler, Sampling
-from dyncomp.runtime.session import Array, DecoderSession
+from dyncomp.runtime.session import Array, DecoderSession, Seq2SeqSession
 from dyncomp.runtime.stream import TextStream
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -78,6 +78,8 @@ class Generator:
 
     def __init__(self, session: DecoderSession, tokenizer: Any) -> None:
         self.session, self.tokenizer = session, tokenizer
+        self._never: list[int] = []
+        self._never_first: list[int] = []
         self._ends = end_tokens(tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -101,12 +103,64 @@ class Generator:
                 yield pieces[0]
 
 
+Source = str | Mapping[str, Array]
+"""What an encoder reads: text, or its inputs by name, each without the batch dimension (``{"input_features": [mel bins, frames]}``)."""
+
+
+class Seq2SeqGenerator:
+    """Generates text with an encoder–decoder: what is read goes to the encoder, the decoder begins with ``begin``.
+
+    Args:
+        session: what computes the logits.
+        tokenizer: a Hugging Face tokenizer.
+        begin: the tokens that every text begins with: ``decoder_start_token_id`` and what the model wants after it.
+        never: tokens that are never chosen; ``never_first``: nor as the first one.
+    """
+
+    def __init__(
+        self, session: Seq2SeqSession, tokenizer: Any, begin: Sequence[int], *, never: Sequence[int] = (), never_first: Sequence[int] = ()
+    ) -> None:
+        if not begin:
+            raise RequestError("a decoder begins with at least one token", hint="give the model's decoder_start_token_id")
+        self.session, self.tokenizer, self._begin = session, tokenizer, list(begin)
+        self._never, self._never_first = list(never), list(never_first)
+        self._ends = end_tokens(tokenizer)
+
+    def generate(self, sources: Sequence[Source], sampling: Sampling | None = None) -> list[Completion]:
+        """What is written for each source: as one batch where all have the same shapes, else one after the other, since nothing hides
+        the padding from an encoder without a mask."""
+        read = [self._inputs(source) for source in sources]
+        alike = len({tuple((name, np.shape(value)) for name, value in sorted(r.items())) for r in read}) == 1
+        batches = [read] if alike else [[r] for r in read]
+        found: list[Completion] = []
+        for batch in batches:
+            run = self._run(batch, sampling or Sampling())
+            for _ in run:
+                pass
+            found += run.completions()
+        return found
+
+    def stream(self, source: Source, sampling: Sampling | None = None) -> Iterator[str]:
+        """Write for one source; yields the text as it comes."""
+        for pieces in self._run([self._inputs(source)], sampling or Sampling()):
+            if pieces[0]:
+                yield pieces[0]
+
+    def _inputs(self, source: Source) -> Mapping[str, Array]:
+        return {"input_ids": np.array(encode(self.tokenizer, source), np.int64)} if isinstance(source, str) else source
+
+    def _run(self, batch: Sequence[Mapping[str, Array]], sampling: Sampling) -> _Run:
+        self.session.encode(**{name: np.stack([np.asarray(r[name]) for r in batch]) for name in batch[0]})
+        return _Run(self, [self._begin] * len(batch), sampling)
+
+
 class _Run:
     """One batch from prefill to the end. Iterating yields, after each step, the new text of each row."""
 
-    def __init__(self, generator: Generator, prompts: list[list[int]], sampling: Sampling) -> None:
+    def __init__(self, generator: Generator | Seq2SeqGenerator, prompts: list[list[int]], sampling: Sampling) -> None:
         self._session, self._ends, self._sampling = generator.session, generator._ends, sampling
         self._prompts = prompts
+        self._never, self._never_first = generator._never, generator._never_first
         longest, context = max(map(len, prompts)), self._session.context_length
         if context and longest >= context:
             raise RequestError(f"the prompt has {longest} tokens, the model's context {context}", hint="shorten the prompt")
@@ -143,7 +197,7 @@ class _Run:
             if self._finish[row] is not None:  # a finished row goes along with the batch; its tokens are not looked at
                 pieces.append("")
                 continue
-            token = self._samplers[row].choose(logits[row])
+            token = self._samplers[row].choose(self._allowed(logits[row], first=not self._tokens[row]))
             self._tokens[row].append(token)
             piece = "" if token in self._ends else stream.push(token)
             if token in self._ends:
@@ -154,6 +208,13 @@ class _Run:
                 self._finish[row] = "length"
             pieces.append(piece)
         return pieces
+
+    def _allowed(self, logits: Array, *, first: bool) -> Array:
+        hidden = self._never + (self._never_first if first else [])
+        if hidden:
+            logits = logits.copy()
+            logits[hidden] = -np.inf
+        return logits
 
     def _end(self, row: int) -> str:
         piece = self._streams[row].finish()

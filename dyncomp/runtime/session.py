@@ -43,6 +43,17 @@ class DecoderSession(Protocol):
         """Forget the sequences."""
 
 
+class Seq2SeqSession(DecoderSession, Protocol):
+    """The decoder of an encoder–decoder."""
+
+    def encode(self, **inputs: Array) -> None:
+        """Run the encoder, once: [B, …] each. The sequences that ``prefill`` begins from then on belong to its rows, in order.
+
+        Raises:
+            RequestError: an input is missing, unknown, or has the wrong rank or dtype.
+        """
+
+
 class ExtendableSession(DecoderSession, Protocol):
     """A session whose sequence, when it is a single one, can grow by several tokens at once and shrink again."""
 

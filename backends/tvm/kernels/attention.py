@@ -20,6 +20,7 @@ class Attention:
     scale, window, softcap: as of ``dyncomp.cached_attention``.
     half: R / 2 of the rotary embedding, 0 for none; ``interleaved``: its pairs are neighbours.
     packed: query, key and value lie side by side in one tensor [B, S, (H + 2 G) D].
+    biased: something is added to the scores by head and distance.
     """
 
     heads: int
@@ -31,10 +32,11 @@ class Attention:
     half: int = 0
     interleaved: bool = False
     packed: bool = False
+    biased: bool = False
 
 
 def cached_attention(a: Attention, tile: Tile) -> Any:
-    """(q, k, v, past [B], cos, sin, key_cache, value_cache [B, G, C, D] -> caches with the new entries, out [B, S, H * D]).
+    """(q, k, v, past [B], cos, sin, bias [H, P], key_cache, value_cache [B, G, C, D] -> caches with the new entries, out [B, S, H * D]).
 
     Blocks of 64 keys with a running maximum and sum (Dao et al., 2205.14135), so scores are never stored: for each tile of queries,
     scores, exponentials and weighted values of a block stay in registers and the first-level cache.
@@ -89,11 +91,13 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
             for i in range(d):
                 value_cache[b, g, past[b] + s, i] = v[b, s, value_at + g * d + i]
 
-    def adjust(position: Any) -> Any:
+    def adjust(position: Any, bias: Any, h: Any) -> Any:
         def adjusted(score: Any, _m: Any, key: Any) -> Any:
             score = score * T.float32(scale)
             if softcap:
                 score = T.float32(softcap) * tanh(score / T.float32(softcap))
+            if a.biased:
+                score = score + bias[h, T.max(position(_m) - key, T.int64(0))]
             seen = T.And(key <= position(_m), key > position(_m) - window) if window else key <= position(_m)
             return T.if_then_else(seen, score, T.float32(HIDDEN))
 
@@ -103,14 +107,14 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
         return T.max(position - window + 1, T.int64(0)) // KEYS if window else T.int64(0)
 
     @T.macro
-    def run(turned, keys, key_cache, value_cache, past, out, b, h, start, tokens, high, direct):
+    def run(turned, keys, key_cache, value_cache, bias, past, out, b, h, start, tokens, high, direct):
         """The queries start … start + high - 1 of one head."""
         attend(
             lambda m, i: turned[b, T.min(start + m, tokens - 1), h, i],
             lambda j, i: key_cache[b, h // shared, j, i],
             lambda block, i, j: keys[b, h // shared, block, i, j],
             lambda j, i: value_cache[b, h // shared, j, i],
-            adjust(lambda m: past[b] + T.min(start + m, tokens - 1)),
+            adjust(lambda m: past[b] + T.min(start + m, tokens - 1), bias, h),
             lambda m: start + m < tokens,
             lambda m, i, value: T.buffer_store(out, value, [b, start + m, h * d + i]),
             first_block(past[b] + start),
@@ -121,20 +125,22 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        q_: T.handle, k_: T.handle, v_: T.handle, past_: T.handle, cos_: T.handle, sin_: T.handle, key_: T.handle, value_: T.handle,
-        out_: T.handle,
+        q_: T.handle, k_: T.handle, v_: T.handle, past_: T.handle, cos_: T.handle, sin_: T.handle, bias_: T.handle,
+        key_: T.handle, value_: T.handle, out_: T.handle,
     ):  # fmt: skip
         T.func_attr({"tirx.noalias": False, "op_pattern": 8, "tirx.is_scheduled": True})
         batch = T.int64()
         tokens = T.int64()
         capacity = T.int64()
         positions = T.int64()
+        distances = T.int64()
         q = T.match_buffer(q_, (batch, tokens, T.int64(width)), "float32")
         k = T.match_buffer(k_, (batch, tokens, T.int64(kv_width)), "float32")
         v = T.match_buffer(v_, (batch, tokens, T.int64(kv_width)), "float32")
         past = T.match_buffer(past_, (batch,), "int64")
         cos = T.match_buffer(cos_, (positions, T.int64(table)), "float32")
         sin = T.match_buffer(sin_, (positions, T.int64(table)), "float32")
+        bias = T.match_buffer(bias_, (T.int64(heads), distances), "float32")
         key_cache = T.match_buffer(key_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
         value_cache = T.match_buffer(value_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
         out = T.match_buffer(out_, (batch, tokens, T.int64(heads * d)), "float32")
@@ -147,7 +153,7 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
                 enter(q, k, v, cos, sin, past, key_cache, value_cache, turned, t // tokens, t % tokens)
         if tokens == 1:
             for t in T.parallel(batch * heads):
-                run(turned, turned, key_cache, value_cache, past, out, t // heads, t % heads, T.int64(0), tokens, 1, True)
+                run(turned, turned, key_cache, value_cache, bias, past, out, t // heads, t % heads, T.int64(0), tokens, 1, True)
         else:
             keys = T.alloc_buffer((batch, T.int64(groups), (capacity + KEYS - 1) // KEYS, T.int64(d), T.int64(KEYS)), "float32")
             for t in T.parallel(batch * groups):
@@ -158,7 +164,7 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
                                 t // groups, t % groups, T.min(block * KEYS + j, past[t // groups] + tokens - 1), i]  # fmt: skip
             for t in T.parallel(batch * ((tokens + high - 1) // high) * heads):
                 run(
-                    turned, keys, key_cache, value_cache, past, out, t // (((tokens + high - 1) // high) * heads), t % heads,
+                    turned, keys, key_cache, value_cache, bias, past, out, t // (((tokens + high - 1) // high) * heads), t % heads,
                     t // heads % ((tokens + high - 1) // high) * high, tokens, high, False,
                 )  # fmt: skip
 
