@@ -118,6 +118,11 @@ def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
     Raises:
         RequestError: the model came without what makes text or images into its input, or takes neither.
     """
+    if loaded.task == "seq2seq":
+        raise RequestError(
+            f"{loaded.name} is an encoder–decoder: it needs pairs of what is read and what is written, and the texts have none",
+            hint="from Python: dyncomp.calibrate.calibrate on inputs of your own, then the passes (see docs/architecture.md)",
+        )
     main = graph.inputs[0]
     if not main.dtype.is_floating_point:
         if loaded.tokenizer is None:

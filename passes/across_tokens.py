@@ -11,7 +11,7 @@ def refuse_decoders(
     graph: Graph, what: str, hint: str = "a threshold fitted to the same share is its causal predictor: fit-router{gates=threshold}"
 ) -> None:
     """Raises RequestError: the graph predicts tokens, and whether a token runs an expert would depend on those after it."""
-    if graph.info.get("task") == "causal-lm":
+    if graph.info.get("task") in ("causal-lm", "seq2seq"):
         raise RequestError(f"{what} looks at tokens that a decoder has not seen yet", hint=hint)
 
 

@@ -153,8 +153,8 @@ class _Rewrite:
                 {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.value_dim, "window": a.mask.window} for a in attentions
             ],
         }
-        names = [*tables.names, *self._biases]
-        return {"attentions": len(attentions), "rotary": len(rotary), "tables": names, "context_length": self.context}
+        made = [*tables.names, *self._biases]
+        return {"attentions": len(attentions), "rotary": len(rotary), "tables": made, "context_length": self.context}
 
     def _column(self, name: str, column: fx.Node) -> tuple[fx.Node, fx.Node]:
         """(an input to keep a number of each token in, the numbers [B, S, 1] of the new tokens)."""

@@ -129,7 +129,11 @@ def test_bert_is_an_encoder_without_its_pooler(tmp_path):
         (lambda: transformers.LlamaModel(llama_config()), "encoder"),
         (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96)), "causal-lm"),
         (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=True)), "causal-lm"),
-        (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=32, d_ff=64, num_layers=1, vocab_size=96)), "other"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=32, d_ff=64, num_layers=1, vocab_size=96)),
+            "seq2seq",
+        ),
+        (lambda: transformers.T5Model(transformers.T5Config(d_model=32, d_ff=64, num_layers=1, vocab_size=96)), "other"),
         (lambda: transformers.ViTModel(transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, image_size=32)), "other"),
     ],
 )

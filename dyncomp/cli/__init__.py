@@ -43,7 +43,8 @@ def cli() -> None:
     """Turn an existing dense transformer into one that spends compute only where a token needs it.
 
     MODEL is a Hugging Face directory (or hub id), a .gguf file, a .pt2 file, a Python factory module:function, or the name of a
-    packaged model (smollm2-135m, minilm, dinov2-small). Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
+    packaged model (smollm2-135m, minilm, dinov2-small, whisper-tiny.en). Exit codes: 0 done, 1 the work failed, 2 the request was
+    wrong.
     """
 
 

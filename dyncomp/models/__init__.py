@@ -19,7 +19,8 @@ from dyncomp.models.packaged import PACKAGED, load_packaged, packaged_path
 from dyncomp.models.program import load_program
 
 __all__ = [
-    "PACKAGED", "LoadedModel", "count_weights", "load_architecture", "load_for_inspection", "load_model", "load_processor", "load_tokenizer",
+    "PACKAGED", "LoadedModel",
+    "count_weights", "load_architecture", "load_for_inspection", "load_model", "load_processor", "load_tokenizer",
 ]  # fmt: skip
 
 _ACCEPTED = (
@@ -76,6 +77,8 @@ def load_for_inspection(source: str) -> LoadedModel:
     Takes everything :func:`load_model` takes, and a bare ``config.json``.
     """
     source = os.fspath(source)
+    if source in PACKAGED and PACKAGED[source].whole and not Path(source).exists():
+        return load_packaged(source)
     path = packaged_path(source) if source in PACKAGED and not Path(source).exists() else Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.name == "config.json"):
         return load_architecture(path, name=source)

@@ -17,7 +17,7 @@ from dyncomp.models.loaded import LoadedModel, check_forward, finish, first_line
 
 _SHAPE = "return (module, example_inputs), or a dict with the keys module and example_inputs, or a dyncomp LoadedModel"
 _KEYS = ("module", "example_inputs", "dynamic_dims", "task", "tokenizer", "processor", "output_name", "context_length", "config")
-_TASKS = ("causal-lm", "encoder", "image-encoder", "other")
+_TASKS = ("causal-lm", "seq2seq", "encoder", "image-encoder", "other")
 
 
 def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -63,7 +63,7 @@ def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> Load
     if task not in _TASKS:
         raise ModelError(f"{source}: the task {task!r} is unknown", hint=f"one of {', '.join(_TASKS)}")
     inputs = _inputs(source, module, fields["example_inputs"])
-    outputs = {"causal-lm": "logits", "encoder": "last_hidden_state", "image-encoder": "last_hidden_state"}
+    outputs = {"causal-lm": "logits", "seq2seq": "logits", "encoder": "last_hidden_state", "image-encoder": "last_hidden_state"}
     loaded = LoadedModel(
         name=source,
         kind=kind,

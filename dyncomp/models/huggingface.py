@@ -17,7 +17,7 @@ from dyncomp.mapped import TensorStore, read_tensors, release
 from dyncomp.models.checkpoint import check_weights, read_config
 from dyncomp.models.extras import quiet, require
 from dyncomp.models.loaded import LoadedModel, first_line
-from dyncomp.models.wrap import is_causal_lm, wrap
+from dyncomp.models.wrap import auto_class, is_causal_lm, wrap
 
 HUB_TIMEOUT = 5.0  # seconds to wait for a hub's first answer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -39,12 +39,10 @@ def load_directory(
     """
     config_dict = read_config(folder)
     require("transformers", needed_for="loading a Hugging Face model")
-    from transformers import AutoModel, AutoModelForCausalLM
-
     config = _config(config_dict, str(folder))
     files = check_weights(folder)
     causal = is_causal_lm(config)
-    auto = AutoModelForCausalLM if causal else AutoModel
+    auto = auto_class(config)
     if store is None or "quantization_config" in config_dict:  # what is packed must be unpacked by who knows how
         model = from_pretrained(auto, str(folder), name=name, config=config, dtype=dtype, use_safetensors=True)
     else:
@@ -79,7 +77,7 @@ def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
         ModelError: there is no such configuration, or transformers cannot build it.
     """
     require("transformers", needed_for="building a Hugging Face architecture")
-    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     folder = None
     if isinstance(source, PreTrainedConfig):
@@ -91,7 +89,7 @@ def load_architecture(source: Any, *, name: str | None = None) -> LoadedModel:
         name, config = name or str(source), _config(read_config(path if path.is_dir() else path.parent), str(path))
         folder = path if path.is_dir() else None
     causal = is_causal_lm(config)
-    auto = AutoModelForCausalLM if causal else AutoModel
+    auto = auto_class(config)
     model = _on_meta(auto, config, name)
     return wrap(model, name=name, kind="huggingface", tokenizer=None, processor=_processor(model, folder), causal=causal, check=False)
 
@@ -123,7 +121,7 @@ def load_hub(model_id: str, *, dtype: torch.dtype = torch.float32) -> LoadedMode
             reason = f"{refusal}, and the local cache has no copy" if refusal else first_line(error)
             raise ModelError(
                 f"there is no local directory {model_id!r}, and it cannot be fetched from a hub: {reason}",
-                hint="give a local directory, a .gguf file, or a packaged model (smollm2-135m, minilm, dinov2-small)",
+                hint="give a local directory, a .gguf file, or a packaged model (smollm2-135m, minilm, dinov2-small, whisper-tiny.en)",
             ) from error
     return load_directory(Path(folder), name=model_id, dtype=dtype)
 

@@ -32,9 +32,9 @@ class LoadedModel:
     """
 
     name: str  # what the user asked for: "smollm2-135m", "models/llama", "my.module:factory"
-    kind: str  # "huggingface" | "gguf" | "pt2" | "factory" | "packaged"
+    kind: str  # "huggingface" | "gguf" | "pt2" | "factory" | "packaged" | "ctranslate2"
     module: nn.Module
-    task: str  # "causal-lm" | "encoder" | "image-encoder" | "other"
+    task: str  # "causal-lm" | "seq2seq" (an encoder and a decoder) | "encoder" | "image-encoder" | "other"
     tokenizer: Any | None  # a Hugging Face fast tokenizer
     example_inputs: dict[str, Tensor]
     dynamic_dims: dict[str, dict[int, str]]  # {"input_ids": {0: "batch", 1: "sequence"}}

@@ -52,6 +52,30 @@ class EncoderDecoder(nn.Module):
         return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **self._options).last_hidden_state
 
 
+class Seq2SeqLM(nn.Module):
+    """``input_ids: [batch, source]``, ``decoder_input_ids: [batch, target]`` -> ``logits: [batch, target, vocabulary]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **self._options).logits
+
+
+class SpeechSeq2Seq(nn.Module):
+    """``input_features: [batch, mel bins, frames]``, ``decoder_input_ids: [batch, target]`` -> ``logits: [batch, target, vocabulary]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._options = _options(model)
+
+    def forward(self, input_features: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.model(input_features=input_features, decoder_input_ids=decoder_input_ids, **self._options).logits
+
+
 class Vision(nn.Module):
     """``pixel_values: [batch, channels, height, width]`` -> ``last_hidden_state: [batch, patches, width]``."""
 
@@ -80,6 +104,22 @@ def is_causal_lm(config: Any) -> bool:
     return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model with the vocabulary head its checkpoint has, if it has one."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+
+    if is_causal_lm(config):
+        return AutoModelForCausalLM
+    kinds = [(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
+             (MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, AutoModelForSpeechSeq2Seq)]  # fmt: skip
+    names = config.architectures or []
+    return next((auto for known, auto in kinds if known.get(config.model_type) in names), AutoModel)
+
+
 def wrap(
     model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, processor: Any | None = None, check: bool = True
 ) -> LoadedModel:
@@ -91,7 +131,7 @@ def wrap(
         check: run the forward pass once where the class alone does not say that it works.
 
     Raises:
-        ModelError: the model takes something other than tokens or images.
+        ModelError: the model takes something other than tokens, images, or sound that is written down.
     """
     config: Any = model.config
     if not config.architectures:  # a GGUF file does not name it; a bundle's reader needs it
@@ -110,16 +150,22 @@ def wrap(
         module, task, output = Vision(model), "image-encoder", "last_hidden_state"
         inputs = {"pixel_values": _images(config, next(model.parameters()), name, processor)}
         dynamic = {"pixel_values": {0: "batch"}}
+    elif main_input == "input_features" and getattr(config, "is_encoder_decoder", False) and _has_head(model):
+        _compute_everything(model)
+        module, task, output = SpeechSeq2Seq(model), "seq2seq", "logits"
+        inputs = {"input_features": _features(config, next(model.parameters()), name), "decoder_input_ids": _tokens(config, device)[:, :-4]}
+        dynamic = {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "target"}}
     elif main_input != "input_ids":
         raise ModelError(
             f"{name}: a {config.model_type!r} model takes {main_input!r}; dyncomp loads models of tokens or images",
             hint=_BY_FACTORY,
         )
     elif getattr(config, "is_encoder_decoder", False):
-        # The encoder-decoder classes read this from the decoder's configuration, whatever the call says.
-        for part in (config, getattr(getattr(model, "decoder", None), "config", config)):
-            part.use_cache = False
-        module, task, output = EncoderDecoder(model), "other", "last_hidden_state"
+        _compute_everything(model)
+        if _has_head(model):
+            module, task, output = Seq2SeqLM(model), "seq2seq", "logits"
+        else:
+            module, task, output = EncoderDecoder(model), "other", "last_hidden_state"
         inputs = {"input_ids": _tokens(config, device), "decoder_input_ids": _tokens(config, device)[:, :-4]}
         dynamic = {"input_ids": {0: "batch", 1: "source"}, "decoder_input_ids": {0: "batch", 1: "target"}}
     else:
@@ -140,6 +186,16 @@ def _options(model: nn.Module) -> dict[str, Any]:
     if "return_dict" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options["return_dict"] = True
     return options
+
+
+def _has_head(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _compute_everything(model: Any) -> None:
+    # The encoder-decoder classes read this from the decoder's configuration, whatever the call says.
+    for part in (model.config, getattr(getattr(model, "decoder", None), "config", model.config)):
+        part.use_cache = False
 
 
 def _drop_pooler(model: Any) -> None:
@@ -172,9 +228,20 @@ def _prepared_size(processor: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _features(config: Any, like: Tensor, name: str) -> Tensor:
+    """Log-mel features of the one length that the encoder's positions fit: it halves the frames."""
+    bins, positions = (getattr(config, key, None) for key in ("num_mel_bins", "max_source_positions"))
+    if bins is None or positions is None:
+        raise ModelError(
+            f"{name}: the configuration of this {config.model_type!r} model does not say its mel bins and positions", hint=_BY_FACTORY
+        )
+    shape = (EXAMPLE_BATCH, int(bins), 2 * int(positions))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
 def _context_length(config: Any) -> int | None:
     text = config.get_text_config()
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+    for key in ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
         if isinstance(value := getattr(text, key, None), int) and value > 0:
             return value
     return None
