@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from dyncomp.backends.native.cross import cross_compiler, this_architecture
 
 from dyncomp.cache import cache_folder
 from dyncomp.errors import BackendError
@@ -30,22 +31,25 @@ _ONE_AT_A_TIME = threading.Lock()
 HINT = "install g++ (or clang++), or name a C++ compiler in the environment variable CXX"
 
 
-def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] = ()) -> Path:
+def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] = (), architecture: str | None = None) -> Path:
     """The operators with the wrapper of a runtime, as a shared library, compiled when it is not in the cache.
 
     Args:
         host: the folder of the wrapper's sources.
         folder: where compiled libraries are kept; by default ``native`` in dyncomp's cache folder.
         includes: folders of headers that the wrapper needs.
+        architecture: what the library is for; by default this machine's. Any other takes a cross compiler.
 
     Raises:
         BackendError: there is no C++ compiler, it cannot compile the library, or the folder cannot be written.
     """
-    compiler = _compiler()
+    here = this_architecture()
+    architecture = architecture or here
+    compiler = _compiler() if architecture == here else cross_compiler(architecture, "c++")
     if compiler is None:
         raise BackendError(_missing(), hint=HINT)
     folder = cache_folder() / "native" if folder is None else folder
-    settings = (compiler, _version(compiler), _FLAGS, _FLAGS_OF, platform.machine())
+    settings = (compiler, _version(compiler), _FLAGS, _FLAGS_OF, architecture)
     sources: dict[Path, str] = {}
     headers: list[Path] = []
     for place, more in ((_HERE, ()), (host, tuple(includes))):
@@ -55,7 +59,7 @@ def library(host: Path, folder: Path | None = None, *, includes: Sequence[str] =
     with _ONE_AT_A_TIME:
         if not path.is_file():
             try:
-                _build(compiler, sources, includes, path)
+                _build(compiler, architecture, sources, includes, path)
             except OSError as error:
                 raise BackendError(
                     f"the native operators cannot be written to {folder}: {error.strerror or error}",
@@ -111,17 +115,20 @@ def _key(files: Sequence[Path], settings: tuple[object, ...]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _build(compiler: tuple[str, ...], sources: dict[Path, str], includes: Sequence[str], path: Path) -> None:
+def _build(compiler: tuple[str, ...], architecture: str, sources: dict[Path, str], includes: Sequence[str], path: Path) -> None:
     """Compile each source and link; what is made appears under its name when it is whole. Object files are kept: the libraries for
     several runtimes share most of them."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as temporary:
 
         def compile_one(source: Path) -> str:
             found = path.parent / f"{source.stem}-{sources[source]}.o"
             if not found.is_file():
-                flags = (*_FLAGS, *(_FLAGS_OF.get(source.name, ()) if x86 else ()), *(f"-I{i}" for i in (_HERE, *includes)))
+                flags = (
+                    *_FLAGS,
+                    *(_FLAGS_OF.get(source.name, ()) if architecture == "x86_64" else ()),
+                    *(f"-I{i}" for i in (_HERE, *includes)),
+                )
                 part = Path(temporary) / found.name
                 _run([*compiler, *flags, "-c", str(source), "-o", str(part)])
                 os.replace(part, found)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import tvm
 import tvm.relax.backend
-from dyncomp.backends.tvm.machine import Machine
 from tvm import relax
 
 from dyncomp.errors import BackendError
 
 
-def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], list[str]]:
-    """Compile for ``machine``.
+def compile_module(
+    module: Any, target: Any, *, fusions: Sequence[Any] = (), schedules: Sequence[Any] = ()
+) -> tuple[Any, dict[str, int], list[str]]:
+    """Compile for a ``tvm.target.Target``.
+
+    Args:
+        fusions: passes over operators, before they become loops.
+        schedules: passes that give what has no kernel of ours a schedule.
 
     Returns:
         the executable; how many calls of each function there are; the names of ``main``'s parameters in order.
@@ -22,25 +28,25 @@ def compile_module(module: Any, machine: Machine) -> tuple[Any, dict[str, int], 
     Raises:
         BackendError: something in the module has no form that TVM could lower.
     """
-    target = machine.target()
     module, _ = relax.frontend.detach_params(module)
     order = [str(v.name) for v in module["main"].params]
-    with target:
-        module = tvm.transform.Sequential(
-            [
-                relax.transform.DecomposeOpsForInference(),
-                relax.transform.CanonicalizeBindings(),
-                relax.backend.DispatchSortScan(),
-                relax.transform.LegalizeOps(),
-                relax.transform.AnnotateTIROpPattern(),
-                relax.transform.FoldConstant(),
-                relax.transform.FuseOps(),
-                relax.transform.FuseTIR(),
-                relax.transform.DeadCodeElimination(),
-            ]
-        )(module)
-    kernels = count_calls(module)
+    passes = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+        *fusions,
+        relax.backend.DispatchSortScan(),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+        *schedules,
+    ]
     try:
+        with target:
+            module = tvm.transform.Sequential(passes)(module)
+        kernels = count_calls(module)
         executable = tvm.compile(module, target=target, relax_pipeline=_finish())
     except Exception as error:
         raise BackendError(f"TVM cannot compile the graph: {' '.join(str(error).split())[:300]}", hint="use --backend ort") from error

@@ -31,8 +31,11 @@ Converter = Callable[[fx.Node, Any], Any]
 _MUTATIONS = ("BUFFER_MUTATION", "USER_INPUT_MUTATION", "PARAMETER_MUTATION")
 
 
-def import_graph(graph: Graph, program: torch.export.ExportedProgram, tiles: Tiles) -> Any:
+def import_graph(graph: Graph, program: torch.export.ExportedProgram, converters: Converters) -> Any:
     """The ``IRModule`` of an exported program; parameters become inputs after the graph's own.
+
+    Args:
+        converters: made for this call.
 
     Raises:
         BackendError: an operator has no converter, or the program changes a buffer (TVM would drop that silently); names it.
@@ -40,12 +43,12 @@ def import_graph(graph: Graph, program: torch.export.ExportedProgram, tiles: Til
     for spec in program.graph_signature.output_specs:
         if spec.kind.name in _MUTATIONS:
             raise BackendError(f"the graph changes {spec.target!r} in place, which TVM drops silently", hint="use --backend ort")
-    converters = _Converters(tiles).table()
+    table = converters.table()
     try:
-        _expand_unknown(program, converters)
+        _expand_unknown(program, table)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return from_exported_program(program, keep_params_as_input=True, run_ep_decomposition=False, custom_convert_map=converters)
+            return from_exported_program(program, keep_params_as_input=True, run_ep_decomposition=False, custom_convert_map=table)
     except BackendError:
         raise
     except Exception as error:
@@ -64,8 +67,10 @@ def _expand_unknown(program: torch.export.ExportedProgram, converters: dict[str,
             expand(program.graph_module, node, decompositions)
 
 
-class _Converters:
+class Converters:
     """One method for each operator; all kernels of a module are made once and named after what they are."""
+
+    functions = FUNCTIONS
 
     def __init__(self, tiles: Tiles) -> None:
         self.tiles, self.tile = tiles, tiles.default
@@ -114,7 +119,7 @@ class _Converters:
 
     # ---- kernels ---------------------------------------------------------------------------------------------------
     def linear(self, node: fx.Node, importer: Any) -> Any:
-        x, weight, bias = _arguments(node, importer)[:3]
+        x, weight, bias = arguments(node, importer)[:3]
         rows, depth = cast(int, node.args[3]), int(x.ty.shape[-1])
         shape = LinearShape(rows, depth)
         kernel = self.kernel(importer, f"linear_{rows}_{depth}", None, lambda: shape.build(self.tiles.of(shape)))
@@ -122,7 +127,7 @@ class _Converters:
         return self.on_rows(importer, kernel, x, [weight, bias], lead, rows)
 
     def gated_linear(self, node: fx.Node, importer: Any) -> Any:
-        x, gates, weight, bias = _arguments(node, importer)[:4]
+        x, gates, weight, bias = arguments(node, importer)[:4]
         rows, depth = cast(int, node.args[4]), int(x.ty.shape[-1])
         kernel = self.kernel(importer, f"gated_linear_{rows}_{depth}", None, lambda: gated_kernel(rows, depth, self.tile))
         lead = list(x.ty.shape)[:-1]
@@ -131,7 +136,7 @@ class _Converters:
         return self.on_rows(importer, kernel, x, [gates, weight, bias], lead, rows)
 
     def norm(self, node: fx.Node, importer: Any) -> Any:
-        x, scale, shift = _arguments(node, importer)[:3]
+        x, scale, shift = arguments(node, importer)[:3]
         epsilon, centered = cast(float, node.args[3]), cast(bool, node.args[4])
         features = int(x.ty.shape[-1])
         name = f"{'layer' if centered else 'rms'}_norm_{features}"
@@ -139,21 +144,24 @@ class _Converters:
         return self.on_rows(importer, kernel, x, [scale, shift], list(x.ty.shape)[:-1], features)
 
     def routed_ffn(self, node: fx.Node, importer: Any) -> Any:
-        builder, arguments = importer.block_builder, _arguments(node, importer)
-        x, gates, up, bias, down, neurons, rows, activation, gated = arguments
+        builder, given = importer.block_builder, arguments(node, importer)
+        x, gates, up, bias, down, neurons, rows, activation, gated = given
         experts, depth = int(up.ty.shape[0]), int(x.ty.shape[-1])
         shape = FFNShape(experts, neurons, depth, rows, activation, gated)
         name = f"routed_ffn_{experts}_{neurons}_{depth}"
-        kernel = self.kernel(importer, name, shape, lambda: shape.build(self.tiles.of(shape)))
+        kernel = self.kernel(importer, name, shape, lambda: self.routed_ffn_kernel(shape))
         lead = list(x.ty.shape)[:-1]
         if len(lead) > 1:
             gates = builder.emit(relax.op.reshape(gates, relax.ShapeExpr([_size(lead), experts])))
         return self.on_rows(importer, kernel, x, [gates, up, bias, down], lead, rows)
 
+    def routed_ffn_kernel(self, shape: FFNShape) -> Any:
+        return shape.build(self.tiles.of(shape))
+
     def native(self, node: fx.Node, importer: Any) -> Any:
         """A packed function of the native library, on weights as it stores them."""
         operator, inputs, attributes, leading, width = node.args
-        given = [_value(i, importer) if isinstance(i, fx.Node) else relax.op.null_value() for i in cast(list[Any], inputs)]
+        given = [value_of(i, importer) if isinstance(i, fx.Node) else relax.op.null_value() for i in cast(list[Any], inputs)]
         shape = [*list(given[0].ty.shape)[: cast(int, leading)], width]
         call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(attributes), *given], relax.TensorType(shape, "float32"))
         return importer.block_builder.emit(call)
@@ -166,7 +174,7 @@ class _Converters:
         return y if len(lead) == 1 else builder.emit(relax.op.reshape(y, relax.ShapeExpr([*lead, width])))
 
     def cached_attention(self, node: fx.Node, importer: Any) -> Any:
-        builder, arguments = importer.block_builder, _arguments(node, importer)
+        builder, arguments = importer.block_builder, arguments(node, importer)
         query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved, *optional = arguments
         bias = optional[1] if optional else None
         batch, tokens = list(query.ty.shape)[:2]
@@ -177,7 +185,7 @@ class _Converters:
         what = Attention(heads, kv_heads, head_dim, scale, window, softcap, half, interleaved, packed=key is None, biased=bias is not None)
         if bias is None:
             bias = builder.emit(relax.op.zeros([heads, 1], "float32"))
-        kernel = self.kernel(importer, f"cached_attention_{heads}_{kv_heads}_{head_dim}", what, lambda: attention_kernel(what, self.tile))
+        kernel = self.kernel(importer, f"cached_attention_{heads}_{kv_heads}_{head_dim}", what, lambda: self.attention_kernel(what))
         if key is None:
             key = value = query
         out = relax.TensorType([batch, tokens, heads * head_dim], "float32")
@@ -186,11 +194,14 @@ class _Converters:
         key_cache, value_cache, result = (builder.emit(relax.TupleGetItem(made, i)) for i in range(3))
         return [result, key_cache, value_cache]
 
+    def attention_kernel(self, what: Attention) -> Any:
+        return attention_kernel(what, self.tile)
+
     def attention(self, node: fx.Node, importer: Any) -> Any:
         builder = importer.block_builder
-        q, k, v, found, dropout, causal = [*_arguments(node, importer), *[None] * 3][:6]
+        q, k, v, found, dropout, causal = [*arguments(node, importer), *[None] * 3][:6]
         if isinstance(given := node.kwargs.get("attn_mask"), fx.Node):
-            found = _value(given, importer)
+            found = value_of(given, importer)
         features = int(q.ty.shape[3])
         if (
             causal
@@ -217,7 +228,7 @@ class _Converters:
 
     def slice(self, node: fx.Node, importer: Any) -> Any:
         """A slice whose end is a symbol, from a constant start (TVM's own leaves its shape unknown); others as TVM has them."""
-        _, axis, start, _, step = [*_arguments(node, importer), *[None] * 4][:5]
+        _, axis, start, _, step = [*arguments(node, importer), *[None] * 4][:5]
         plain = isinstance(start or 0, int) and (start or 0) >= 0 and step in (None, 1)
         if not plain or all(isinstance(size, int) for size in node.meta["val"].shape):
             return importer._slice(node)
@@ -227,11 +238,11 @@ class _Converters:
             return te.compute(shape, lambda *at: t(*at[:index], at[index] + shift, *at[index + 1 :]), name="slice")
 
         shape = _traced_shape(node, importer)
-        return importer.block_builder.emit_te(cut, _value(node.args[0], importer), primfunc_name_hint="slice")
+        return importer.block_builder.emit_te(cut, value_of(node.args[0], importer), primfunc_name_hint="slice")
 
     def repeat(self, node: fx.Node, importer: Any) -> Any:
         """``x.repeat(…)``, also as often as an input's size says (TVM's own takes constants)."""
-        x = _value(node.args[0], importer)
+        x = value_of(node.args[0], importer)
         times = [importer.env[t] if isinstance(t, fx.Node) else t for t in cast(list[Any], node.args[1])]
         sizes = [1] * (len(times) - len(x.ty.shape)) + list(x.ty.shape)
         added = len(times) - len(x.ty.shape)
@@ -250,7 +261,7 @@ class _Converters:
 
     def index(self, node: fx.Node, importer: Any) -> Any:
         """``x[i, j, …]`` with an index tensor for each dimension (TVM's own converter loses the shape); others as TVM has them."""
-        x, indices = _value(node.args[0], importer), [_value(i, importer) for i in cast(list[Any], node.args[1]) if i is not None]
+        x, indices = value_of(node.args[0], importer), [value_of(i, importer) for i in cast(list[Any], node.args[1]) if i is not None]
         if len(indices) != len(x.ty.shape) or any(str(i.ty.dtype) == "bool" for i in indices):
             return importer._index_tensor(node)
         rank = max(len(i.ty.shape) for i in indices)
@@ -271,16 +282,16 @@ class _Converters:
 
     # ---- pointwise -------------------------------------------------------------------------------------------------
     def pointwise(self, name: str) -> Converter:
-        function = FUNCTIONS[name]
+        function = self.functions[name]
 
         def convert(node: fx.Node, importer: Any) -> Any:
-            return self.map(importer, _value(node.args[0], importer), function, name)
+            return self.map(importer, value_of(node.args[0], importer), function, name)
 
         return convert
 
     def gelu(self, node: fx.Node, importer: Any) -> Any:
         name = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-        return self.map(importer, _value(node.args[0], importer), FUNCTIONS[name], name)
+        return self.map(importer, value_of(node.args[0], importer), self.functions[name], name)
 
     def map(self, importer: Any, x: Any, function: Any, name: str) -> Any:
         return importer.block_builder.emit_te(
@@ -289,7 +300,7 @@ class _Converters:
 
     def rsub(self, node: fx.Node, importer: Any) -> Any:
         """``other - alpha * x`` in the result's dtype (TVM's own takes an integer for an int32)."""
-        x, other, alpha = [*_arguments(node, importer), 1][:3]
+        x, other, alpha = [*arguments(node, importer), 1][:3]
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         x = x if str(x.ty.dtype) == dtype else importer.block_builder.emit(relax.op.astype(x, dtype))
         x = x if alpha == 1 else importer.block_builder.emit(relax.op.multiply(x, relax.const(alpha, dtype)))
@@ -302,7 +313,7 @@ class _Converters:
 
     def topk_gates(self, node: fx.Node, importer: Any) -> Any:
         """1 for a score that fewer than k scores precede: larger ones, and equal ones before it."""
-        scores, k = _value(node.args[0], importer), cast(int, node.args[1])
+        scores, k = value_of(node.args[0], importer), cast(int, node.args[1])
         experts = int(scores.ty.shape[-1])
 
         def gates(t: Any) -> Any:
@@ -324,16 +335,16 @@ def _pinned(convert: Converter) -> Converter:
 
     def pinned(node: fx.Node, importer: Any) -> Any:
         importer.env[node] = convert(node, importer)
-        return _value(node, importer)
+        return value_of(node, importer)
 
     return pinned
 
 
-def _arguments(node: fx.Node, importer: Any) -> list[Any]:
-    return [_value(a, importer) if isinstance(a, fx.Node) else a for a in node.args]
+def arguments(node: fx.Node, importer: Any) -> list[Any]:
+    return [value_of(a, importer) if isinstance(a, fx.Node) else a for a in node.args]
 
 
-def _value(node: Any, importer: Any) -> Any:
+def value_of(node: Any, importer: Any) -> Any:
     """What a node became, with the shape and dtype that the export knows where TVM lost them."""
     value, traced = importer.env[node], node.meta.get("val")
     if not isinstance(traced, torch.Tensor):

@@ -13,6 +13,7 @@ import torch
 from dyncomp.backends.artifact import CONFIG, ENCODER, describe
 from dyncomp.backends.native.build import HINT as COMPILER_HINT
 from dyncomp.backends.native.build import unavailable_reason
+from dyncomp.backends.native.cross import shared_library, this_architecture
 from dyncomp.backends.native.sparse import sparse_kernels
 from dyncomp.backends.program import exported_program
 from dyncomp.backends.tvm.machine import Machine, this_machine
@@ -65,7 +66,7 @@ def lower(
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
-        machine: what to make code for; by default this machine.
+        machine: what to make code for; by default this machine. Another architecture takes a cross compiler.
         tuning: the parameters that ``dyncomp tune`` found; by default those in the cache folder.
         progress: ``progress(stage, done, total)``.
 
@@ -76,21 +77,23 @@ def lower(
     """
     require_compiler()
     from dyncomp.backends.tvm.compile import compile_module
-    from dyncomp.backends.tvm.importer import import_graph
+    from dyncomp.backends.tvm.importer import Converters, import_graph
     from dyncomp.backends.tvm.select import select
 
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
+    foreign = machine.architecture != this_architecture()
+    link = shared_library(machine.architecture) if foreign else None
     native = _native_library(machine) if graph.quantized else None
     tiles = tiles_for(machine, tuning)
     report("select", 0, 4)
     selected = select(graph, tiles)
     report("export", 1, 4)
     program = exported_program(selected)
-    _keep_weights_outside(program)
+    keep_weights_outside(program)
     report("compile", 2, 4)
-    module = import_graph(selected, program, tiles)
-    compiled, kernels, order = compile_module(module, machine)
+    module = import_graph(selected, program, Converters(tiles))
+    compiled, kernels, order = compile_module(module, machine.target())
     report("write", 3, 4)
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / ENCODER, ignore_errors=True)
@@ -100,17 +103,18 @@ def lower(
         (directory / name).unlink(missing_ok=True)
     if native is not None:
         shutil.copyfile(native, directory / NATIVE)
-    compiled.export_library(str(directory / LIBRARY))
-    tensors = _tensors(program)
-    entries = _write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
-    config = _config(graph, machine, kernels, tiles.used(selected), entries, None if native is None else instruction_set(native))
+    compiled.export_library(str(directory / LIBRARY), fcompile=link)
+    tensors = tensors_of(program)
+    entries = write_parameters(directory / PARAMETERS, {name: tensors[name] for name in order[len(graph.inputs) :]})
+    chosen = None if native is None else "portable" if foreign else instruction_set(native)
+    config = _config(graph, machine, kernels, tiles.used(selected), entries, chosen)
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     report("write", 4, 4)
     files = tuple(directory / name for name in (LIBRARY, PARAMETERS, CONFIG, NATIVE, ENCODER) if (directory / name).exists())
     return Lowered(directory, files, kernels, tuple(s.name for s in graph.inputs), graph.outputs)
 
 
-def _keep_weights_outside(program: torch.export.ExportedProgram) -> None:
+def keep_weights_outside(program: torch.export.ExportedProgram) -> None:
     """Let weights be parameters of the program: TVM writes other constants into the library. Integers stay there, indices and shapes that
     it may compute with."""
     for spec in program.graph_signature.input_specs:
@@ -120,13 +124,13 @@ def _keep_weights_outside(program: torch.export.ExportedProgram) -> None:
             spec.kind, spec.persistent = InputKind.PARAMETER, None
 
 
-def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+def tensors_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
     """The parameters by the name the program's inputs have."""
     specs = program.graph_signature.input_specs
     return {s.arg.name: program.state_dict[s.target] for s in specs if s.target is not None}
 
 
-def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     entries, at = [], 0
     with path.open("wb") as file:
         for name, tensor in tensors.items():
@@ -140,20 +144,18 @@ def _write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict
 
 
 def _native_library(machine: Machine) -> Path:
-    """The kernels that compute with quantized weights; they are compiled here for here.
+    """The kernels that compute with quantized weights: for this architecture all, of which the processor chooses, for another the
+    portable ones.
 
     Raises:
-        BackendError: they cannot be compiled, or would not run on ``machine``.
+        BackendError: they cannot be compiled.
     """
+    if machine.architecture != this_architecture():
+        return native_library(architecture=machine.architecture)
     if (reason := unavailable_reason()) is not None:
         raise BackendError(
             f"the TVM backend computes with quantized weights in native kernels, and {reason}",
             hint=f"{COMPILER_HINT}, or use --backend ort",
-        )
-    if machine.architecture != this_machine().architecture:
-        raise BackendError(
-            f"the native kernels for quantized weights are compiled for this machine, not for {machine.architecture}",
-            hint=f"lower the model on {machine.architecture}",
         )
     return native_library()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass, field
 from typing import Any
 
-from dyncomp.errors import BackendError
+from dyncomp.backends.native.cross import this_architecture
+
+from dyncomp.errors import BackendError, RequestError
 from dyncomp.hardware import detect
 
 _FEATURES = {"avx2": "avx2", "avx512f": "avx512f", "avx512_vnni": "avx512vnni", "asimd": "neon", "asimddp": "dotprod"}
@@ -51,8 +52,31 @@ class Machine:
             attributes["mtriple"] = "aarch64-linux-gnu"
         return tvm.target.Target(attributes)
 
+    @property
+    def title(self) -> str:
+        """For people: ``aarch64 with asimd``."""
+        return self.architecture + (f" with {', '.join(self.vector)}" if self.vector else "")
+
     def describe(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"vector": list(self.vector)}
+
+
+MACHINES = {
+    "x86-64": Machine("x86_64", (), 4),
+    "x86-64-v3": Machine("x86_64", ("avx2",), 4),
+    "x86-64-v4": Machine("x86_64", ("avx2", "avx512f"), 4),
+    "aarch64": Machine("aarch64", ("asimd",), 4),
+}
+"""Processors by the name of what they have at least, for code that is made elsewhere; four cores are assumed."""
+
+
+def machine_named(name: str) -> Machine:
+    """Raises:
+    RequestError: there is no description of that name.
+    """
+    if name not in MACHINES:
+        raise RequestError(f"there is no target {name!r}", hint=f"targets: {', '.join(MACHINES)}; cuda-sm_80, cuda-sm_90")
+    return MACHINES[name]
 
 
 def this_machine() -> Machine:
@@ -62,7 +86,7 @@ def this_machine() -> Machine:
         BackendError: it is neither x86-64 nor aarch64.
     """
     found = detect()
-    architecture = {"amd64": "x86_64", "arm64": "aarch64"}.get(found.architecture.lower(), found.architecture)
+    architecture = this_architecture()
     if architecture not in ("x86_64", "aarch64"):
         raise BackendError(f"the TVM backend makes code for x86-64 and aarch64; this is {found.architecture}", hint="use --backend ort")
     return Machine(architecture, tuple(v for v in found.vector if v in _FEATURES), found.cores)
@@ -75,7 +99,12 @@ def require_machine(built_for: dict[str, Any]) -> None:
         BackendError: names what this processor lacks.
     """
     machine = detect()
-    architecture = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
+    if built_for["architecture"].startswith("cuda"):
+        raise BackendError(
+            f"these are kernels for a GPU ({built_for['architecture']}); dyncomp runs models on CPUs",
+            hint="lower the model for this machine: dyncomp export --backend tvm",
+        )
+    architecture = this_architecture()
     hint = "lower the model again on this machine: dyncomp convert --backend tvm"
     if built_for["architecture"] != architecture:
         raise BackendError(f"the TVM library was built for {built_for['architecture']}; this machine is {architecture}", hint=hint)

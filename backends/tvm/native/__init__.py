@@ -13,7 +13,7 @@ PREFIX = "dyncomp_"
 """What the functions' names begin with."""
 
 
-def library(folder: Path | None = None) -> Path:
+def library(folder: Path | None = None, *, architecture: str | None = None) -> Path:
     """The library with the functions; see :func:`dyncomp.backends.native.build.library`."""
     require_runtime()
     import tvm_ffi
@@ -22,7 +22,7 @@ def library(folder: Path | None = None) -> Path:
     assert found is not None
     assert found.origin is not None
     includes = [*tvm_ffi.libinfo.include_paths(), str(Path(found.origin).parent / "include")]
-    return build.library(Path(__file__).parent, folder, includes=includes)
+    return build.library(Path(__file__).parent, folder, includes=includes, architecture=architecture)
 
 
 def instruction_set(path: Path) -> str:
