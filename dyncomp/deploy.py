@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import statistics
@@ -18,7 +20,7 @@ from torch import Tensor
 from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
-from dyncomp.errors import PassError, RequestError
+from dyncomp.errors import PassError, ProviderError, RequestError
 from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
 from dyncomp.images import prepare, read_image
@@ -81,6 +83,30 @@ def backend_of(name: str) -> Backend:
     from dyncomp.backends.ort import decoder, lower, run
 
     return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for)
+
+
+def require_device(device: str, path: Path) -> None:
+    """Raises:
+    ProviderError: ``device`` is ``cuda``; says what there is for one in ``path``, and what else is needed.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    what = "dyncomp does not start kernels on GPUs yet" if torch.cuda.is_available() else "this machine has no GPU that CUDA can use"
+    try:
+        made = json.loads((path / "dyncomp-export.json").read_bytes())
+        target, kernels = made["target"], [f for f in made["files"] if f.startswith("kernels.")]
+    except (OSError, ValueError, KeyError):
+        raise ProviderError(
+            f"{path} cannot run on a GPU: {what}; nothing in it was made for one",
+            hint="dyncomp export BUNDLE --backend tvm --target cuda-sm_80 -o OUT makes the kernels, without a GPU; --device cpu runs here",
+        ) from None
+    raise ProviderError(
+        f"{path} cannot run on a GPU: {what}. What was built is there: {len(made['kernels'])} kernels for {target} in {', '.join(kernels)}",
+        hint="a machine with such a GPU would load kernels.cubin with its driver, copy parameters.bin to the GPU and make the calls that "
+        "config.json lists; --device cpu on the bundle runs here",
+    )
 
 
 def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:

@@ -40,6 +40,7 @@ class ExportRequest:
         architecture: of the checkpoint; ``auto`` is the first that can hold the model.
         dtype: of the checkpoint's weights, a key of :data:`DTYPES`.
         temper: p of the tempered routers (see :mod:`dyncomp.backends.hf.architectures`); None is what suits the architecture.
+        target: what a compiled library is for (see :mod:`dyncomp.backends.tvm.machine`); None is this machine.
     """
 
     bundle: Path
@@ -48,6 +49,7 @@ class ExportRequest:
     architecture: str = "auto"
     dtype: str = "float32"
     temper: int | None = None
+    target: str | None = None
 
     def validate(self) -> None:
         """Raises:
@@ -61,6 +63,8 @@ class ExportRequest:
             )
         if self.temper is not None and self.temper not in TEMPER:
             raise RequestError(f"--temper {self.temper} is not between {TEMPER[0]} and {TEMPER[-1]}", hint="10 to 14 are good values")
+        if self.target is not None and self.backend != "tvm":
+            raise RequestError(f"--backend {self.backend} writes what runs anywhere", hint="--target goes with --backend tvm")
         check_destination(self.out)
 
 
@@ -223,6 +227,59 @@ def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -
     return {"check": found, "notes": notes}
 
 
+def _tvm(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    from dyncomp.backends.native.cross import architecture_of
+    from dyncomp.backends.tvm.lower import LIBRARY, NATIVE, PARAMETERS, lower
+    from dyncomp.backends.tvm.machine import machine_named, require_machine, this_machine
+    from dyncomp.deploy import check_parity, with_cache
+
+    if request.target is not None and request.target.startswith("cuda"):
+        return _cuda(request.target, opened, graph, folder)
+    machine = this_machine() if request.target is None else machine_named(request.target)
+    lowered, refused = with_cache(graph)
+    made = lower(lowered, folder, machine=machine)
+    _save_tokenizer(opened, folder)
+    notes = [
+        f"{LIBRARY} runs on {machine.title}, its weights are in {PARAMETERS}",
+        *(f"no KV cache: {r.reason}" for r in refused),
+    ]
+    record: dict[str, Any] = {"target": request.target, "machine": machine.describe(), "kernels": made.kernels, "notes": notes}
+    for name in (LIBRARY, NATIVE):
+        if (folder / name).is_file() and (found := architecture_of((folder / name).read_bytes())) != machine.architecture:
+            raise PassError(
+                f"{name} was made for {found or 'nothing known'}, not for {machine.architecture}", hint="this is a defect: please report it"
+            )
+    try:
+        require_machine(machine.describe())
+    except BackendError as error:
+        notes.append(f"not run: {error.what}")
+        return record
+    parity = check_parity(lowered, folder, backend="tvm")
+    return record | {"check": {"class": "TVM", "relative_error": parity["relative_error"]}}
+
+
+def _cuda(target: str, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
+    from dyncomp.backends.tvm.cuda.gpu import gpu_named
+    from dyncomp.backends.tvm.cuda.lower import lower_cuda
+    from dyncomp.backends.tvm.cuda.nvcc import EXTRA
+    from dyncomp.deploy import with_cache
+
+    lowered, refused = with_cache(graph)
+    made = lower_cuda(lowered, folder, gpu_named(target))
+    _save_tokenizer(opened, folder)
+    notes = [
+        f"{len(made.kernels)} kernels, {sum(made.calls.values())} calls; not run: dyncomp runs models on CPUs, what runs this launches them"
+    ]
+    notes += [f"no KV cache: {r.reason}" for r in refused]
+    if not made.resources:
+        notes.append(f"CUDA source only: there is no nvcc on this machine (pip install 'dyncomp[{EXTRA}]' brings one)")
+    if spilled := [name for name, r in made.resources.items() if r.spilled_bytes]:
+        notes.append(f"registers do not suffice for {', '.join(spilled)}")
+    launched = {name: {"threads": threads} for name, threads in made.kernels.items()}
+    launched |= {name: r.describe() for name, r in made.resources.items()}
+    return {"target": target, "calls": made.calls, "kernels": launched, "files": [f.name for f in made.files], "notes": notes}
+
+
 def _pt2(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
     from dyncomp.models.program import load_program
 
@@ -273,7 +330,7 @@ def _gguf_source(opened: Bundle) -> GgufFile | None:
 
 
 BACKENDS: dict[str, Callable[[ExportRequest, Bundle, Graph, Path], dict[str, Any]]] = {
-    "hf": _hf, "gguf": _gguf, "ort": _ort, "genai": _genai, "pt2": _pt2,
+    "hf": _hf, "gguf": _gguf, "ort": _ort, "genai": _genai, "tvm": _tvm, "pt2": _pt2,
 }  # fmt: skip
 """Name -> writes a bundle's graph into a folder, checks it, and returns facts for the record."""
 

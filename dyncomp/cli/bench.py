@@ -14,17 +14,19 @@ from dyncomp.cli import options
 @click.option("--prefill", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt that is timed.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--backend", type=click.Choice(["ort", "tvm"]), default="ort", show_default=True)
+@options.device
 @options.threads
 @options.as_json
-def command(bundle: Path, prefill: int, batch: int, backend: str, threads: int | None, json_: bool) -> None:
+def command(bundle: Path, prefill: int, batch: int, backend: str, device: str, threads: int | None, json_: bool) -> None:
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
-    from dyncomp.deploy import dense_artifacts, measure
+    from dyncomp.deploy import dense_artifacts, measure, require_device
     from dyncomp.pipeline import parse_passes
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import bench_table, show
     from dyncomp.trace import trace_model
 
+    require_device(device, bundle)
     opened = open_bundle(bundle)
     artifact = opened.artifact(backend)
     loaded = opened.dense()

@@ -17,7 +17,8 @@ from dyncomp.cli import options
     "--backend",
     default="hf",
     show_default=True,
-    help="hf (a checkpoint that stock classes load), gguf (llama.cpp), ort (ONNX), genai (ONNX for onnxruntime-genai) or pt2.",
+    help="hf (a checkpoint that stock classes load), gguf (llama.cpp), ort (ONNX), genai (ONNX for onnxruntime-genai), "
+    "tvm (a compiled library) or pt2.",
 )
 @click.option("--architecture", default="auto", show_default=True, help="Of the checkpoint; auto is the first that can hold the model.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the checkpoint's weights: float32 or bfloat16.")
@@ -25,6 +26,12 @@ from dyncomp.cli import options
     "--temper",
     type=int,
     help="p of tempered routers: 10 to 14, or 22 for Granite in transformers alone. [default: what suits the architecture]",
+)
+@click.option(
+    "--target",
+    help="What --backend tvm compiles for: x86-64, x86-64-v3, x86-64-v4, aarch64, cuda-sm_80, cuda-sm_90. "
+    "Another architecture takes a cross compiler (pip install 'dyncomp[cross]'), PTX and cubin take nvcc (pip install 'dyncomp[cuda]'). "
+    "[default: this machine]",
 )
 @click.option("--explain", is_flag=True, help="Write nothing; say for each architecture what it cannot express.")
 @options.as_json
@@ -52,9 +59,13 @@ def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choice
     if json_:
         options.print_json(record)
         return
-    what = " ".join(str(record[key]) for key in ("architecture", "dtype") if key in record)
+    what = " ".join(str(record[key]) for key in ("architecture", "dtype", "target") if record.get(key))
     click.echo(f"{out}: {record['backend']} {what}".rstrip())
     for note in record.get("notes", []):
         click.echo(f"  note: {note}")
+    if str(record.get("target")).startswith("cuda"):
+        from dyncomp.report.tables import kernels_table, show
+
+        show(kernels_table(record["kernels"]))
     for key, value in record.get("check", {}).items():
         click.echo(f"  {key.replace('_', ' ')}: {f'{value:.1e}' if isinstance(value, float) else value}")

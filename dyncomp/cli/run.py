@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     help="A cheaper bundle of the same vocabulary whose guesses --speculate checks, in place of repeated text.",
 )
 @click.option("--backend", type=click.Choice(["ort", "tvm", "torch"]), default="ort", show_default=True)
+@options.device
 @options.threads
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, pictures: tuple[Path, ...], backend: str, slots: int,
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, pictures: tuple[Path, ...], backend: str, device: str, slots: int,
     speculate: bool, draft: Path | None, threads: int | None, json_: bool, chat: bool,
     **sampling: Any,
 ) -> None:  # fmt: skip
@@ -51,11 +52,12 @@ def command(
     how often guesses are right; when they do not pay they are turned off for a while. A report on standard error says how it went.
     """
     from dyncomp.bundle import open_bundle
-    from dyncomp.deploy import open_session
+    from dyncomp.deploy import open_session, require_device
     from dyncomp.errors import RequestError
     from dyncomp.runtime.generate import Generator
     from dyncomp.runtime.sampling import Sampling
 
+    require_device(device, bundle)
     texts = list(prompts) + (_lines(file) if file is not None else [])
     if pictures:
         if texts:

@@ -168,6 +168,16 @@ def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
     return result
 
 
+def kernels_table(kernels: dict[str, dict[str, int]]) -> Table:
+    """What the kernels for a GPU take, as its compiler says; without one, the threads of a block."""
+    keys = [key for key in ("threads", "registers", "shared_bytes", "spilled_bytes", "wide_loads") if key in next(iter(kernels.values()))]
+    names = {"shared_bytes": "shared, bytes", "spilled_bytes": "spilled, bytes", "wide_loads": "16-byte loads"}
+    result = table("kernels", "kernel", *(f">{names.get(key, key)}" for key in keys))
+    for name, entry in kernels.items():
+        result.add_row(name, *(str(entry[key]) for key in keys))
+    return result
+
+
 def notes(report: dict[str, Any]) -> list[str]:
     """What a reader should know beside the tables."""
     lines = []
