@@ -77,7 +77,7 @@ def test_routed_ffn(gated: bool, depth: int, neurons: int, rows: int, tmp_path: 
 
 FORMS = {
     "grouped": attention.Attention(4, 2, 16, 0.25, half=8, packed=True),
-    "window": attention.Attention(2, 2, 36, 0.3, window=5, softcap=30.0, half=2, interleaved=True),
+    "window": attention.Attention(2, 2, 36, 0.3, window=5, softcap=30.0, half=2, interleaved=True, biased=True),
 }
 
 
@@ -92,11 +92,12 @@ def test_cached_attention(form: str, tmp_path: Path) -> None:
         parts = [numbers(i, batch, tokens, n * a.head_dim) for i, n in enumerate(sizes)]
         cos, sin = numbers(4, capacity, a.half), numbers(5, capacity, a.half)
         caches = [numbers(6 + i, batch, a.kv_heads, capacity, a.head_dim) for i in range(2)]
+        bias = numbers(8, a.heads, capacity)
         past, out = torch.tensor(pasts), torch.zeros(batch, tokens, a.heads * a.head_dim)
         q, k, v = (p.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for p in parts)
         turned = [rotary(t, cos, sin, past[:, None] + torch.arange(tokens), a.interleaved) for t in (q, k)]
-        expected = cached_attention(*turned, v, *caches, past, a.scale, a.window, a.softcap)
-        run(*([torch.cat(parts, -1)] * 3 if a.packed else parts), past, cos, sin, *caches, out)
+        expected = cached_attention(*turned, v, *caches, past, a.scale, a.window, a.softcap, None, bias if a.biased else None)
+        run(*([torch.cat(parts, -1)] * 3 if a.packed else parts), past, cos, sin, bias, *caches, out)
         assert_close(out, expected[0].transpose(1, 2).flatten(2), rel=1e-5)
         assert_close(caches[0], expected[1], rel=1e-6)
         assert torch.equal(caches[1], expected[2])

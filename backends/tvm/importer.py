@@ -174,8 +174,8 @@ class Converters:
         return y if len(lead) == 1 else builder.emit(relax.op.reshape(y, relax.ShapeExpr([*lead, width])))
 
     def cached_attention(self, node: fx.Node, importer: Any) -> Any:
-        builder, arguments = importer.block_builder, arguments(node, importer)
-        query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved, *optional = arguments
+        builder, given = importer.block_builder, arguments(node, importer)
+        query, key, value, key_cache, value_cache, past, cos, sin, heads, scale, window, softcap, interleaved, *optional = given
         bias = optional[1] if optional else None
         batch, tokens = list(query.ty.shape)[:2]
         kv_heads, head_dim = int(key_cache.ty.shape[1]), int(key_cache.ty.shape[3])

@@ -15,7 +15,7 @@ ROTATE = 128
 
 
 def cached_attention(a: Attention) -> Any:
-    """(q, k, v, past [B], cos, sin, key_cache, value_cache [B, G, C, D] -> caches with the new entries, out [B, S, H * D]).
+    """(q, k, v, past [B], cos, sin, bias [H, P], key_cache, value_cache [B, G, C, D] -> caches with the new entries, out [B, S, H * D]).
 
     First every token's queries and keys are rotated, the keys and values written to the caches in place, a block a token. Then a block
     computes one query of one head: each of four warps goes over every fourth key with a running maximum and sum (Dao et al., 2205.14135),
@@ -31,7 +31,7 @@ def cached_attention(a: Attention) -> Any:
     kv_width = width if a.packed else groups * d
     key_at, value_at = (heads * d, (heads + groups) * d) if a.packed else (0, 0)
     table, parts = max(half, 1), -(-d // WARP)
-    scale, softcap, window, interleaved = a.scale, a.softcap, a.window, a.interleaved
+    scale, softcap, window, interleaved, biased = a.scale, a.softcap, a.window, a.interleaved, a.biased
 
     def angle(i: Any) -> Any:
         return i // 2 if interleaved else i % half
@@ -75,7 +75,7 @@ def cached_attention(a: Attention) -> Any:
         return T.max(position - window + 1, T.int64(0)) if window else T.int64(0)
 
     @T.macro
-    def attend(queries, past, key_cache, value_cache, out, batch, tokens):
+    def attend(queries, bias, past, key_cache, value_cache, out, batch, tokens):
         for s in T.thread_binding(tokens, thread="blockIdx.x"):
             for h in T.thread_binding(heads, thread="blockIdx.y"):
                 for b in T.thread_binding(batch, thread="blockIdx.z"):
@@ -105,6 +105,8 @@ def cached_attention(a: Attention) -> Any:
                                     run[0] = run[0] * T.float32(scale)
                                     if softcap > 0:
                                         run[0] = T.float32(softcap) * T.tanh(run[0] / T.float32(softcap))
+                                    if biased:
+                                        run[0] = run[0] + bias[h, past[b] + s - (begin(past[b] + s) + n * WARPS + ty)]
                                     run[3] = T.if_then_else(run[0] <= run[1], run[1], run[0])  # NaN wins
                                     run[4] = T.exp(run[1] - run[3])
                                     run[0] = T.exp(run[0] - run[3])
@@ -134,26 +136,28 @@ def cached_attention(a: Attention) -> Any:
 
     @T.prim_func(s_tir=True, private=True)
     def kernel(
-        q_: T.handle, k_: T.handle, v_: T.handle, past_: T.handle, cos_: T.handle, sin_: T.handle, key_: T.handle, value_: T.handle,
-        out_: T.handle,
+        q_: T.handle, k_: T.handle, v_: T.handle, past_: T.handle, cos_: T.handle, sin_: T.handle, bias_: T.handle,
+        key_: T.handle, value_: T.handle, out_: T.handle,
     ):  # fmt: skip
         T.func_attr({"tirx.noalias": False, "op_pattern": 8, "tirx.is_scheduled": True})
         batch = T.int64()
         tokens = T.int64()
         capacity = T.int64()
         positions = T.int64()
+        distances = T.int64()
         q = T.match_buffer(q_, (batch, tokens, T.int64(width)), "float32")
         k = T.match_buffer(k_, (batch, tokens, T.int64(kv_width)), "float32")
         v = T.match_buffer(v_, (batch, tokens, T.int64(kv_width)), "float32")
         past = T.match_buffer(past_, (batch,), "int64")
         cos = T.match_buffer(cos_, (positions, T.int64(table)), "float32")
         sin = T.match_buffer(sin_, (positions, T.int64(table)), "float32")
+        bias = T.match_buffer(bias_, (T.int64(heads), distances), "float32")
         key_cache = T.match_buffer(key_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
         value_cache = T.match_buffer(value_, (batch, T.int64(groups), capacity, T.int64(d)), "float32")
         out = T.match_buffer(out_, (batch, tokens, T.int64(heads * d)), "float32")
         queries = T.alloc_buffer((batch, tokens, T.int64(heads * d)), "float32")
         if batch * tokens > 0:
             update(q, k, v, past, cos, sin, key_cache, value_cache, queries, batch, tokens)
-            attend(queries, past, key_cache, value_cache, out, batch, tokens)
+            attend(queries, bias, past, key_cache, value_cache, out, batch, tokens)
 
     return kernel
