@@ -40,7 +40,7 @@ class Picture:
 
     digest: str
     open: Callable[[], Any] = field(compare=False, repr=False)
-    label: str | None = None
+    label: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def search_table(search: dict[str, Any], task: str) -> Table:
 
 def cost_table(report: dict[str, Any]) -> Table:
     """Parameters and FLOPs per token or image, counted from the graph."""
-    unit = "image" if report.get("task") == "image-encoder" else "token"
+    unit = flops_unit(report.get("task"))
     result = table("cost", "", ">parameters", ">active per token", f">MFLOPs per {unit}", ">active FFN neurons")
     dense = report["dense"]
     result.add_row(
@@ -143,6 +143,11 @@ def cost_table(report: dict[str, Any]) -> Table:
         active,
     )
     return result
+
+
+def flops_unit(task: str | None) -> str:
+    """What operations are counted for; see :func:`dyncomp.cost.count`."""
+    return "image" if task == "image-encoder" else "token"
 
 
 def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
