@@ -19,7 +19,7 @@ from bench.tiny import trace_tiny
 from dyncomp import convert as convert_module
 from dyncomp import mapped, quantized, sweep
 from dyncomp.convert import ConvertRequest, convert
-from dyncomp.errors import RequestError
+from dyncomp.errors import ModelError, RequestError
 from dyncomp.mapped import TensorStore, is_mapped, read_tensors, release, save_tensors
 from dyncomp.models import load_model
 from dyncomp.quantized import Quantized, decode, round_to_nearest
@@ -145,6 +145,8 @@ def test_low_memory_converts_to_the_same_bits(everything, options, model: Path, 
 def test_models_that_would_not_fit_are_kept_in_files_and_lowering_them_is_refused(model: Path, tmp_path: Path, monkeypatch) -> None:
     request = ConvertRequest(model=str(model), out=tmp_path / "out", recipe="experts", calibrate=str(model / "text.txt"))
     assert convert_module._store(request) is None
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        convert_module._store(ConvertRequest(model=str(tmp_path), out=tmp_path / "out", recipe="experts"))
     monkeypatch.setattr(convert_module, "available_memory", lambda: 100_000)
     store = convert_module._store(request)
     assert store is not None

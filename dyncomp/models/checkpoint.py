@@ -67,8 +67,9 @@ def weight_count(folder: Path) -> int:
     """How many values the directory's safetensors files hold, by their headers.
 
     Raises:
-        ModelError: as :func:`check_weights`.
+        ModelError: as :func:`read_config` and :func:`check_weights`.
     """
+    read_config(folder)
     return sum(math.prod(entry["shape"]) for path in check_weights(folder) for entry in check_safetensors(path).values())
 
 
