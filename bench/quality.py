@@ -62,7 +62,11 @@ def rows() -> list[Row]:
     for active in (0.75, 0.5):
         for where in ("ffn", "all"):
             table = f"{model}, {active:.0%} of the inputs of {'FFN layers' if where == 'ffn' else 'all linear layers'}"
-            for label, options in (("TEAL", ""), ("WINA", " score=wina"), ("Fisher, one limit", " score=fisher budgets=global")):
+            kinds = (
+                ("TEAL", ""), ("WINA", " score=wina"), ("TEAL, greedy by block", " budgets=block"),
+                ("WINA, greedy by block", " score=wina budgets=block"), ("Fisher, one limit", " score=fisher budgets=global"),
+            )  # fmt: skip
+            for label, options in kinds:
                 found.append(Row(table, model, label, f"sparsify{{active={active:g} where={where}{options}}}"))
     for active in (0.75, 0.5):
         where = f"{model}, 48 experts, {active:.0%} active, by router"

@@ -75,7 +75,7 @@ class Sweep:
             watch: functions called with (batch index, value) as soon as a node's value is there.
             tick: called after each batch.
         """
-        segment = self._segment(to, watch or {})
+        segment = self._segment(to, watch)
         between = self._between(segment, to)
         *before, last = self._pieces(segment)
         for piece in before:
@@ -86,7 +86,7 @@ class Sweep:
     @torch.no_grad()
     def each(self, to: fx.Node, *, watch: Mapping[fx.Node, Callable[[int, Tensor], None]] | None = None) -> Iterator[Tensor]:
         """The values of ``to``, made one after the other as they are asked for: nothing is kept, so that the sweep ends there."""
-        segment = self._segment(to, watch or {})
+        segment = self._segment(to, watch)
         between = self._between(segment, to)
         *before, last = self._pieces(segment)
         for piece in before:
@@ -137,7 +137,7 @@ class Sweep:
         """Whether :meth:`values` can give this node."""
         return node in self._done and (node in self._static_nodes or all(node in values for values in self._values))
 
-    def _segment(self, to: fx.Node, watch: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    def _segment(self, to: fx.Node, watch: Mapping[fx.Node, Any] | None = None) -> list[fx.Node]:
         """What has to run up to ``to``, in order."""
         segment = []
         for node in self.graph.module.graph.nodes:
@@ -149,7 +149,7 @@ class Sweep:
                 break
         left, needed = set(segment), set[fx.Node]()
         for node in reversed(segment):
-            if node is to or node in watch or any(u in needed or (u not in left and u not in self._done) for u in node.users):
+            if node is to or node in (watch or ()) or any(u in needed or (u not in left and u not in self._done) for u in node.users):
                 needed.add(node)
         self._done.update(left - needed)
         return [node for node in segment if node in needed]

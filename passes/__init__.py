@@ -6,6 +6,7 @@ if __name__ != "dyncomp.passes":
     raise ImportError(f"import this package as dyncomp.passes, not as {__name__!r}")
 
 from dyncomp.passes.add_kv_cache import AddKVCache
+from dyncomp.passes.awq import AWQ
 from dyncomp.passes.carve_experts import CarveExperts
 from dyncomp.passes.drop_depth import DropDepth
 from dyncomp.passes.drop_experts import DropExperts
@@ -22,6 +23,6 @@ from dyncomp.passes.sparsify import Sparsify
 from dyncomp.passes.upcycle import Upcycle
 
 __all__ = [
-    "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize", "Recalibrate",
-    "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
+    "AWQ", "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize",
+    "Recalibrate", "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
 ]  # fmt: skip

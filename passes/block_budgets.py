@@ -76,8 +76,7 @@ def _greedy(work: Graph, sweep: Sweep, output: fx.Node, choices: Sequence[Choice
     sizes = [y.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny) for y in dense]
     every = [torch.full((x[0].shape[-1],), -1.0) for x in inputs]
     thresholds = list(every)
-    costs = torch.tensor([float(c.weights) for c in choices])
-    costs = (costs / costs.sum()).tolist()
+    costs = [c.weights / sum(other.weights for other in choices) for c in choices]
     shares, kept = [1.0] * len(choices), 1.0
 
     def change(i: int, tried: Tensor) -> float:

@@ -55,7 +55,7 @@ def make_bundle(tmp_path):
     """A sealed bundle of a tiny graph."""
     folder, out = tmp_path / "out.part", tmp_path / "out"
     folder.mkdir()
-    bundle.save_bundle_files(folder, trace_tiny("llama"), None, {"schema": 1})
+    bundle.save_bundle_files(folder, trace_tiny("llama"), {"schema": 1})
     source = Source(name="llama", kind="factory", task="causal-lm", fingerprint="f", context_length=64, output_name="logits", config={})
     bundle.seal(folder, out, Manifest(source=source, recipe="none", passes=[], refusals=[], versions={}))
     assert not folder.exists()

@@ -133,7 +133,7 @@ def make_bundle(folder: Path, graph: Graph) -> Path:
     part = folder / "made.part"
     part.mkdir()
     report = {"versions": {"dyncomp": "x"}, "quality": {"held out": {"perplexity": {"dense": 10.0, "converted": 12.5, "windows": 2}}}}
-    bundle.save_bundle_files(part, graph, None, report)
+    bundle.save_bundle_files(part, graph, report)
     source = Source(name="tiny", kind="factory", task="causal-lm", fingerprint="f", context_length=64, output_name="logits", config={})
     bundle.seal(part, folder / "made", Manifest(source=source, recipe="none", passes=[], refusals=[], versions={}))
     return folder / "made"

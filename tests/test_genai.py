@@ -44,7 +44,7 @@ class Made:
 def make_bundle(folder: Path, loaded: LoadedModel, graph: Graph) -> Path:
     part = folder / "made.part"
     part.mkdir()
-    bundle.save_bundle_files(part, graph, loaded.tokenizer, {"versions": {"dyncomp": "x"}})
+    bundle.save_bundle_files(part, graph, {"versions": {"dyncomp": "x"}}, tokenizer=loaded.tokenizer)
     source = Source(name="tiny", kind=loaded.kind, task=loaded.task, fingerprint="f", context_length=loaded.context_length,
                     output_name="logits", config={})  # fmt: skip
     bundle.seal(part, folder / "made", Manifest(source=source, recipe="none", passes=[], refusals=[], versions={}))

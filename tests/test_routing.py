@@ -272,7 +272,7 @@ TOY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_it_learns_what_random_routing_cannot(family: str) -> None:
     balance = 0.3 if family in ("switch", "noisy") else 0.0  # one expert a token: what wins first would win for good
     learned, by_chance = learn(TOY[family], balance=balance), learn(TOY[family], balance=balance, shuffled=True)
-    assert learned < 0.35 * by_chance, (learned, by_chance)
+    assert learned < 0.4 * by_chance, (learned, by_chance)
 
 
 def test_soft_experts_learn_what_random_mixtures_cannot() -> None:

@@ -61,7 +61,10 @@ def measured(graph: Graph, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("spec", ["sparsify{active=60% score=fisher budgets=global}", "sparsify{active=60% where=ffn score=wina}"])
+@pytest.mark.parametrize(
+    "spec",
+    ["sparsify{active=60% score=fisher budgets=global}", "sparsify{active=60% where=ffn score=wina}", "sparsify{active=60% budgets=block}"],
+)
 def test_the_asked_for_fraction_of_inputs_counts(name: str, spec: str) -> None:
     dense = trace_tiny(name)
     graph, result = sparsified(name, spec)
@@ -94,6 +97,19 @@ def test_sensitive_inputs_are_kept() -> None:
         node = next(n for n in sparse_nodes(graph) if n.args[1].target == ffn.down.weight)
         thresholds = graph.tensor(node.args[3])
         assert float(thresholds[::2].median()) > 30 * float(thresholds[1::2].median())
+
+
+def test_a_block_leaves_out_what_changes_its_output_least() -> None:
+    """Of an FFN whose hidden neurons matter little beside their number, these go first; the whole keeps what was asked for."""
+    dense = trace_tiny("llama")
+    ffn = find_regions(dense).ffns[0]
+    weight = dense.tensor(ffn.down.weight).detach().clone()
+    weight[:, ::2] *= 1e-3
+    dense.add_tensor(ffn.down.weight, weight)
+    _, result = sparsified("llama", "sparsify{active=70% where=ffn score=wina budgets=block}", dense)
+    found = result.facts["active_inputs"]
+    assert found[ffn.down.weight] < 0.5 < 0.75 < found[ffn.ups[0].weight]
+    assert result.facts["calibrated"] == pytest.approx(0.7, abs=0.02)
 
 
 def test_layers_that_read_the_same_share_their_thresholds() -> None:

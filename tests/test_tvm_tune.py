@@ -187,7 +187,7 @@ def test_a_bundle_is_made_again_with_what_won_and_gives_the_same(tmp_path: Path,
     graph = trace(Small(), {"x": torch.randn(2, 5, 24)}, {"x": {0: "batch", 1: "sequence"}})
     folder, out = tmp_path / "part", tmp_path / "out"
     folder.mkdir()
-    save_bundle_files(folder, graph, None, {"model": "small", "bench": []})
+    save_bundle_files(folder, graph, {"model": "small", "bench": []})
     lower(graph, folder / "artifacts" / "tvm", machine=HERE)
     source = Source(name="small", kind="test", task="encoder", fingerprint="0", context_length=None, output_name="y", config={})
     seal(folder, out, Manifest(source=source, recipe="none", passes=[], refusals=[], versions={}))

@@ -22,7 +22,7 @@ from helpers import assert_close
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.deploy import backend_of, lower_artifact
 from dyncomp.errors import MissingExtraError, ModelError, RequestError
-from dyncomp.evidence import prepare_texts
+from dyncomp.examples import reader_of
 from dyncomp.models import load_model
 from dyncomp.models.ctranslate2 import load_whisper, read_tensors
 from dyncomp.pipeline import Context, Pipeline
@@ -119,11 +119,11 @@ def test_the_packaged_model_writes_what_was_said(tmp_path: Path) -> None:
         loaded = load_model("whisper-tiny.en")
     except MissingExtraError as error:
         pytest.skip(str(error))
-    with pytest.raises(RequestError, match="encoder–decoder"):
-        prepare_texts(loaded, None, None, tokens=512, count=1, seed=0)
     module, features, said = loaded.module, *recording()
     model, config = module.model, module.model.config
     dense = trace_model(loaded)
+    with pytest.raises(RequestError, match="encoder–decoder"):
+        reader_of(loaded, dense)
     graph, data = dense.copy(), [{"input_features": features, "decoder_input_ids": torch.tensor([config.begin])}]
     calibration = Calibration(data, "speech")
     ffns = find_regions(graph).require_ffns()
