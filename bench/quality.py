@@ -68,6 +68,13 @@ def rows() -> list[Row]:
             )  # fmt: skip
             for label, options in kinds:
                 found.append(Row(table, model, label, f"sparsify{{active={active:g} where={where}{options}}}"))
+    for block in (32, 64):
+        table, tail = f"{model}, symmetric 4-bit weights in blocks of {block}", f"bits=4 block={block}"
+        for label, first, method in (
+            ("rounded", "", ""), ("GPTQ", "", " method=gptq"),
+            ("AWQ, rounded", f"awq{{{tail}}}, ", ""), ("AWQ, GPTQ", f"awq{{{tail}}}, ", " method=gptq"),
+        ):  # fmt: skip
+            found.append(Row(table, model, label, f"{first}quantize{{{tail}{method}}}"))
     for active in (0.75, 0.5):
         where = f"{model}, 48 experts, {active:.0%} active, by router"
         carve = "carve-experts{experts=48 shared=12}"
@@ -156,7 +163,7 @@ def markdown(results: dict[str, Any]) -> str:
             texts = entry["quality"]
             first = texts["held out"]
             share = first.get("active_ffn", entry.get("active_inputs"))
-            active = "all that remain" if share is None else f"{share:.1%}"
+            active = ("all that remain" if "prune" in row.passes else "all") if share is None else f"{share:.1%}"
             extra = f"{first['kl']['converted']:.3f}" if causal else f"{first['retrieval']['converted']:.1%}"
             cells = [row.label, f"`{row.passes}`", active, *(_cell(texts[t], causal) for t in ("held out", "other source"))]
             lines.append("| " + " | ".join([*cells, extra, f"{entry['cpu_seconds'] / 60:.1f}"]) + " |")
