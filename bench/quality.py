@@ -63,7 +63,7 @@ def rows() -> list[Row]:
         for where in ("ffn", "all"):
             table = f"{model}, {active:.0%} of the inputs of {'FFN layers' if where == 'ffn' else 'all linear layers'}"
             kinds = (
-                ("TEAL", ""), ("WINA", " score=wina"), ("TEAL, greedy by block", " budgets=block"),
+                ("TEAL", " budgets=uniform"), ("WINA", " score=wina budgets=uniform"), ("TEAL, greedy by block", " budgets=block"),
                 ("WINA, greedy by block", " score=wina budgets=block"), ("Fisher, one limit", " score=fisher budgets=global"),
             )  # fmt: skip
             for label, options in kinds:

@@ -59,7 +59,9 @@ def block_shares(
     blocks = find_regions(work).blocks
     sweep = Sweep(work, batches)
     for position, block in enumerate(blocks):
-        inside = [i for i, c in enumerate(choices) if all(block.input < n <= block.output for n in c.nodes)]
+        inside = sorted(
+            (i for i, c in enumerate(choices) if all(block.input < n <= block.output for n in c.nodes)), key=lambda i: choices[i].input
+        )
         if len(inside) > 1:
             sweep.advance(block.input)
             found = _greedy(work, sweep, block.output, [choices[i] for i in inside], active)
@@ -79,12 +81,23 @@ def _greedy(work: Graph, sweep: Sweep, output: fx.Node, choices: Sequence[Choice
     costs = [c.weights / sum(other.weights for other in choices) for c in choices]
     shares, kept = [1.0] * len(choices), 1.0
 
+    states: list[Sweep] = []  # the block up to each choice's inputs, as the choices before it are now
+
+    def resume(first: int) -> None:
+        del states[first:]
+        for choice in choices[first:]:
+            state = (states[-1] if states else sweep).branch()
+            if not state.has(choice.input):
+                state.advance(choice.input)
+            states.append(state)
+
     def change(i: int, tried: Tensor) -> float:
         work.add_tensor(choices[i].thresholds, tried, trainable=False)
-        outputs = sweep.branch().advance(output)
+        outputs = states[i].branch().advance(output)
         work.add_tensor(choices[i].thresholds, thresholds[i], trainable=False)
         return sum(float(((y - d).square().sum(-1) / s).mean()) for y, d, s in zip(outputs, dense, sizes, strict=True))
 
+    resume(0)
     while kept > active + 1e-6:
         step = min(STEP, kept - active, max(s * c for s, c in zip(shares, costs, strict=True)))
         lower = {i: max(s - step / c, 0.0) for i, (s, c) in enumerate(zip(shares, costs, strict=True)) if s * c >= step}
@@ -93,6 +106,7 @@ def _greedy(work: Graph, sweep: Sweep, output: fx.Node, choices: Sequence[Choice
         shares[best], thresholds[best] = lower[best], tried[best]
         work.add_tensor(choices[best].thresholds, thresholds[best], trainable=False)
         kept -= step
+        resume(best + 1)
     for choice, none in zip(choices, every, strict=True):
         work.add_tensor(choice.thresholds, none, trainable=False)
     return shares

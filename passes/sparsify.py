@@ -52,8 +52,9 @@ class Sparsify(Pass):
     """``all`` linear layers but the vocabulary head and routers, or those of each ``ffn``."""
     score: str = "teal"
     """importance_j: ``fisher``, the root mean square of the loss's derivative by x_j; ``wina``, the norm of W's column j; ``teal``, 1."""
-    budgets: str = "uniform"
-    """``block`` or ``global``, as above, or ``uniform``: the same fraction in every layer."""
+    budgets: str = "block"
+    """``block`` or ``global``, as above, or ``uniform``: the same fraction in every layer, which costs half as much
+    perplexity again (docs/quality.md)."""
     windows: int = 16
     """Calibration windows that derivatives are taken on (``score=fisher``, ``budgets=global``)."""
 
