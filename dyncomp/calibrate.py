@@ -82,10 +82,9 @@ class Calibration:
             seen += self._count(batch)
         return chosen
 
-    def last(self, windows: int) -> list[dict[str, Tensor]]:
-        """The last windows, one a batch."""
-        singles = [{name: value[i : i + 1] for name, value in b.items()} for b in self.batches for i in range(len(next(iter(b.values()))))]
-        return singles[-windows:]
+    def windows(self) -> list[dict[str, Tensor]]:
+        """Every window or image as a batch of its own."""
+        return [{name: value[i : i + 1] for name, value in b.items()} for b in self.batches for i in range(len(next(iter(b.values()))))]
 
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors, atomically."""

@@ -90,8 +90,6 @@ def require_device(device: str, path: Path) -> None:
     """
     if device == "cpu":
         return
-    import torch
-
     what = "dyncomp does not start kernels on GPUs yet" if torch.cuda.is_available() else "this machine has no GPU that CUDA can use"
     try:
         made = json.loads((path / "dyncomp-export.json").read_bytes())

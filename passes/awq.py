@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from dyncomp.passes.gptq import gram_of
 from dyncomp.passes.precisions import aliases
 from torch import Tensor, fx
 
@@ -81,7 +82,7 @@ class AWQ(Pass):
         """(the best exponent, [K] scales)."""
         size = sum(map(len, inputs))
         magnitude = torch.stack([x.abs().sum(0) for x in inputs]).sum(0) / size
-        gram = torch.stack([x.T @ x for x in inputs]).sum(0).float() / size  # ||X dᵀ||² = d (XᵀX) dᵀ
+        gram = gram_of(inputs).float() / size  # ||X dᵀ||² = d (XᵀX) dᵀ
         best: tuple[float, float, Tensor] | None = None
         for step in range(STEPS):
             scales = (magnitude.clamp_min(1e-4 * float(magnitude.mean()) + torch.finfo(torch.float32).tiny)) ** (step / STEPS)

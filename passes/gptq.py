@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,15 @@ def search_grid(blocks: Tensor, importance: Tensor, bits: int, *, symmetric: boo
 def _error(blocks: Tensor, scales: Tensor, offsets: Tensor | None, importance: Tensor, bits: int) -> Tensor:
     value = decode(encode(blocks, scales, offsets, bits), scales, offsets, bits)
     return ((value - blocks).square() * importance).sum(-1)
+
+
+def gram_of(blocks: Iterable[Tensor]) -> Tensor:
+    """[K, K] sum of x xᵀ over the rows of blocks [n, K]."""
+    total: Tensor | None = None
+    for x in blocks:
+        total = x.T @ x if total is None else total.addmm_(x.T, x)
+    assert total is not None
+    return total
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:

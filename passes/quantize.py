@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.gptq import gptq
+from dyncomp.passes.gptq import gptq, gram_of
 from dyncomp.passes.precisions import FLOAT, Mix, Trials, Unit, aliases, choose, require_reachable
 from torch import Tensor, fx
 
@@ -177,7 +177,7 @@ class Quantize(Pass):
         _note_activations(work, self.activations)
         if not units:
             return {}
-        windows = ctx.need_calibration("quantize{mixed}").last(self.windows)
+        windows = ctx.need_calibration("quantize{mixed}").windows()[-self.windows :]
         choices = sorted(self.mixed)
         with torch.no_grad():
             trials = Trials(work, lambda name, bits: self._round(work.tensor(name).detach(), bits), windows)
@@ -208,7 +208,7 @@ class Quantize(Pass):
                     inputs = sweep.advance(source)
                     if thresholds is not None:
                         inputs = [keep_large(x, graph.tensor(thresholds)) for x in inputs]
-                    gram = _gram(x.reshape(-1, x.shape[-1]) for x in inputs)
+                    gram = gram_of(x.reshape(-1, x.shape[-1]) for x in inputs)
                     for t in group:
                         value = gptq(t.weight(graph), gram, t.bits, self.block, symmetric=self.symmetric)
                         self._store(graph, t, value, result)
@@ -220,7 +220,7 @@ class Quantize(Pass):
         """Up: over all tokens; down: each expert over the tokens that run it."""
         gates = sweep.advance(routed.gates)
         inputs = sweep.values(routed.input)
-        gram = _gram(x.reshape(-1, x.shape[-1]) for x in inputs)
+        gram = gram_of(x.reshape(-1, x.shape[-1]) for x in inputs)
         up = graph.tensor(routed.w_up).detach()
         value = gptq(up.flatten(0, 1), gram, bits, self.block, symmetric=self.symmetric)
         shape = up.shape[:2]
@@ -314,14 +314,6 @@ def _by_input(targets: list[_Target]) -> Iterator[tuple[fx.Node | None, str | No
 
     for (node, thresholds), group in itertools.groupby(targets, source):
         yield node, thresholds, list(group)
-
-
-def _gram(blocks: Iterator[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for x in blocks:
-        total = x.T @ x if total is None else total.addmm_(x.T, x)
-    assert total is not None
-    return total
 
 
 def _vocabulary_table(graph: Graph, node: fx.Node) -> str | None:

@@ -81,7 +81,10 @@ class Sparsify(Pass):
         found = None
         if self.score == "fisher" or self.budgets == "global":
             found = sensitivity(
-                graph, {i.nodes[0]: s.input for s in sites for i in s.linears}, _windows(batches, self.windows), seed=ctx.seed
+                graph,
+                {i.nodes[0]: s.input for s in sites for i in s.linears},
+                ctx.need_calibration(self.name).windows()[: self.windows],
+                seed=ctx.seed,
             )
         importance = {s.input: self._importance(graph, s, found) for s in sites}
         if self.budgets == "global" and found is not None:
@@ -133,7 +136,7 @@ class Sparsify(Pass):
             nodes = _make_sparse(work, copied, torch.full_like(weights, -1.0))
             cut = lambda inputs, share, weights=weights: _threshold(inputs, weights, share)[0]  # noqa: E731
             choices.append(Choice(tuple(nodes), str(nodes[0].args[3].target), site.outputs * len(weights), cut))  # type: ignore[union-attr]
-        sample = _windows(ctx.need_calibration(self.name).batches, WINDOWS)
+        sample = ctx.need_calibration(self.name).windows()[:WINDOWS]
         with fast_matmul(), torch.no_grad():
             shares = block_shares(work, choices, sample, self.active, lambda done, all_: ctx.progress("block budgets", done, all_))
         return {site.input: share for site, share in zip(sites, shares, strict=True)}
@@ -166,12 +169,6 @@ class _Site:
     def outputs(self) -> int:
         """Weights that are read for each input."""
         return sum(linear.out_features for linear in self.linears)
-
-
-def _windows(batches: list[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """The first ``count`` windows, one by one."""
-    singles = ({name: value[i : i + 1] for name, value in b.items()} for b in batches for i in range(len(next(iter(b.values())))))
-    return [single for single, _ in zip(singles, range(count), strict=False)]
 
 
 def _global_shares(sites: list[_Site], importance: Mapping[fx.Node, Tensor], found: Sensitivity, active: float) -> dict[fx.Node, float]:
