@@ -232,9 +232,10 @@ class Graph:
         for name in list(self.module._buffers):
             del self.module._buffers[name]
         for name, value in other.constants().items():
-            self._share(name, value)
+            self.share(name, value)
 
-    def _share(self, name: str, value: Tensor) -> None:
+    def share(self, name: str, value: Tensor) -> None:
+        """Register ``value`` itself, parameter or buffer, under the dotted ``name``."""
         *path, leaf = name.split(".")
         owner: torch.nn.Module = self.module
         for part in path:

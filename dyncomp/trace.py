@@ -11,13 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncomp import functional, serialize
+from dyncomp import functional, serialize, stacks
 from dyncomp.cache import cache_folder
 from dyncomp.errors import DyncompError, GraphError, TraceError
 from dyncomp.functional import functionalize
@@ -26,6 +27,7 @@ from dyncomp.models.loaded import LoadedModel
 from dyncomp.regions import mixture
 from dyncomp.regions.mixture import lift_mixtures
 from dyncomp.serialize import read_structure, write_structure
+from dyncomp.stacks import computes, find_stacks, repeat, shortened
 
 aten = torch.ops.aten
 _END = 9223372036854775807
@@ -52,6 +54,22 @@ def trace(
     Raises:
         TraceError: the model cannot be exported, or a dimension declared dynamic is fixed by the model's code.
     """
+    export = partial(_export, module, example_inputs, dynamic_dims, output_name, info)
+    if repeated := find_stacks(module):
+        with contextlib.suppress(Exception):  # a model that does not run without all of its layers
+            with shortened(repeated):
+                graph = export()
+            if all(repeat(graph, stack) for stack in repeated):
+                graph.clean()
+                if computes(graph, module, example_inputs):
+                    return graph
+    return export()
+
+
+def _export(
+    module: nn.Module, example_inputs: Mapping[str, Tensor], dynamic_dims: Mapping[str, Mapping[int, str]], output_name: str,
+    info: Mapping[str, Any] | None,
+) -> Graph:  # fmt: skip
     dynamic_shapes = {name: dict.fromkeys(dynamic_dims.get(name, {}), torch.export.Dim.AUTO) or None for name in example_inputs}
     try:
         with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces(), undisturbed():
@@ -113,7 +131,9 @@ def trace_model(loaded: LoadedModel) -> Graph:
     if file is not None and file.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DyncompError):  # a damaged file counts as absent
             document = json.loads(file.read_text())
-            return read_structure(document | {"info": document["info"] | info}, {name: own[name] for name in document["tensors"]}, file)
+            kept = read_structure(document | {"info": document["info"] | info}, {name: own[name] for name in document["tensors"]}, file)
+            if computes(kept, loaded.module, loaded.example_inputs):
+                return kept
     graph = trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
     tensors = list(graph.constants())
     if file is not None and all(name in own for name in tensors):
@@ -136,7 +156,7 @@ def _cached_structure(loaded: LoadedModel) -> Path | None:
         loaded.config, loaded.dynamic_dims, loaded.output_name, str(loaded.module), getattr(described, "_attn_implementation", ""),
         [(name, list(t.shape), str(t.dtype)) for name, t in [*loaded.example_inputs.items(), *loaded.module.state_dict().items()]],
         torch.__version__, transformers.__version__,
-        *(Path(str(m.__file__)).read_text() for m in (sys.modules[__name__], functional, mixture, serialize)),
+        *(Path(str(m.__file__)).read_text() for m in (sys.modules[__name__], functional, mixture, serialize, stacks)),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     return cache_folder() / "traces" / f"{digest.hexdigest()[:32]}.json"

@@ -20,7 +20,7 @@ from dyncomp.report.tables import describe_mix, flops_unit, quality_table, searc
 
 def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
     """Every region with its shapes and counts."""
-    cost = count(graph)
+    cost = count(graph, regions=regions)
     return {
         "model": graph.info.get("name"),
         "task": graph.info.get("task"),
