@@ -26,7 +26,7 @@ PROJECTION = 384
 """Columns of the random projection that stands for the tokens in co-activation features."""
 TOKENS = 16_384
 """Statistics are taken over at most this many of the calibration tokens: which neurons fire together shows early. (Routers
-and refits, which are regressions, use all of them.)"""
+and refits, which are regressions, use as many as :func:`~dyncomp.passes.least_squares.enough_tokens` says.)"""
 MARKED = 0.1
 """Fraction of neurons marked per token: the ones with the largest |activation| (ATopK of CMoE, 2502.04416, section 4.1)."""
 

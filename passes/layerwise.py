@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from dyncomp.passes.least_squares import enough_tokens
 from torch import Tensor, fx
 
 from dyncomp.errors import PassError, RequestError
@@ -166,7 +167,7 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
     if not regions:
         raise PassError("the graph has no routed FFN", hint="run carve-experts first")
     stage = "+".join(p.name for p in passes)
-    batches = ctx.need_calibration(stage).batches
+    batches = ctx.need_calibration(stage).first(enough_tokens(max(r.d_ff for r in regions)))
     results = []
     for item in passes:
         ctx.running = item

@@ -9,6 +9,18 @@ _PARTS = 4
 """Groups of columns of a Gram matrix; of the products of two groups, which it holds twice, one is computed: 10 of 16."""
 
 
+_ROWS, _FEWEST = 13, 16_384
+
+
+def enough_tokens(neurons: int) -> int:
+    """Calibration tokens that suffice for regressions on the activations of an FFN of this width.
+
+    48 experts of SmolLM2, 75 % active: +17.8 % with 13 a neuron and +17.9 % with 26, on another source +18.9 and +17.4 %, KL .188 and .182;
+    pruned statically +55.5 and +54.8 %, for half of the time.
+    """
+    return max(_FEWEST, _ROWS * neurons)
+
+
 class LeastSquares:
     """Accumulates ``min ||A X - B||² + λ ||X||²`` over blocks of rows; the last column of A is a constant, for the bias.
 

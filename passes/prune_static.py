@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from dyncomp.passes.carve_experts import kept_dense
-from dyncomp.passes.least_squares import LeastSquares
+from dyncomp.passes.least_squares import LeastSquares, enough_tokens
 from torch import Tensor, fx
 
 from dyncomp.activations import ACTIVATIONS, emit_activation
@@ -58,7 +58,7 @@ class PruneStatic(Pass):
             raise RequestError(
                 f"prune-static: {self.active:.0%} is not possible with {len(dense)} FFNs kept dense", hint="keep fewer dense"
             )
-        sweep = Sweep(graph, ctx.need_calibration(self.name).batches)
+        sweep = Sweep(graph, ctx.need_calibration(self.name).first(enough_tokens(max(f.d_ff for f in ffns))))
         result = PassResult(facts={"active": self.active})
         with fast_matmul(), torch.no_grad():
             for position, ffn in enumerate(ffns):
