@@ -68,6 +68,13 @@ def rows() -> list[Row]:
             )  # fmt: skip
             for label, options in kinds:
                 found.append(Row(table, model, label, f"sparsify{{active={active:g} where={where}{options}}}"))
+    for share, of, skipping, dropping in (
+        ("12.5%", "block", "active=0.875", "count=4"), ("25%", "attention", "what=attention active=0.75", "what=attention count=8"),
+    ):  # fmt: skip
+        table = f"{model}, {share} of the {of} visits skipped"
+        found.append(Row(table, model, "skip-depth", f"skip-depth{{{skipping}}}"))
+        found.append(Row(table, model, f"{of}s dropped", f"drop-depth{{{dropping}}}"))
+        found.append(Row(table, model, f"{of}s dropped, with stand-ins", f"drop-depth{{{dropping} standin=linear}}"))
     for block in (32, 64):
         table, tail = f"{model}, symmetric 4-bit weights in blocks of {block}", f"bits=4 block={block}"
         for label, first, method in (
@@ -136,7 +143,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Quality",
         "",
-        f"Written by `python -m bench.quality`; do not edit. Training-free. Fitted to {TOKENS} tokens, measured on {WINDOWS} windows",
+        f"Written by `python -m bench.quality`; do not edit. Training-free. Calibrated on {TOKENS} tokens, measured on {WINDOWS} windows",
         "of held-out documents of the same source and of another source, beside the dense fp32 model on the same windows; in brackets",
         "95 % intervals, by bootstrap over windows, paired with the dense model. *Active* is the share of FFN neurons that ran on the",
         "held-out text, or of inputs of linear layers that counted in calibration. CPU minutes are those of the passes, without the",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,12 @@ def find_parts(graph: Graph) -> list[RoutedFFN]:
 
 
 def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
-    """The dense model without as many attentions, FFNs or layers, for every token alike, as tokens of the converted one skip on average."""
+    """The dense model without as many attentions, FFNs or layers, for every token alike, as tokens of the converted one skip on average;
+    with stand-ins if that has them."""
     skips = list(converted.info["depth"].values())
     drop = DropDepth(what=skips[0]["what"], count=round(sum(s["skipped"] for s in skips)))
+    if rank := skips[0].get("rank"):
+        drop = dataclasses.replace(drop, standin="linear", rank=rank)
     dropped = dense.copy()
     Pipeline([p for p in (drop, heal, quantize) if p is not None]).run(dropped, ctx)
     return dropped

@@ -7,15 +7,22 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from dyncomp.passes.depth_budget import STAND_IN_RIDGE
 from dyncomp.passes.depth_gates import Unit
 from dyncomp.passes.layerwise import residual_add
-from dyncomp.passes.skip_depth import WHAT, find_units
+from dyncomp.passes.least_squares import LeastSquares
+from dyncomp.passes.skip_depth import WHAT, find_units, require_stand_in
+from torch import fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions.depth import Part
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
+
+TOKENS = 16_384
+"""Calibration tokens that stand-ins are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,10 @@ class DropDepth(Pass):
     """Leave out the attentions, FFNs or layers that change the residual stream least.
 
     before:  x + attention(norm(x))
-    after:   x
+    after:   x, or with ``standin=linear`` x + linear(linear(norm(x), down), up, bias)
 
-    The measure is block influence, one minus the mean cosine of the stream before and after (ShortGPT, 2403.03853).
+    The measure is block influence, one minus the mean cosine of the stream before and after (ShortGPT, 2403.03853). Stand-ins are fitted
+    in order, each to what the part would give after those before it.
     """
 
     name: ClassVar[str] = "drop-depth"
@@ -34,12 +42,17 @@ class DropDepth(Pass):
     """``ffn``, ``attention``, or ``block``: an attention and the FFN after it."""
     count: int = 4
     """How many are left out."""
+    standin: str = "none"
+    """What every token gets in their place: ``none``, or ``linear``, a low-rank map as in ``skip-depth``."""
+    rank: int = 32
+    """Of the stand-in, its constant counted."""
 
     def __post_init__(self) -> None:
         if self.what not in WHAT:
             raise RequestError(f"drop-depth: what={self.what} is not known", hint=f"use {', '.join(WHAT)}")
         if self.count < 0:
             raise RequestError(f"drop-depth: count={self.count}")
+        require_stand_in(self.name, self.standin, self.rank)
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         units, refused = find_units(graph, self.what)
@@ -51,15 +64,40 @@ class DropDepth(Pass):
         if self.count > len(droppable):
             raise RequestError(f"drop-depth: {self.count} of {len(droppable)} cannot be left out")
         influence = self._influence(graph, droppable, ctx)
-        for unit in sorted(droppable, key=lambda u: influence[u.name])[: self.count]:
+        least = set(sorted(droppable, key=lambda u: influence[u.name])[: self.count])
+        dropped = [unit for unit in droppable if unit in least]
+        sweep = Sweep(graph, ctx.need_calibration(self.name).first(TOKENS)) if self.standin == "linear" else None
+        for unit in dropped:
             for part in unit.parts:
                 added, stream = residual_add(part.result)
                 assert added is not None
                 assert stream is not None
-                added.replace_all_uses_with(stream)
+                if sweep is None:
+                    added.replace_all_uses_with(stream)
+                else:
+                    self._stand_in(graph, part, added, sweep)
             result.changed.append(unit.name)
         result.facts = {"influence": {name: round(value, 5) for name, value in influence.items()}}
         return result
+
+    def _stand_in(self, graph: Graph, part: Part, added: fx.Node, sweep: Sweep) -> None:
+        """Let ``added`` add what the part's stand-in gives in place of what the part gives."""
+        with fast_matmul(), torch.no_grad():
+            x, y = sweep.advance(part.source), sweep.advance(part.result)
+            problem = LeastSquares(x[0].shape[-1], y[0].shape[-1])
+            for a, b in zip(x, y, strict=True):
+                problem.add(a.flatten(0, 1), b.flatten(0, 1))
+            down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1)
+            given = [a @ down @ up + bias for a in x]
+        weights = {f"{part.name}.standin.{n}": v.contiguous() for n, v in (("down", down.T), ("up", up.T), ("bias", bias))}
+        for name, value in weights.items():
+            graph.add_tensor(name, value)
+        lower, upper, constant = map(graph.read, weights)
+        with graph.inserting(before=added, path=f"{part.name}.standin") as builder:
+            narrow = builder.call(torch.ops.aten.linear.default, part.source, lower)
+            z = builder.call(torch.ops.aten.linear.default, narrow, upper, constant)
+        added.replace_input_with(part.result, z)
+        sweep.provide(z, given)
 
     def _influence(self, graph: Graph, units: list[Unit], ctx: Context) -> dict[str, float]:
         """1 - mean cosine of the residual stream before and after each unit."""

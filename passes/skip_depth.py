@@ -84,10 +84,7 @@ class SkipDepth(Pass):
             raise RequestError(f"skip-depth: what={self.what} is not known", hint=f"use {', '.join(WHAT)}")
         if not 0 < self.active <= 1:
             raise RequestError(f"skip-depth: the active fraction {self.active:g} is not in (0, 1]", hint="for example active=87.5%")
-        if self.standin not in ("linear", "none"):
-            raise RequestError(f"skip-depth: standin={self.standin} is not known", hint="use linear or none")
-        if self.rank < 2:
-            raise RequestError(f"skip-depth: a stand-in of rank {self.rank}", hint="rank is at least 2, or standin=none")
+        require_stand_in(self.name, self.standin, self.rank)
         if self.kv not in POLICIES:
             raise RequestError(f"skip-depth: kv={self.kv} is not known", hint=f"use {', '.join(POLICIES)}")
         if self.kv != "compute" and self.what == "ffn":
@@ -134,7 +131,7 @@ class SkipDepth(Pass):
             result.changed += [p.name for p in unit.parts]
             attentions = [p.part.attention for p in unit.parts if p.part.attention is not None]
             graph.info.setdefault("depth", {})[unit.name] = {
-                "what": self.what, "parts": [p.name for p in unit.parts], "skipped": share, "gates": self._gates,
+                "what": self.what, "parts": [p.name for p in unit.parts], "skipped": share, "gates": self._gates, "rank": self._rank,
                 **({"kv": self.kv, "kv_bytes": sum(kv_bytes_of(a) for a in attentions)} if attentions else {}),
             }  # fmt: skip
         result.facts |= {"what": self.what, "active": self.active, "skipped": {u.name: round(s, 4) for u, s in gated}}
@@ -295,6 +292,16 @@ class SkipDepth(Pass):
                 problem.add(a.flatten(0, 1)[closed], target[closed] - part.constant)
             if problem.rows > MIN_ROWS:
                 part.set_stand_in(*problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1))
+
+
+def require_stand_in(who: str, standin: str, rank: int) -> None:
+    """Raises:
+    RequestError: there are no such stand-ins.
+    """
+    if standin not in ("linear", "none"):
+        raise RequestError(f"{who}: standin={standin} is not known", hint="use linear or none")
+    if rank < 2:
+        raise RequestError(f"{who}: a stand-in of rank {rank}", hint="rank is at least 2, or standin=none")
 
 
 def _quantile(scores: Tensor, share: float) -> float:

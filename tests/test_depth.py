@@ -338,6 +338,20 @@ def test_dropping_leaves_out_whole_layers() -> None:
     assert len(find_regions(graph).attentions) == 1
 
 
+def test_a_layer_dropped_with_stand_ins_is_missed_less() -> None:
+    errors = {}
+    for standin in ("none", "linear"):
+        graph = trace_tiny("llama")
+        ctx = context("llama", graph, batches=40)
+        Pipeline([DropDepth(what="block", count=1, standin=standin, rank=24)]).run(graph, ctx)
+        assert len(find_regions(graph).attentions) == 1
+        fresh = context("llama", graph, batches=42).calibration.batches[-1]  # type: ignore[union-attr]
+        errors[standin] = float((graph(**fresh) - ctx.dense(**fresh)).square().mean())  # type: ignore[misc]
+    assert errors["linear"] < 0.9 * errors["none"]
+    with pytest.raises(RequestError, match="rank"):
+        DropDepth(standin="linear", rank=1)
+
+
 def test_the_evidence_has_baselines_of_the_same_cost() -> None:
     graph = trace_tiny("llama")
     graph.info["task"] = "causal-lm"
