@@ -96,10 +96,13 @@ class Tiny:
 def enliven(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights of unit gain, small random biases, norms near one; in place."""
     generator = torch.Generator().manual_seed(seed)
+    kernels = {id(m.weight) for m in module.modules() if isinstance(m, nn.Conv1d)}
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.ndim >= 2:
+            if p.ndim == 3 and len(p) > 1 and id(p) not in kernels:  # a matrix for each expert
+                p.copy_(noise / math.sqrt(p.shape[-1]))
+            elif p.ndim >= 2:
                 p.copy_(noise / math.sqrt(max(p[0].numel(), 1)))
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)

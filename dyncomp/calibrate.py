@@ -151,14 +151,14 @@ def calibrate(
     sweep = Sweep(graph, batches)
     with fast_matmul():
         for position, ffn in enumerate(missing):
-            accumulate = _Accumulator(ffn.d_ff)
+            accumulate = Accumulator(ffn.d_ff)
             sweep.advance(ffn.output, watch={ffn.down.input: accumulate.watcher(ffn.down.axis)}, tick=tick)
             calibration.statistics[ffn.name] = accumulate.result()
             if cache is not None and (position % 8 == 7 or ffn is missing[-1]):
                 calibration.save(cache)
 
 
-class _Accumulator:
+class Accumulator:
     """Sums over tokens, on the run."""
 
     def __init__(self, neurons: int) -> None:

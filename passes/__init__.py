@@ -13,6 +13,7 @@ from dyncomp.passes.drop_experts import DropExperts
 from dyncomp.passes.fit_router import FitRouter
 from dyncomp.passes.fuse_norm import FuseNorm
 from dyncomp.passes.heal import Heal
+from dyncomp.passes.merge_experts import MergeExperts
 from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.quantize import Quantize
 from dyncomp.passes.recalibrate import Recalibrate
@@ -20,9 +21,10 @@ from dyncomp.passes.refit_down import RefitDown
 from dyncomp.passes.skip_depth import SkipDepth
 from dyncomp.passes.soft_moe import SoftMoE
 from dyncomp.passes.sparsify import Sparsify
+from dyncomp.passes.split_experts import SplitExperts
 from dyncomp.passes.upcycle import Upcycle
 
 __all__ = [
-    "AWQ", "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "PruneStatic", "Quantize",
-    "Recalibrate", "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "Upcycle",
+    "AWQ", "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "MergeExperts", "PruneStatic",
+    "Quantize", "Recalibrate", "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "SplitExperts", "Upcycle",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.clustering import balanced_kmeans, expert_size, random_partition
+from dyncomp.passes.clustering import expert_size, partition_neurons, random_partition
 from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
@@ -88,14 +88,8 @@ class CarveExperts(Pass):
             return random_partition(ffn.d_ff, self.experts, seed=ctx.seed)
         statistics = self._statistics(ffn, ctx) if self.cluster == "coactivation" or self.shared else None
         features = statistics.features if self.cluster == "coactivation" and statistics else weights.w_up[: ffn.d_ff]
-        features = features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        if not self.shared or statistics is None:
-            return balanced_kmeans(features, self.experts, seed=ctx.seed)
-        size = expert_size(ffn.d_ff, self.experts)
-        order = statistics.rate.argsort(descending=True, stable=True)
-        common, rest = order[: self.shared * size], order[self.shared * size :].sort().values
-        routed = rest[balanced_kmeans(features[rest], self.experts - self.shared, seed=ctx.seed)]
-        return torch.cat([common.view(self.shared, size), routed])
+        rate = statistics.rate if statistics is not None else None
+        return partition_neurons(features, self.experts, rate=rate, shared=self.shared, seed=ctx.seed)
 
     @staticmethod
     def _statistics(ffn: FFN, ctx: Context) -> FFNStatistics:

@@ -30,6 +30,24 @@ def random_partition(neurons: int, experts: int, *, seed: int = 0) -> Tensor:
     return torch.randperm(neurons, generator=torch.Generator().manual_seed(seed)).view(experts, -1).sort(1).values
 
 
+def partition_neurons(features: Tensor, experts: int, *, rate: Tensor | None = None, shared: int = 0, seed: int = 0) -> Tensor:
+    """Neurons by cosine of their features; the first ``shared`` experts hold those with the highest rates.
+
+    Args:
+        features: [neurons, r]. rate: [neurons], where experts are shared.
+
+    Returns:
+        [experts, neurons / experts] neuron indices.
+    """
+    features = features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    if not shared or rate is None:
+        return balanced_kmeans(features, experts, seed=seed)
+    size = expert_size(len(features), experts)
+    order = rate.argsort(descending=True, stable=True)
+    common, rest = order[: shared * size], order[shared * size :].sort().values
+    return torch.cat([common.view(shared, size), rest[balanced_kmeans(features[rest], experts - shared, seed=seed)]])
+
+
 def balanced_kmeans(features: Tensor, experts: int, *, seed: int = 0, iterations: int = 6) -> Tensor:
     """k-means with clusters of equal size (as MoEfication, 2110.01786, and CMoE, 2502.04416, use it).
 

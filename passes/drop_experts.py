@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import torch
 from dyncomp.passes.layerwise import reads_only, routing_facts
+from dyncomp.passes.mixtures import find_whole, replace_experts, require_mixtures, use
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass, PassResult
-from dyncomp.regions import RoutedFFN, find_regions
+from dyncomp.regions import RoutedFFN
 from dyncomp.regions.partial import evaluate
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
@@ -32,21 +33,22 @@ class DropExperts(Pass):
 
     keep: float = 0.75
     """Share of each mixture's experts to keep; never fewer than a token runs."""
+    choose: str = "use"
+    """``use`` by calibration tokens, or ``random``."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise RequestError(f"drop-experts: keep={self.keep:g} is not in (0, 1]", hint="for example keep=75%")
+        if self.choose not in ("use", "random"):
+            raise RequestError(f"drop-experts: unknown choose={self.choose}", hint="use or random")
 
     def precheck(self, graph: Graph) -> None:
-        if not any(r.trained for r in find_regions(graph).routed):
-            raise RequestError(
-                "drop-experts: the model has no trained mixture of experts", hint="prune-static removes neurons of dense FFNs"
-            )
+        require_mixtures(graph, self.name, "prune-static removes neurons of dense FFNs")
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        regions = [r for r in find_regions(graph).routed if r.trained]
-        result = PassResult(facts={"keep": self.keep, "kept": {}})
-        used = _use(graph, regions, ctx)
+        regions, refused = find_whole(graph, self.name, merged=False)
+        result = PassResult(refused=refused, facts={"keep": self.keep, "kept": {}})
+        used = self._worth(graph, regions, ctx)
         for region in regions:
             k = max(1, round(routing_facts(graph, region.name).get("active", 1.0) * region.experts))
             count = max(k, round(self.keep * region.experts))
@@ -63,16 +65,17 @@ class DropExperts(Pass):
         graph.infer_shapes()
         return result
 
-
-def _use(graph: Graph, regions: list[RoutedFFN], ctx: Context) -> dict[str, Tensor]:
-    """Sum of each expert's gates over all tokens: name -> [E]."""
-    batches, used = ctx.need_calibration(DropExperts.name).batches, dict[str, Tensor]()
-    sweep = Sweep(graph, batches)
-    with fast_matmul(), torch.no_grad():
-        for done, region in enumerate(regions):
-            used[region.name] = torch.stack([g.abs().flatten(0, -2).sum(0) for g in sweep.advance(region.gates)]).sum(0)
-            ctx.progress(DropExperts.name, done + 1, len(regions))
-    return used
+    def _worth(self, graph: Graph, regions: list[RoutedFFN], ctx: Context) -> dict[str, Tensor]:
+        """What each expert is kept for: name -> [E]."""
+        if self.choose == "random":
+            generator = torch.Generator().manual_seed(ctx.seed)
+            return {region.name: torch.rand(region.experts, generator=generator) for region in regions}
+        sweep, used = Sweep(graph, ctx.need_calibration(self.name).batches), dict[str, Tensor]()
+        with fast_matmul(), torch.no_grad():
+            for done, region in enumerate(regions):
+                used[region.name] = use(sweep.advance(region.gates))
+                ctx.progress(self.name, done + 1, len(regions))
+        return used
 
 
 def _narrow(graph: Graph, region: RoutedFFN, kept: Tensor) -> str | None:
@@ -93,10 +96,10 @@ def _narrow(graph: Graph, region: RoutedFFN, kept: Tensor) -> str | None:
         graph.add_tensor(target, value, trainable=isinstance(graph.tensor(node), torch.nn.Parameter))
         for user in region.router:
             user.replace_input_with(node, graph.read(target))
-    for i, name in ((2, region.w_up), (3, region.b_up), (4, region.w_down)):
-        if name is not None:
-            graph.add_tensor(f"{name}_kept", graph.tensor(name).detach()[kept])
-            region.node.update_arg(i, graph.read(f"{name}_kept"))
+    w_up, b_up, w_down = (None if name is None else graph.tensor(name).detach()[kept] for name in (region.w_up, region.b_up, region.w_down))
+    assert w_up is not None
+    assert w_down is not None
+    replace_experts(graph, region, "kept", w_up, b_up, w_down)
     return None
 
 

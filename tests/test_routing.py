@@ -100,6 +100,21 @@ def test_a_tree_multiplies_probabilities(seed: int) -> None:
 
 
 @settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), parts=st.integers(1, 4))
+def test_parts_have_their_experts_gate_or_none(seed: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gates = routing.top_k(torch.randn(7, 6, generator=generator), 2).requires_grad_()
+    scores = torch.randn(7, parts * 6, generator=generator).requires_grad_()
+    found = routing.parts_of(gates, scores)
+    assert torch.equal(found.unflatten(-1, (parts, 6)), gates[:, None] * (scores.unflatten(-1, (parts, 6)) > 0))
+    found.sum().backward()
+    assert gates.grad is not None
+    assert scores.grad is not None
+    assert torch.equal(gates.grad, (scores > 0).float().unflatten(-1, (parts, 6)).sum(1))
+    assert bool(((scores.grad != 0) == (gates.repeat(1, parts) != 0)).all()), "closed parts learn too, of the experts that ran"
+
+
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 20), share=st.floats(0.05, 1))
 def test_experts_that_choose_have_equal_loads_and_take_the_best(seed: int, length: int, share: float) -> None:
     scores = scores_of(seed, 2, length)

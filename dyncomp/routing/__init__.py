@@ -5,6 +5,7 @@
 ``noisy``           noise on scores while training                             Shazeer et al. (1701.06538)
 ``groups``          top-k within a token's best groups of experts              DeepSeek-V3 (2412.19437): sigmoid, selection bias
 ``tree``            a router of groups, one of experts within them             Shazeer et al. (1701.06538, appendix B)
+``parts``           top-k of experts, then a threshold on parts of them        two routers, see ``split-experts``
 ``hashed``          by token id, no router                                     Hash Layers (2106.04426)
 ``expert_choice``   each expert takes the tokens that score highest with it    Zhou et al. (2202.09368); not causal
 ``sinkhorn``        top-k of a balanced assignment                             BASE (2103.16716), S-BASE (2202.01169); not causal
@@ -24,12 +25,13 @@ from dyncomp.routing.expert_choice import expert_choice
 from dyncomp.routing.groups import deepseek_v3, group_top_k, limit_to_groups
 from dyncomp.routing.hashed import hash_table
 from dyncomp.routing.noisy import noisy
+from dyncomp.routing.parts import parts_of
 from dyncomp.routing.sinkhorn import sinkhorn, sinkhorn_top_k
 from dyncomp.routing.soft import soft
 from dyncomp.routing.top_k import top_k
 from dyncomp.routing.tree import tree
 
 __all__ = [
-    "balance_loss", "bias_step", "deepseek_v3", "expert_choice", "group_top_k", "hash_table", "limit_to_groups", "noisy", "sinkhorn",
-    "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
+    "balance_loss", "bias_step", "deepseek_v3", "expert_choice", "group_top_k", "hash_table", "limit_to_groups", "noisy", "parts_of",
+    "sinkhorn", "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
 ]  # fmt: skip
