@@ -278,9 +278,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         _decoder("gpt_neox", "GPTNeoX", GELU | PARALLEL),
         _decoder("gpt2", "GPT2", GELU_TANH | TIED, model="GPT2LMHeadModel", **_GPT),
         _decoder("opt", "OPT", RELU | TIED, ffn_dim=FFN, word_embed_proj_dim=HIDDEN),
-        # ALiBi attention over [batch * heads, …] is not recognised yet
-        _decoder("bloom", "Bloom", GELU_TANH | TIED | {"d_ff": 4 * HIDDEN, "attentions": 0, "blocks": {"ffn": LAYERS}},
-                 n_layer=LAYERS, n_head=HEADS),
+        _decoder("bloom", "Bloom", GELU_TANH | TIED | {"d_ff": 4 * HIDDEN}, n_layer=LAYERS, n_head=HEADS),
         _decoder("nemotron", "Nemotron", {"activation": "relu2"} | NO_BIAS),
         _decoder("mixtral", "Mixtral", {"ffns": 0}, num_local_experts=4, num_experts_per_tok=2),
         # mixtures become routed FFNs; the expert that every token runs is an FFN like any other

@@ -61,6 +61,9 @@ def keys_and_values(graph: Graph, attentions: Sequence[Attention], attention: At
     if attention.present is not None:
         return "tokens are absent from it already"
     if policy == "absent":
+        softmax = _softmax(attention)
+        if softmax is not None and softmax.meta["val"].dim() == 3:
+            return "its scores are of [batch * heads, query, key], and a mark is one for all heads"
         return KeysAndValues(attention, None)
     earlier = [a for a in attentions if a.output < attention.output and a.self_attention and _length(a) == _length(attention)]
     if not earlier:
@@ -107,6 +110,13 @@ def _as_attended(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and users[0].target is aten.where.self and users[0].args[1] is node else node
 
 
+def _softmax(attention: Attention) -> fx.Node | None:
+    """Where an attention is written out: its softmax."""
+    if attention.output.target is aten.scaled_dot_product_attention.default:
+        return None
+    return next((n for n in ancestors(attention.output, 12) if n.target in SOFTMAX), None)
+
+
 def _hide(graph: Graph, attention: Attention, gates: fx.Node) -> None:
     node = attention.output
     if node.target is aten.scaled_dot_product_attention.default:
@@ -116,7 +126,8 @@ def _hide(graph: Graph, attention: Attention, gates: fx.Node) -> None:
         node.args = (*node.args[:3], mask)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
         return
-    softmax = next(n for n in ancestors(node, 12) if n.target in SOFTMAX)
+    softmax = _softmax(attention)
+    assert softmax is not None
     scores = softmax.args[0]
     with graph.inserting(before=softmax) as b:
         softmax.update_arg(0, b.call(aten.add.Tensor, scores, b.call(key_mask._opoverload, gates, None, False)))

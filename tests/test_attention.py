@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from dyncomp.passes import AddKVCache
 from helpers import assert_close
 from torch import Tensor, nn
 
 from bench.tiny import ARCHITECTURES, HEADS, trace_tiny
 from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions.attention import find_attentions
 from dyncomp.regions.mask import Mask, classify_mask, relative_bias
 from dyncomp.regions.rotary import rotary_tables
@@ -35,6 +37,7 @@ EXPECTED: dict[str, tuple[int, tuple[Mask, Mask], float, tuple[int, bool] | None
     "gpt_neox": (4, (CAUSAL, CAUSAL), 0, (2, False)),
     "gpt2": (4, (CAUSAL, CAUSAL), 0, None),
     "opt": (4, (CAUSAL, CAUSAL), 0, None),
+    "bloom": (4, (Mask("relative"), Mask("relative")), 0, None),
     "nemotron": (2, (CAUSAL, CAUSAL), 0, (4, False)),
     "nanogpt": (4, (CAUSAL, CAUSAL), 0, None),
     "bert": (4, (GIVEN, GIVEN), 0, None),
@@ -66,11 +69,10 @@ def test_what_each_architecture_has(name: str) -> None:
 
 
 def test_refusal_names_what_was_found() -> None:
-    found, refused = find_attentions(trace_tiny("bloom"))
+    found, refused = find_attentions(merged(heads_first=True))
     assert not found
-    assert len(refused) == 2
-    assert "3 dimensions" in refused[0].reason
-    assert "self_attention" in refused[0].where
+    assert [r.where for r in refused] == ["attention"]
+    assert "not [batch, heads, sequence, features]" in refused[0].reason
 
 
 def test_works_without_weights() -> None:
@@ -124,6 +126,54 @@ def test_eager_attention_is_read_by_evaluation(where: bool, cap: float, window: 
     assert found.scale == pytest.approx(0.35, rel=1e-6)
     assert found.softcap == pytest.approx(cap, rel=1e-6)
     assert not found.key_transposed
+
+
+class Merged(nn.Module):
+    """Attention over [batch * heads, …], softmax included; its mask or bias is added by ``baddbmm`` or after ``bmm``."""
+
+    def __init__(self, *, slope: float = 0.0, at_once: bool = False, heads_first: bool = False) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.slope, self.at_once, self.heads_first = slope, at_once, heads_first
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        split = [t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) if self.heads_first else t.flatten(0, 1) for t in split)
+        i = torch.arange(x.shape[1])
+        added = torch.where(i[:, None] >= i, self.slope * (i - i[:, None]), -1e9) * torch.ones(2, 1, 1)  # [H, S, S]
+        added = added.repeat(x.shape[0], 1, 1)
+        scores = torch.baddbmm(added, q, k.transpose(1, 2), beta=1, alpha=0.25) if self.at_once else 0.25 * (q @ k.mT) + added
+        y = scores.softmax(-1) @ v
+        y = y.unflatten(0, (2, -1)).transpose(0, 1) if self.heads_first else y.unflatten(0, (-1, 2))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def merged(**options: float | bool) -> Graph:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Merged(**options)  # type: ignore[arg-type]
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.attention(input_ids)
+
+    torch.manual_seed(0)
+    return trace(Holder(), {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}, {"input_ids": {0: "batch", 1: "sequence"}})
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_heads_and_batch_in_one_dimension(slope: float, at_once: bool) -> None:
+    graph = merged(slope=slope, at_once=at_once)
+    (found,), refused = find_attentions(graph)
+    assert not refused
+    assert (found.mask.kind, found.scale, found.heads, found.head_dim) == ("relative" if slope else "causal", 0.25, 2, 8)
+    graph.info["context_length"] = 16
+    cached = graph.copy()
+    assert Pipeline([AddKVCache()]).run(cached, Context())[0].result.changed, "held against the graph by the pass"
+    if slope:
+        assert_close(cached.tensor("tables.bias_0"), -slope * torch.arange(16.0).expand(2, -1), rel=1e-5)
 
 
 def test_positional_bias_is_not_taken_for_a_mask() -> None:

@@ -18,7 +18,7 @@ from dyncomp.trace import trace
 
 DECODERS = [n for n in ARCHITECTURES if n in {
     "llama", "qwen2", "qwen3", "mistral", "olmo2", "stablelm", "gemma2", "gemma3", "phi3", "phi", "falcon", "gptj", "gpt_neox", "gpt2",
-    "opt", "nemotron", "mixtral", "qwen2_moe", "nanogpt",
+    "opt", "bloom", "nemotron", "mixtral", "qwen2_moe", "nanogpt",
 }]  # fmt: skip
 CONTEXT = 48
 
@@ -58,7 +58,7 @@ def test_equals_the_graph_without_a_cache(name: str) -> None:
         assert_close(run_chunks(after, ids, [4, 5, 5], capacity=14), expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gptj", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gptj", "gemma2", "bloom"])
 def test_rows_of_different_lengths(name: str) -> None:
     before, lengths = trace_tiny(name), torch.tensor([8, 3, 5])
     after = cached(before, logits="chosen")
@@ -94,7 +94,7 @@ def test_tables_are_shared_between_layers_and_reach_to_the_context() -> None:
 
 
 def test_the_original_is_not_touched_by_a_refusal() -> None:
-    graph = trace_tiny("bloom")
+    graph = decoder(Eager(bias=0.1, bent=True))
     before = graph.text()
     result = AddKVCache(context_length=CONTEXT).run(graph, Context())
     assert result.refused

@@ -18,6 +18,7 @@ from dyncomp.passes import AddKVCache, CarveExperts
 from dyncomp.passes.layerwise import ExpertView, Layer, routing_facts, set_threshold
 from dyncomp.passes.routers import FAMILIES, RouterOptions, install
 from helpers import assert_close, relative_error
+from test_attention import eager
 from torch import Tensor, nn
 
 from bench.tiny import FFN, enliven, tokens, trace_tiny
@@ -125,8 +126,8 @@ def test_encoders(name: str, tmp_path: Path) -> None:
 
 
 def test_a_decoder_whose_cache_was_refused_runs_without(tmp_path: Path) -> None:
-    graph = trace_tiny("bloom")
-    graph.info["task"] = "causal-lm"
+    graph = eager(bias=0.1, bent=True)
+    graph.info |= {"task": "causal-lm", "context_length": 32}
     lower(graph, tmp_path)
     session = decoder_for(model := OrtModel(tmp_path, threads=1))
     assert not session.cached

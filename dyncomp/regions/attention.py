@@ -1,4 +1,7 @@
-"""Attention, found by dataflow: ``scaled_dot_product_attention`` nodes, and matmul -> scale -> + mask -> softmax -> matmul."""
+"""Attention, found by dataflow: ``scaled_dot_product_attention`` nodes, and matmul -> scale -> + mask -> softmax -> matmul.
+
+The products may be of [batch, heads, …] or of [batch * heads, …] (Bloom); a ``baddbmm`` scales them and adds to them at once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,6 @@ _KEY_MASK = torch.ops.dyncomp.key_mask.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _MATMUL = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _PROJECTION = {*PRODUCTS, aten.convolution.default, aten.conv1d.default, torch.ops.dyncomp.sparse_linear.default}
-_SWAPS_LAST = {(aten.transpose.int, -1, -2), (aten.transpose.int, -2, -1), (aten.transpose.int, 2, 3), (aten.transpose.int, 3, 2)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +158,7 @@ class _Finder:
         product = self._product_before(softmax)
         output = self._product_after(softmax)
         scores = softmax.args[0]
-        query, key = product.args[0], product.args[1]
+        query, key = product.args[1:3] if product.target is aten.baddbmm.default else product.args[:2]
         assert isinstance(scores, fx.Node)
         assert isinstance(query, fx.Node)
         assert isinstance(key, fx.Node)
@@ -164,20 +166,29 @@ class _Finder:
         if scores.target is aten.add.Tensor and isinstance(hidden := scores.args[1], fx.Node) and hidden.target is _KEY_MASK:
             scores, present = scores.args[0], hidden.args[0]
             assert isinstance(scores, fx.Node)
-        transposed = (key.target, *key.args[1:]) not in _SWAPS_LAST
+        transposed = not _swaps_last(key)
         if not transposed:
             key = key.args[0]
+        value = output.args[1]
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
         region = between(scores, product)
         others = [n for r in region for n in r.all_input_nodes if n not in region and n not in self.shapes and n is not product]
+        others += [n for n in _added(product) if n not in self.shapes]
+        if product.meta["val"].dim() == 3:
+            query, key = self._by_head(query, "query"), self._by_head(key, "key")
+        heads = int(query.meta["val"].shape[1])
+        if output.meta["val"].dim() == 3:
+            value, output = self._by_head(value, "value"), self._heads_again(output, heads)
         if others:
             scale, softcap, mask = 1.0, 0.0, Mask("given")
         else:
-            scale, softcap, mask = self._scoring(product, scores, region)
+            scale, softcap, mask = self._scoring(product, scores, region, heads)
 
         def additive(size: int) -> Tensor:
-            return self._scored(product, scores, size, 0.0)
+            return self._scored(product, scores, heads, size, 0.0)
 
-        found = self._region(output, query, key, output.args[1], scale, mask, softcap, transposed)  # type: ignore[arg-type]
+        found = self._region(output, query, key, value, scale, mask, softcap, transposed)
         return replace(found, present=present, additive=additive)  # type: ignore[arg-type]
 
     # -- the parts of an eager attention -----------------------------------------------------------------------------
@@ -188,7 +199,7 @@ class _Finder:
             raise _NotUnderstood("no product of queries and keys leads to its softmax")
         product = max(products, key=self.order.__getitem__)
         assert isinstance(node, fx.Node)
-        if product.meta["val"].dim() != 4:
+        if product.meta["val"].dim() not in (3, 4):
             raise _NotUnderstood(f"its scores have {product.meta['val'].dim()} dimensions, not [batch, heads, query, key]")
         return product
 
@@ -200,24 +211,55 @@ class _Finder:
                 break
             node = users[0]
             if node.target in _MATMUL:
-                if node.meta["val"].dim() != 4 or not isinstance(node.args[1], fx.Node):
+                if node.meta["val"].dim() not in (3, 4) or node.target is aten.baddbmm.default or not isinstance(node.args[1], fx.Node):
                     break
                 return node
-            if str(node.meta["val"].shape) != str(softmax.meta["val"].shape):
+            if str(node.meta["val"].shape) != str(softmax.meta["val"].shape) and not self._merges(node, softmax):
                 break
         raise _NotUnderstood("what its softmax yields is not simply multiplied by the values")
 
-    def _scoring(self, product: fx.Node, scores: fx.Node, region: set[fx.Node]) -> tuple[float, float, Mask]:
+    def _merges(self, node: fx.Node, heads: fx.Node) -> bool:
+        """Whether ``node`` [B * H, …] is ``heads`` [B, H, …] with its first two dimensions made one."""
+        value, whole = node.meta.get("val"), heads.meta.get("val")
+        if not (isinstance(value, Tensor) and isinstance(whole, Tensor) and value.dim() == 3 and whole.dim() == 4):
+            return False
+        sizes = {"batch": 2, "sequence": 3}
+        try:
+            x = torch.randn(symbolic_shape(self.graph, heads, sizes))
+            (y,) = evaluate(self.graph, [node], sizes, {heads: x})
+        except Exception:  # more goes into it
+            return False
+        return torch.equal(y, x.flatten(0, 1))
+
+    def _by_head(self, node: fx.Node, name: str) -> fx.Node:
+        """What a matrix for each of [batch * heads] was before these were one dimension: [B, H, …]."""
+        for before in ancestors(node, 3):
+            if before not in self.shapes and self._merges(node, before):
+                return before
+        raise _NotUnderstood(f"its {name} is {list(node.meta['val'].shape)}, and no reshape of [batch, heads, sequence, features]")
+
+    def _heads_again(self, output: fx.Node, heads: int) -> fx.Node:
+        """What an output [B * H, S, D] becomes first: [B, H, S, D]."""
+        sizes = {"batch": 2, "sequence": 3}
+        users = [u for u in output.users if u.target not in SHAPE_QUERIES]
+        if len(users) == 1 and isinstance(value := users[0].meta.get("val"), Tensor) and value.dim() == 4:
+            x = torch.randn(symbolic_shape(self.graph, output, sizes))
+            (y,) = evaluate(self.graph, users, sizes, {output: x})
+            if y.shape[1] == heads and torch.equal(y.flatten(0, 1), x):
+                return users[0]
+        raise _NotUnderstood("its output [batch * heads, query, features] is not taken apart into heads next")
+
+    def _scoring(self, product: fx.Node, scores: fx.Node, region: set[fx.Node], heads: int) -> tuple[float, float, Mask]:
         """Scale, softcap and mask of the region from ``q @ k^T`` to the softmax, by evaluation."""
 
-        run = partial(self._scored, product, scores)
+        run = partial(self._scored, product, scores, heads)
 
-        key = (frozenset(n for r in region for n in r.all_input_nodes if n in self.shapes), tuple(str(r.target) for r in region))
+        sources = [n for r in region for n in r.all_input_nodes if n in self.shapes] + _added(product)
+        key = (frozenset(sources), tuple(str(r.target) for r in (product, *region)))
         if key not in self._masks:
-            sources = [n for r in region for n in r.all_input_nodes if n in self.shapes]
             self._masks[key] = self._classify(lambda size: run(size, 0.0), sources)
         sample = torch.randn(symbolic_shape(self.graph, product, {"batch": 2, "sequence": 9}), generator=torch.Generator().manual_seed(0))
-        sample = sample * 300  # large enough for a soft cap to show
+        sample = _unflatten(sample, heads) * 300  # large enough for a soft cap to show
         seen = run(9, 0.0) > -1e4
         bias = torch.where(seen, run(9, 0.0), 0.0)
         scaled = (run(9, sample) - bias)[seen]
@@ -229,11 +271,16 @@ class _Finder:
             return _round(scale), _round(limit), self._masks[key]
         raise _NotUnderstood("its scores are neither scaled nor softly capped, but something else")
 
-    def _scored(self, product: fx.Node, scores: fx.Node, size: int, fill: float | Tensor) -> Tensor:
-        """What the region makes of products that are all ``fill``."""
+    def _scored(self, product: fx.Node, scores: fx.Node, heads: int, size: int, fill: float | Tensor) -> Tensor:
+        """What is made of products of queries and keys that are all ``fill``, or [B, H, S, S]: [B, H, S, S]."""
         sizes = {"batch": 2, "sequence": size}
-        given = torch.zeros(symbolic_shape(self.graph, product, sizes)) + fill
-        return evaluate(self.graph, [scores], sizes, {product: given})[0]
+        shape = symbolic_shape(self.graph, product, sizes)
+        given = torch.zeros(shape) + (fill.reshape(shape) if isinstance(fill, Tensor) else fill)
+        if product.target is aten.baddbmm.default:
+            (added,) = evaluate(self.graph, _added(product), sizes)
+            beta, alpha = (float(product.kwargs.get(name, 1)) for name in ("beta", "alpha"))  # type: ignore[arg-type]
+            given = beta * added + alpha * given
+        return _unflatten(evaluate(self.graph, [scores], sizes, {product: given})[0], heads)
 
     # -- shared --------------------------------------------------------------------------------------------------------
     def _region(
@@ -304,6 +351,24 @@ class _Finder:
         nodes = {a for s in sources for a in (s, *ancestors(s, 200))}
         limit = int(self.graph.info.get("context_length") or 0)
         return classify_mask(additive, integer_literals(self.graph, nodes), limit)
+
+
+def _unflatten(scores: Tensor, heads: int) -> Tensor:
+    """[B, H, S, T] of that, or of [B * H, S, T]."""
+    return scores.unflatten(0, (-1, heads)) if scores.dim() == 3 else scores
+
+
+def _added(product: fx.Node) -> list[fx.Node]:
+    """What a ``baddbmm`` adds to its product."""
+    return [product.args[0]] if product.target is aten.baddbmm.default else []  # type: ignore[list-item]
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    """Whether a node is another with its last two dimensions swapped."""
+    if node.target is not aten.transpose.int:
+        return node.target is aten.mT.default
+    rank = node.meta["val"].dim()
+    return {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}
 
 
 def _additive(mask: Tensor) -> Tensor:
