@@ -15,6 +15,7 @@ import time
 
 import dyncomp.passes  # noqa: F401  (registers them by name)
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.tiny import TokenModel
@@ -74,12 +75,12 @@ def spaced(data: Tensor, count: int) -> Tensor:
 
 def trained(steps: int, data: Tensor) -> nn.Module:
     """The model, trained now or before."""
-    model, file = new_model(), cache_folder() / f"bench-mixture-{steps}.pt"
+    model, file = new_model(), cache_folder() / f"bench-mixture-{steps}.safetensors"
     if file.is_file():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        model.load_state_dict(load_file(file))
     else:
         train(model.train(), data, steps)
-        torch.save(model.state_dict(), file)
+        save_file(model.state_dict(), file)
     return model.eval()
 
 
