@@ -9,6 +9,7 @@
 ``dyncomp::rotary``             rotary position embedding from cos/sin tables
 ``dyncomp::cached_attention``   causal attention over a KV cache of fixed capacity
 ``dyncomp::append_cache``       a cache with the entries of new tokens
+``dyncomp::round_entries``      keys or values as a cache in int8 gives them back
 ``dyncomp::key_mask``           an attention mask that hides the tokens whose gate is closed
 ``dyncomp::sequence_scores``    one score for all tokens of a sequence, from its first ones
 ==============================  ===========================================================================
@@ -33,6 +34,9 @@ _FEW = 8
 _GATHER = 48
 """Gathering a token's inputs for an expert and adding up its outputs takes as long as computing this many neurons (measured in fp32 at
 24 to 384 neurons an expert)."""
+
+SCALE_BYTES = 4
+"""Of an entry of an int8 cache, after its codes."""
 
 
 # ---- routed_ffn ----------------------------------------------------------------------------------------------------
@@ -417,6 +421,41 @@ def _(cache: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
+def encode_entries(x: Tensor) -> Tensor:
+    """Keys or values [..., D] as an int8 cache keeps them: uint8 [..., D + 4], D codes (int8) and then their scale (float32), the largest
+    magnitude / 127, so one scale for each token and head. An entry with an infinity or a NaN becomes NaN."""
+    x = x.float()
+    peak = x.abs().amax(-1, keepdim=True)
+    finite = peak.isfinite()
+    codes = torch.where(finite & (peak >= 1e-35), (x * (127 / peak)).round(), 0.0).to(torch.int8)
+    scale = torch.where(finite, torch.where(peak >= 1e-35, peak / 127, 0.0), float("nan"))
+    return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], -1)
+
+
+def decode_entries(entries: Tensor) -> Tensor:
+    """What :func:`encode_entries` kept: [..., D + 4] uint8 -> [..., D] float32."""
+    codes, scale = entries[..., :-SCALE_BYTES].view(torch.int8), entries[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return codes.float() * scale
+
+
+@torch.library.custom_op("dyncomp::round_entries", mutates_args=())
+def round_entries(x: Tensor, bits: int) -> Tensor:
+    """Keys or values [..., D] as a cache of so many bits gives them back: 8 rounds as :func:`encode_entries` does, 32 does not.
+
+    Straight-through gradient.
+    """
+    return x.clone() if bits == 32 else decode_entries(encode_entries(x)).to(x.dtype)
+
+
+@round_entries.register_fake
+def _(x: Tensor, bits: int) -> Tensor:
+    torch._check(bits in (8, 32), lambda: f"a cache of {bits} bits")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+round_entries.register_autograd(lambda ctx, grad: (grad, None))
+
+
 # ---- cached attention ----------------------------------------------------------------------------------------------
 @torch.library.custom_op("dyncomp::cached_attention", mutates_args=())
 def cached_attention(
@@ -427,7 +466,7 @@ def cached_attention(
 
     Args:
         q: [B, H, S, D]. k, v: [B, Hkv, S, D]; query head i reads key head i * Hkv // H (grouped-query attention).
-        key_cache, value_cache: [B, Hkv, C, D] of capacity C.
+        key_cache, value_cache: [B, Hkv, C, D] of capacity C; or uint8 [B, Hkv, C, D + 4], in int8 (:func:`encode_entries`).
         past_length: [B] int64, valid entries of each row's cache; past_length + S must not exceed C.
         scale: factor on q @ k.
         window: a query sees its own position and the ``window - 1`` before it; 0 means all.
@@ -443,7 +482,9 @@ def cached_attention(
     batch, heads, length, _ = q.shape
     capacity = key_cache.shape[2]
     positions = past_length[:, None] + torch.arange(length, device=q.device)  # [B, S]
-    key_cache, value_cache = append_cache(key_cache, k, past_length), append_cache(value_cache, v, past_length)
+    coded = key_cache.dtype == torch.uint8
+    new_k, new_v = (encode_entries(k), encode_entries(v)) if coded else (k, v)
+    key_cache, value_cache = append_cache(key_cache, new_k, past_length), append_cache(value_cache, new_v, past_length)
     used = min(capacity, int(past_length.max()) + length) if batch else 0
     slot = torch.arange(used, device=q.device)
     visible = slot <= positions[..., None]  # [B, S, used]
@@ -453,7 +494,10 @@ def cached_attention(
         absent = present[:, 0, :, 0].gather(1, positions) == 0  # [B, S]
         visible &= (present[:, 0, None, :used, 0] != 0) | absent[..., None]  # what these see does not count, and must be something
     groups = heads // k.shape[1]
-    keys, values = (c[:, :, :used].repeat_interleave(groups, 1) for c in (key_cache, value_cache))
+    keys, values = (c[:, :, :used] for c in (key_cache, value_cache))
+    if coded:
+        keys, values = decode_entries(keys).to(q.dtype), decode_entries(values).to(q.dtype)
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     if softcap or bias is not None:
         scores = q @ keys.transpose(2, 3) * scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from dyncomp.activations import ACTIVATIONS
 from dyncomp.errors import BackendError
-from dyncomp.ops import cached_attention, rotary, routed_ffn_reference, threshold_gates, topk_gates
+from dyncomp.ops import cached_attention, decode_entries, encode_entries, rotary, routed_ffn_reference, threshold_gates, topk_gates
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -65,9 +65,11 @@ class Native:
         return result
 
     def session(
-        self, op: str, inputs: Tensors, constants: Tensors, threads: int, outputs: list[str], attributes: Mapping[str, float]
-    ) -> Any:
-        """A model of one operator."""
+        self, op: str, inputs: Tensors, constants: Tensors, threads: int, outputs: list[str], attributes: Mapping[str, float],
+        later: Sequence[Any] = (),
+    ) -> Any:  # fmt: skip
+        """A model of one operator. ``later``: the types of the outputs after the first, where they are not all floats."""
+        types = [1, *(_TYPES[np.dtype(t).name] for t in later), *[1] * len(outputs)]
         helper, numpy_helper = onnx.helper, onnx.numpy_helper
         given = {k: v for k, v in {**inputs, **constants}.items() if v is not None}
         names = [n if n in given else "" for n in [*inputs, *constants]]
@@ -75,7 +77,7 @@ class Native:
         node = helper.make_node(op, names, outputs, domain="dyncomp", **values)
         graph = helper.make_graph(
             [node], "g", [helper.make_tensor_value_info(k, _TYPES[v.dtype.name], [None] * v.ndim) for k, v in feeds(inputs).items()],
-            [helper.make_tensor_value_info(k, 1, None) for k in outputs],
+            [helper.make_tensor_value_info(k, t, None) for k, t in zip(outputs, types, strict=False)],
             [numpy_helper.from_array(v, k) for k, v in constants.items() if v is not None],
         )  # fmt: skip
         imports = [helper.make_opsetid("", 20), helper.make_opsetid("dyncomp", 1)]
@@ -644,8 +646,9 @@ class Attention:
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
         head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
-        softcap: float = 0.0, absent: float = 0.0,
+        softcap: float = 0.0, absent: float = 0.0, coded: bool = False,
     ) -> None:  # fmt: skip
+        self.coded, self.op = coded, "QuantizedCachedAttention" if coded else "CachedAttention"
         self.past, self.length, self.packed = np.array(past, np.int64), length, packed
         self.capacity = capacity or max(past) + length
         self.shapes = [(len(past), length, n, head_dim) for n in (kv_heads * group, kv_heads, kv_heads)]
@@ -654,6 +657,8 @@ class Attention:
         for cache in self.caches:
             for row, n in enumerate(past):
                 cache[row, :, n:] = np.nan
+        if coded:
+            self.caches = [encode_entries(torch.from_numpy(c)).numpy() for c in self.caches]
         marks = rng.random((len(past), 1, self.capacity, 1)) >= absent
         self.present = marks.astype(np.float32) if absent else None
         angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
@@ -674,7 +679,7 @@ class Attention:
 
     def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
         inputs, outputs = self.inputs(), ["out", "new_key_cache", "new_value_cache"]
-        session = native.session("CachedAttention", inputs, {}, threads, outputs, self.attributes)
+        session = native.session(self.op, inputs, {}, threads, outputs, self.attributes, (self.caches[0].dtype,) * 2)
         if not in_place:
             return list(session.run(None, feeds(inputs)))
         arrays = {k: v.copy() for k, v in feeds(inputs).items()}
@@ -699,13 +704,39 @@ class Attention:
         return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
 
     def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
-        actual, expected = self.run(native, threads, in_place), self.reference()
+        actual = self.run(native, threads, in_place)
+        if self.coded:
+            return self._check_coded(*actual)
+        expected = self.reference()
         assert error(actual[0], expected[0]).max() < 1e-5
         for i in (1, 2):
             for row, n in enumerate(self.past):
                 assert np.array_equal(actual[i][row, :, :n], self.caches[i - 1][row, :, :n])
                 assert error(actual[i][row, :, n : n + self.length], expected[i][row, :, n : n + self.length]).max() < 1e-6
                 assert np.isnan(actual[i][row, :, n + self.length :]).all()
+
+    def _check_coded(self, out: Array, *caches: Array) -> None:
+        """New entries are those of ``encode_entries``, and the output is the attention over what the caches then hold."""
+        positions = torch.from_numpy(self.past[:, None] + np.arange(self.length))
+        new = [torch.from_numpy(t).transpose(1, 2) for t in self.new[1:]]
+        new[0] = rotary(new[0], *(torch.from_numpy(t) for t in self.tables), positions, bool(self.attributes["interleaved"]))
+        floats = [np.nan_to_num(decode_entries(torch.from_numpy(c)).double().numpy()) for c in caches]
+        for before, after, value, fresh in zip(self.caches, caches, floats, new, strict=True):
+            for row, n in enumerate(self.past):
+                expected = encode_entries(fresh[row])
+                written = after[row, :, n : n + self.length]
+                assert np.array_equal(written[..., :-4].view(np.int8), expected[..., :-4].numpy().view(np.int8))
+                assert error(value[row, :, n : n + self.length], decode_entries(expected).numpy()).max(initial=0) < 1e-6
+                after[row, :, n : n + self.length] = before[row, :, n : n + self.length]
+            assert np.array_equal(after, before)  # nothing else was written
+        self.caches = floats
+        self.new[1:] = [
+            np.stack([v[row, :, n : n + self.length] for row, n in enumerate(self.past)]).transpose(0, 2, 1, 3) for v in floats
+        ]
+        tables, self.tables = self.tables, [t[:, :0] for t in self.tables]
+        self.new[0] = rotary(torch.from_numpy(self.new[0]).double().transpose(1, 2), *(torch.from_numpy(t).double() for t in tables),
+                             positions, bool(self.attributes["interleaved"])).transpose(1, 2).numpy()  # fmt: skip
+        assert error(out, self.reference()[0]).max(initial=0) < 1e-5
 
 
 @pytest.mark.parametrize("group", range(1, 9))
@@ -744,7 +775,7 @@ def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
     head_dim = 16 * data.draw(st.integers(1, 9))
     past = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
@@ -755,7 +786,7 @@ def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
         capacity=max(past) + length + data.draw(st.integers(0, 20)),
         rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
-        absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])),
+        absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])), coded=data.draw(st.booleans()),
     ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
 
 

@@ -26,6 +26,9 @@ present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32`
     all three side by side. Caches [B, Hkv, C, D] that are bound to the outputs' memory are updated in place. With ``heads`` (H),
     ``kv_heads`` (Hkv), ``interleaved``, ``window`` (0: all) and the floats ``scale`` and ``softcap`` (0: none). D is a multiple of 16, at
     most 256.
+``QuantizedCachedAttention(…)``
+    the same with caches in int8, u8 [B, Hkv, C, D + 4]: each entry is D codes (int8) and their scale (float32, the largest magnitude
+    / 127). New entries are rounded before they are attended to, as all others are.
 
 :mod:`~dyncomp.backends.native.pack` makes codes (uint8), scales and offsets (float16) from matrices.
 """

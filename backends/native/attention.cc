@@ -1,4 +1,5 @@
-// CachedAttention: causal attention of new tokens over a KV cache, with the rotary embedding inside.
+// CachedAttention: causal attention of new tokens over a KV cache, with the rotary embedding inside. QuantizedCachedAttention: the same over
+// keys and values in int8.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,11 +9,11 @@
 namespace dyncomp {
 namespace {
 
-constexpr const char* kName = "CachedAttention";
+template <Type CACHE>
 constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kFloat, true}, {Type::kFloat, true},  // query, key, value
-    {Type::kFloat, false}, {Type::kFloat, false}, {Type::kInt64, false},  // key_cache, value_cache, past_length
-    {Type::kFloat, true},  {Type::kFloat, true},  {Type::kFloat, true},  // cos, sin, present
+    {CACHE, false},        {CACHE, false},       {Type::kInt64, false},  // key_cache, value_cache, past_length
+    {Type::kFloat, true},  {Type::kFloat, true}, {Type::kFloat, true},  // cos, sin, present
 };
 // With fewer than kFewUnits units of work, more than kSplitFrom keys are divided among units of kSplitKeys.
 constexpr int64_t kFewUnits = 16, kSplitFrom = 256, kSplitKeys = 128;
@@ -31,6 +32,8 @@ void* create(Attributes& attributes) {
   if (op.window < 0 || op.window > INT32_MAX) attributes.fail("the window is negative or too large");
   return keep(attributes, op);
 }
+
+void destroy(void* kernel) { delete static_cast<Attention*>(kernel); }
 
 // A unit of work is `rows` queries of a group (S * G of them, `tiles` units) over `keys` entries of the cache.
 struct Work {
@@ -85,7 +88,7 @@ void merge(const Work& work, int64_t units) {
 
 bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equal(a.sizes, a.sizes + a.rank, b.sizes); }
 
-void compute(const void* kernel, Call& call) {
+void compute(const void* kernel, Call& call, bool coded) {
   const Attention& op = *static_cast<const Attention*>(kernel);
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
   Shape query, key, value, caches, values, table, sines, present;
@@ -94,8 +97,8 @@ void compute(const void* kernel, Call& call) {
   job.query = call.input<float>(0, "query", false, &query);
   job.key = call.input<float>(1, "key", true, &key);
   job.value = call.input<float>(2, "value", true, &value);
-  const float* key_cache = call.input<float>(3, "key_cache", false, &caches);
-  const float* value_cache = call.input<float>(4, "value_cache", false, &values);
+  const void* key_cache = call.input<void>(3, "key_cache", false, &caches);
+  const void* value_cache = call.input<void>(4, "value_cache", false, &values);
   job.cos = call.input<float>(6, "cos", true, &table);
   job.sin = call.input<float>(7, "sin", true, &sines);
   job.present = call.input<float>(8, "present", true, &present);
@@ -105,7 +108,9 @@ void compute(const void* kernel, Call& call) {
     return;
   }
   job.batch = query.sizes[0], job.length = query.sizes[1], job.heads = op.heads, job.kv_heads = op.kv_heads;
-  job.capacity = caches.sizes[2], job.head_dim = caches.sizes[3];
+  constexpr int64_t wide = sizeof(float);
+  job.capacity = caches.sizes[2], job.coded = coded, job.entry = caches.sizes[3] * (coded ? 1 : wide);
+  job.head_dim = coded ? std::max<int64_t>(0, caches.sizes[3] - wide) : caches.sizes[3];
   job.window = op.window, job.interleaved = static_cast<int32_t>(op.interleaved), job.scale = op.scale, job.softcap = op.softcap;
   job.past = call.input<int64_t>(5, "past_length", false, job.batch);
   const int64_t d = job.head_dim, width = op.heads * d, kv_width = op.kv_heads * d;
@@ -146,10 +151,10 @@ void compute(const void* kernel, Call& call) {
   if (packed) job.key = job.query + width, job.value = job.key + kv_width;
   query.sizes[2] = width;
   job.output = call.output(query);
-  job.key_cache = call.output(caches, 1);
-  job.value_cache = call.output(caches, 2);
+  job.key_cache = call.output<char>(caches, 1);
+  job.value_cache = call.output<char>(caches, 2);
   if (call.failed()) return;
-  const size_t bytes = caches.count() * sizeof(float);
+  const size_t bytes = caches.leading() * job.entry;
   if (bytes && job.key_cache != key_cache) std::memcpy(job.key_cache, key_cache, bytes);  // otherwise they are updated in place
   if (bytes && job.value_cache != value_cache) std::memcpy(job.value_cache, value_cache, bytes);
   if (job.batch == 0 || job.length == 0) return;
@@ -175,6 +180,9 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator cached_attention = {kName, kInputs, 9, create, compute, [](void* kernel) { delete static_cast<Attention*>(kernel); }, 3};
+const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 9, create,
+    [](const void* kernel, Call& call) { compute(kernel, call, false); }, destroy, 3};
+const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 9, create,
+    [](const void* kernel, Call& call) { compute(kernel, call, true); }, destroy, 3, Type::kByte};
 
 }  // namespace dyncomp

@@ -1,6 +1,8 @@
 // The kernels of attention. Included after kernel_body.h and multiply.h by the file of each instruction set, which has also defined
 //   transpose         16 floats of each of 16 rows -> 16 columns
 //   largest           of the 16 floats of a V
+//   load_bytes        16 int8 as a V
+//   store_bytes       a V, rounded to the nearest integers (to even), as 16 int8
 
 // ---- rotary embedding ---------------------------------------------------------------------------------------------
 // One head x [head_dim] at a position, times `factor`.
@@ -24,15 +26,45 @@ inline void rotate(const AttentionJob& job, const float* __restrict x, int64_t p
   for (int64_t i = 2 * half; i < job.head_dim; i++) y[i] = x[i] * factor;
 }
 
+// ---- entries in int8 ----------------------------------------------------------------------------------------------
+// x [d] as codes and their scale, the largest magnitude / 127. With an infinity or a NaN all of it is NaN.
+inline void encode_entry(const float* x, int64_t d, char* entry) {
+  int32_t peak = 0;
+  for (int64_t i = 0; i < d; i++) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    peak = bits > peak ? bits : peak;
+  }
+  const Range range = range_of(peak);
+  for (int64_t i = 0; i < d; i += kTile) store_bytes(entry + i, range.factor == 0.0f ? set(0.0f) : load(x + i) * set(range.factor));
+  __builtin_memcpy(entry + d, &range.scale, sizeof range.scale);
+}
+
+inline const float* decode_entry(const char* entry, int64_t d, float* x) {
+  float scale;
+  __builtin_memcpy(&scale, entry + d, sizeof scale);
+  for (int64_t i = 0; i < d; i += kTile) store(x + i, load_bytes(entry + i) * set(scale));
+  return x;
+}
+
 void append(const AttentionJob& job, int64_t first, int64_t last) {
+  alignas(64) float turned[kMaxHeadDim];
   const int64_t d = job.head_dim;
   for (int64_t t = first; t < last; t++) {
     const int64_t row = t / job.length, position = job.past[row] + t % job.length;
     for (int64_t h = 0; h < job.kv_heads; h++) {
-      const int64_t at = ((row * job.kv_heads + h) * job.capacity + position) * d;
-      rotate(job, job.key + t * job.key_stride + h * d, position, 1.0f, job.key_cache + at);
-      const float* v = job.value + t * job.key_stride + h * d;
-      for (int64_t i = 0; i < d; i += kTile) store(job.value_cache + at + i, load(v + i));
+      const int64_t at = ((row * job.kv_heads + h) * job.capacity + position) * job.entry;
+      const float *k = job.key + t * job.key_stride + h * d, *v = job.value + t * job.key_stride + h * d;
+      if (job.coded) {
+        rotate(job, k, position, 1.0f, turned);
+        encode_entry(turned, d, job.key_cache + at);
+        encode_entry(v, d, job.value_cache + at);
+        continue;
+      }
+      rotate(job, k, position, 1.0f, reinterpret_cast<float*>(job.key_cache + at));
+      float* values = reinterpret_cast<float*>(job.value_cache + at);
+      for (int64_t i = 0; i < d; i += kTile) store(values + i, load(v + i));
     }
   }
 }
@@ -86,12 +118,12 @@ inline void weigh(const AttentionJob& job, float* scores, const float* present, 
 
 void attend(const AttentionJob& job, const AttentionUnit& unit) {
   alignas(64) float query[kUnitFloats], out[kUnitFloats], keys[kMaxHeadDim * kKeys], weights[kRows * kKeys];
-  alignas(64) float sum[kUnitRows * kTile], marks[kKeys];
+  alignas(64) float sum[kUnitRows * kTile], marks[kKeys], decoded[kTile * kMaxHeadDim], decoded_values[kMaxHeadDim * kKeys];
   float peak[kUnitRows];
   const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row], rows = unit.to - unit.from;
-  const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * d;
-  const float* key_cache = job.key_cache + cache;
-  const float* value_cache = job.value_cache + cache;
+  const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * job.entry, element = job.coded ? 1 : sizeof(float);
+  const char* key_cache = job.key_cache + cache;
+  const char* value_cache = job.value_cache + cache;
   const float factor = job.softcap != 0.0f ? job.scale / job.softcap : job.scale;
   const float* present = job.present ? job.present + unit.row * job.capacity : nullptr;
   const auto absent = [&](int64_t r) { return present && present[past + (unit.from + r) / group] == 0.0f; };
@@ -113,15 +145,24 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
     }
     for (int64_t j = 0; j < count; j += kTile) {
       const float* from[kTile];
-      for (int64_t i = 0; i < kTile; i++) from[i] = key_cache + (k + least(j + i, count - 1)) * d;
+      for (int64_t i = 0; i < kTile; i++) {
+        const char* entry = key_cache + (k + least(j + i, count - 1)) * job.entry;
+        from[i] = job.coded ? decode_entry(entry, d, decoded + i * d) : reinterpret_cast<const float*>(entry);
+      }
       for (int64_t i = 0; i < d; i += kTile) {
         transpose(from, i, keys + i * kKeys + j, kKeys);
-        const int64_t same = (k + j) * d + i * kTile;  // as much of these keys' values and of the next keys, on their way meanwhile
-        for (int64_t line = 0; line < kTile * kTile; line += kTile) {
+        // As much of these keys' values and of the next keys, on their way meanwhile.
+        const int64_t same = (k + j) * job.entry + i * kTile * element;
+        for (int64_t line = 0; line < kTile * kTile * element; line += 64) {
           __builtin_prefetch(value_cache + same + line);
-          __builtin_prefetch(key_cache + same + kKeys * d + line);
+          __builtin_prefetch(key_cache + same + kKeys * job.entry + line);
         }
       }
+    }
+    const float* values = reinterpret_cast<const float*>(value_cache + k * job.entry);
+    if (job.coded) {
+      for (int64_t i = 0; i < count; i++) decode_entry(value_cache + (k + i) * job.entry, d, decoded_values + i * d);
+      values = decoded_values;
     }
     for (int64_t r = 0, n; r < rows; r += n) {
       n = least(kRows, rows - r);
@@ -138,7 +179,7 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
         weigh(job, weights + i * kKeys, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
       }
-      multiply_all(n, d, shares, value_cache + (k + low) * d, d, out + r * d, d, high - low, true);
+      multiply_all(n, d, shares, values + low * d, d, out + r * d, d, high - low, true);
     }
   }
   for (int64_t r = 0; r < rows; r++) {

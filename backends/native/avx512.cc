@@ -55,6 +55,9 @@ inline void transpose(const float* const* rows, int64_t at, float* to, int64_t s
   }
 }
 
+inline V load_bytes(const char* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+inline void store_bytes(char* p, V x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+
 inline I set_integer(int32_t x) { return _mm512_set1_epi32(x); }
 
 inline __m512i four(const int8_t* p) {

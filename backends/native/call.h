@@ -66,7 +66,11 @@ class Call : public Failing {
   const T* input(size_t index, const char* name, bool optional, int64_t count) {
     return static_cast<const T*>(data(index, name, optional, count));
   }
-  float* output(const Shape& shape, size_t index = 0) { return failed() ? nullptr : result(index, shape); }
+  float* output(const Shape& shape) { return output<float>(shape, 0); }
+  template <typename T>
+  T* output(const Shape& shape, size_t index) {
+    return failed() ? nullptr : static_cast<T*>(result(index, shape));
+  }
 
   // function(user, first, last) on ranges that make up 0 .. units - 1, units of equal cost, `multiplications` in all.
   void parallel(int64_t multiplications, int64_t units, void (*function)(const void*, int64_t, int64_t), const void* user);
@@ -78,7 +82,7 @@ class Call : public Failing {
   using Failing::Failing;
   // False when the tensor is absent, or after an error.
   virtual bool tensor(size_t index, const char* name, Shape* shape, const void** data) = 0;
-  virtual float* result(size_t index, const Shape& shape) = 0;
+  virtual void* result(size_t index, const Shape& shape) = 0;
   virtual void on_threads(size_t count, void (*function)(void* user, size_t index), void* user) = 0;
 
  private:

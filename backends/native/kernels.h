@@ -81,7 +81,9 @@ struct FloatFfnJob : FfnJob {
 struct AttentionJob {
   const float *query, *key, *value;  // a token's heads lie side by side, tokens query_stride or key_stride floats apart
   int64_t query_stride, key_stride;
-  float *key_cache, *value_cache;    // [batch, kv_heads, capacity, head_dim]
+  char *key_cache, *value_cache;     // [batch, kv_heads, capacity, entry]
+  int64_t entry;                     // bytes of a key or value: head_dim floats; or, when coded, head_dim int8 codes and then their scale
+  bool coded;
   const int64_t* past;               // [batch]
   const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated

@@ -19,8 +19,9 @@ struct Operator {
   void (*compute)(const void* kernel, Call& call);
   void (*destroy)(void* kernel);
   size_t outputs = 1;
+  Type later = Type::kFloat;  // of the outputs after the first
 };
 
-extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, cached_attention;
+extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, cached_attention, quantized_cached_attention;
 
 }  // namespace dyncomp

@@ -70,6 +70,16 @@ inline void transpose(const float* const* rows, int64_t at, float* to, int64_t s
   }
 }
 
+inline V load_bytes(const char* p) {
+  V x;
+  for (int i = 0; i < kTile; i++) x[i] = static_cast<float>(static_cast<int8_t>(p[i]));
+  return x;
+}
+inline void store_bytes(char* p, V x) {
+  const I codes = to_integer(nearest(x));
+  for (int i = 0; i < kTile; i++) p[i] = static_cast<char>(codes[i]);
+}
+
 inline I set_integer(int32_t x) { return I{} + x; }
 
 inline Weights8 load8(const uint8_t* p) { return {p}; }

@@ -52,11 +52,11 @@ class OrtCall final : public Call {
     return read && keep(api_.GetTensorMutableData(const_cast<OrtValue*>(value), const_cast<void**>(data)));
   }
 
-  float* result(size_t index, const Shape& shape) override {
+  void* result(size_t index, const Shape& shape) override {
     OrtValue* value = nullptr;
     void* pointer = nullptr;
     if (keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value))) keep(api_.GetTensorMutableData(value, &pointer));
-    return static_cast<float*>(pointer);
+    return pointer;
   }
 
   void on_threads(size_t count, void (*function)(void*, size_t), void* user) override {
@@ -122,7 +122,7 @@ Entry entry(const Operator& operation) {
   e.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   e.GetInputType = [](const OrtCustomOp* op, size_t index) { return type_of(of(op).inputs[index].type); };
   e.GetInputTypeCount = [](const OrtCustomOp* op) { return of(op).count; };
-  e.GetOutputType = [](const OrtCustomOp*, size_t) { return ORT_FLOAT; };
+  e.GetOutputType = [](const OrtCustomOp* op, size_t index) { return index ? type_of(of(op).later) : ORT_FLOAT; };
   e.GetOutputTypeCount = [](const OrtCustomOp* op) { return of(op).outputs; };
   e.KernelDestroy = destroy;
   e.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
@@ -145,7 +145,7 @@ Entry entry(const Operator& operation) {
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dyncomp;
   static const Entry entries[] = {entry(quantized_linear), entry(sparse_linear), entry(quantized_ffn), entry(float_ffn),
-                                  entry(quantized_embedding), entry(cached_attention)};
+                                  entry(quantized_embedding), entry(cached_attention), entry(quantized_cached_attention)};
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) {  // even the oldest table can make a status
     const OrtApi* oldest = base->GetApi(1);

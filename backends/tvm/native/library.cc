@@ -67,14 +67,14 @@ class TvmCall final : public Call {
     return !failed();
   }
 
-  float* result(size_t, const Shape& shape) override {
+  void* result(size_t, const Shape& shape) override {
     Shape given;
     void* data = read(output_, "output", Type::kFloat, &given);
     bool equal = given.rank == shape.rank;
     for (size_t i = 0; equal && i < shape.rank; i++) equal = given.sizes[i] == shape.sizes[i];
     if (!equal) fail("the output has %lld elements in %zu dimensions; it should have %lld in %zu", static_cast<long long>(given.count()),
                      given.rank, static_cast<long long>(shape.count()), shape.rank);
-    return failed() ? nullptr : static_cast<float*>(data);
+    return failed() ? nullptr : data;
   }
 
   // The data and shape of a tensor of this type; an error when the value is anything else.
