@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dyncomp.errors import BackendError
 from dyncomp.graph import Builder, Graph
 from dyncomp.ops import cached_attention, rotary, sparse_linear
 from dyncomp.quantized import join
+from dyncomp.regions.attention import ROUNDED
 from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 
 aten = torch.ops.aten
@@ -125,6 +127,25 @@ def _single_source(node: fx.Node, shapes: ShapeOnly) -> fx.Node | None:
 def has_absent_tokens(node: fx.Node) -> bool:
     """Whether a ``dyncomp.cached_attention`` is told which tokens are not attended to."""
     return len(node.args) > 9 and node.args[9] is not None
+
+
+def has_coded_cache(node: fx.Node) -> bool:
+    """Whether a ``dyncomp.cached_attention`` keeps keys and values in int8."""
+    return bool(node.args[3].meta["val"].dtype == torch.uint8)  # type: ignore[union-attr]
+
+
+def require_cached(graph: Graph) -> None:
+    """Refuse keys and values that are rounded for a cache which the graph does not have.
+
+    Raises:
+        BackendError: names the first.
+    """
+    for node in graph.nodes:
+        if node.target is ROUNDED:
+            raise BackendError(
+                f"{node.meta.get('path') or node.name}: its keys and values are in int8 (quantize-cache), and the model has no KV cache",
+                hint="convert without --kv-cache",
+            )
 
 
 def has_bias(node: fx.Node) -> bool:

@@ -126,10 +126,10 @@ def require_encoded(encoder: Any, encoded: int, batch: int) -> None:
 
 
 def allocate_caches(model: Any, batch: int, capacity: int, zeros: Callable[..., Array] = np.zeros) -> list[Array]:
-    """[batch, Hkv, capacity, D] of zeros for each of :func:`cache_names`."""
+    """[batch, Hkv, capacity, D] of zeros for each of :func:`cache_names`, of its type."""
     sizes, names = {"batch": batch, "capacity": capacity}, cache_names(model)
-    shapes = [i["shape"] for i in model.config["inputs"] if i["name"] in names]
-    return [zeros([sizes.get(d, d) for d in shape], np.float32) for shape in shapes]
+    specs = [i for i in model.config["inputs"] if i["name"] in names]
+    return [zeros([sizes.get(d, d) for d in s["shape"]], np.dtype(s["dtype"])) for s in specs]
 
 
 D = TypeVar("D", bound=CachedDecoder)

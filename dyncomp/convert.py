@@ -30,8 +30,9 @@ from dyncomp.graph import Graph
 from dyncomp.hardware import available_memory
 from dyncomp.mapped import TensorStore
 from dyncomp.models import LoadedModel, count_weights, load_model
-from dyncomp.passes import Heal
+from dyncomp.passes import Heal, QuantizeCache
 from dyncomp.passes.quantize import quantize_of
+from dyncomp.passes.quantize_cache import keep_floats
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make_pass, no_progress, parse_passes
 from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
@@ -59,6 +60,7 @@ class ConvertRequest:
         active: mean fraction of active FFN neurons, in (0, 1]; None leaves it to the recipe.
         experts: experts per FFN; None leaves it to the recipe.
         quantize: ``int8``, ``int4`` or ``mixed``: the weights' precision; None is what the recipe says.
+        kv_cache: ``int8`` keeps keys and values of past tokens so; None is what the recipe says.
         goal: what to search for in place of a recipe; None is :data:`DEFAULT_GOAL`.
         calibrate: text (a packaged name or a file) or images (a packaged name or a folder) to calibrate on; a part is held out for
             evaluation.
@@ -81,6 +83,7 @@ class ConvertRequest:
     active: float | None = None
     experts: int | None = None
     quantize: str | None = None
+    kv_cache: str | None = None
     goal: Goal | None = None
     calibrate: str | None = None
     other: str | None = "default"
@@ -110,6 +113,8 @@ class ConvertRequest:
                 "--max-loss, --speedup, --minutes and --trials search for a recipe, and one is named",
                 hint="leave out --recipe, --active, --experts and --quantize, or the search",
             )
+        if self.kv_cache is not None:
+            self._validate_cache()
         if self.searched is not None:
             self.searched.validate()
             if self.backend == "tvm":
@@ -141,6 +146,16 @@ class ConvertRequest:
                     hint=f"{COMPILER_HINT}, leave out --quantize, or use --backend ort",
                 )
 
+    def _validate_cache(self) -> None:
+        from dyncomp.backends.native.build import HINT, unavailable_reason
+
+        if self.searched is not None:
+            raise RequestError("--kv-cache: a search does not try caches", hint="name a recipe: --recipe, or --quantize")
+        if self.backend == "tvm":
+            raise RequestError(f"--kv-cache {self.kv_cache}: there are no TVM kernels for it", hint="leave it out, or use --backend ort")
+        if self.backend == "ort" and (reason := unavailable_reason()) is not None:
+            raise RequestError(f"--kv-cache {self.kv_cache} is read by native kernels, and {reason}", hint=f"{HINT}, or leave it out")
+
 
 def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Convert a model and write the bundle; returns the report.
@@ -168,7 +183,7 @@ def convert(request: ConvertRequest, *, progress: Progress = no_progress, say: C
 
 
 def healing_passes(opened: bundle.Bundle, options: str) -> tuple[Pass, ...]:
-    """What heals a bundle: ``heal{options}``, and its quantization again when it has one.
+    """What heals a bundle: ``heal{options}``, and its quantization again when it has one, its KV cache's too.
 
     Raises:
         RequestError: no such option, or a value out of range; or several processes were started.
@@ -178,8 +193,9 @@ def healing_passes(opened: bundle.Bundle, options: str) -> tuple[Pass, ...]:
             "dyncomp heal was started in several processes, and only training can be shared",
             hint="start it without torchrun, or share the training: dyncomp.heal.Trainer inside dyncomp.heal.ranks.joined()",
         )
-    quantize = quantize_of(parse_passes(", ".join(p.spec for p in opened.manifest.passes)))
-    return (make_pass(Heal.name, options), *([] if quantize is None else [quantize]))
+    earlier = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
+    quantize, caches = quantize_of(earlier), [p for p in earlier if isinstance(p, QuantizeCache)][:1]
+    return (make_pass(Heal.name, options), *([] if quantize is None else [quantize]), *caches)
 
 
 @dataclass
@@ -204,7 +220,9 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     passes = list(request.passes)
 
     def resolve(widths: Sequence[int] = ()) -> list[Pass]:
-        return recipe.resolve(active=request.active, experts=request.experts, quantize=request.quantize, widths=widths)
+        return recipe.resolve(
+            active=request.active, experts=request.experts, quantize=request.quantize, kv_cache=request.kv_cache, widths=widths
+        )
 
     if origin is not None:
         recipe, loaded = Recipe(name=origin.manifest.recipe, passes=""), origin.dense()
@@ -320,6 +338,7 @@ def _search(
 def _floating(graph: Graph) -> Graph:
     """The graph with the decoded values as plain weights, for passes that train or fit them."""
     graph.quantized.clear()
+    keep_floats(graph)
     for key in ("activations", "two_terms", "precisions"):
         graph.info.pop(key, None)
     return graph

@@ -19,6 +19,7 @@ from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.models.extras import require
 from dyncomp.models.gguf_file import GgufFile, read_gguf
+from dyncomp.passes.quantize_cache import keep_floats
 from dyncomp.pipeline import relative_error
 from dyncomp.regions import find_routed
 from dyncomp.regions.tokens import random_inputs
@@ -88,7 +89,11 @@ def export(request: ExportRequest) -> dict[str, Any]:
     request.validate()
     opened = open_bundle(request.bundle)
     with disk_errors(request.out), _beside(request.out) as folder:
-        record = {"backend": request.backend, **BACKENDS[request.backend](request, opened, opened.graph(), folder)}
+        graph = opened.graph()
+        floats = request.backend in ("hf", "gguf", "pt2") and keep_floats(graph)
+        record = {"backend": request.backend, **BACKENDS[request.backend](request, opened, graph, folder)}
+        if floats:
+            record.setdefault("notes", []).append("keys and values are not rounded: the cache is that of the program which runs it")
         record |= {"source": opened.manifest.source.name, "passes": [p.spec for p in opened.manifest.passes], "versions": versions()}
         (folder / "README.md").write_text(model_card(opened.report(), record))
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dyncomp.mapped import trim
-from dyncomp.ops import expert_hidden, gated_linear, keep_large, routed_ffn, sparse_linear
+from dyncomp.ops import expert_hidden, gated_linear, keep_large, round_entries, routed_ffn, sparse_linear
 
 if TYPE_CHECKING:
     from dyncomp.graph import Graph
 
 ACTIVATION_BLOCK = 32
 _ROUTED, _SPARSE, _GATED = routed_ffn._opoverload, sparse_linear._opoverload, gated_linear._opoverload
+_ROUNDED = round_entries._opoverload
 
 
 def round_activations(x: Tensor, terms: int = 1) -> Tensor:
@@ -46,21 +47,34 @@ def rounds_activations(graph: Graph) -> bool:
 
 @contextlib.contextmanager
 def float_activations(*graphs: Graph) -> Iterator[None]:
-    """Leave activations as they are for a while, neither rounded nor counted as zero: to compare two programs, whose sums differ by
-    a rounding error that a step of 1/127, or a threshold, would magnify."""
+    """Leave activations, keys and values as they are for a while, neither rounded nor counted as zero: to compare two programs, whose
+    sums differ by a rounding error that a step of 1/127, or a threshold, would magnify. (A KV cache in int8 stays one.)"""
     before = [graph.info.pop("activations", None) for graph in graphs]
     thresholds = [{str(n.args[3].target): graph.tensor(n.args[3]) for n in sparse_nodes(graph)} for graph in graphs]  # type: ignore[union-attr, arg-type]
+    entries = [[n for n in graph.module.graph.nodes if n.target is _ROUNDED] for graph in graphs]
     try:
+        for graph, nodes in zip(graphs, entries, strict=True):
+            _set_bits(graph, nodes, 32)
         for graph, tensors in zip(graphs, thresholds, strict=True):
             for name, value in tensors.items():
                 graph.add_tensor(name, torch.zeros_like(value), trainable=False)
         yield
     finally:
-        for graph, info, tensors in zip(graphs, before, thresholds, strict=True):
+        for graph, info in zip(graphs, before, strict=True):
             if info is not None:
                 graph.info["activations"] = info
+        for graph, nodes in zip(graphs, entries, strict=True):
+            _set_bits(graph, nodes, 8)
+        for graph, tensors in zip(graphs, thresholds, strict=True):
             for name, value in tensors.items():
                 graph.add_tensor(name, value, trainable=False)
+
+
+def _set_bits(graph: Graph, nodes: list[fx.Node], bits: int) -> None:
+    for node in nodes:
+        node.args = (node.args[0], bits)
+    if nodes:
+        graph.module.recompile()
 
 
 def sparse_nodes(graph: Graph) -> list[fx.Node]:

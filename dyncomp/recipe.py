@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import dyncomp.passes  # noqa: F401  registers the passes by name
 from dyncomp.errors import RequestError
+from dyncomp.passes import QuantizeCache  # importing the package registers the passes by name
 from dyncomp.passes.quantize import PRECISIONS, quantize_of
 from dyncomp.pipeline import Pass, parse_passes
 
@@ -34,13 +34,15 @@ class Recipe(BaseModel):
     experts: int | None = None
 
     def resolve(
-        self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None, widths: Sequence[int] = ()
-    ) -> list[Pass]:
+        self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None, kv_cache: str | None = None,
+        widths: Sequence[int] = (),
+    ) -> list[Pass]:  # fmt: skip
         """The passes with every placeholder filled in.
 
         Args:
             widths: of the model's FFNs, where they are known.
             quantize: a name in :data:`~dyncomp.passes.quantize.PRECISIONS`; its pass is added at the end.
+            kv_cache: a name in :data:`CACHES`; its pass is added after that.
 
         Raises:
             RequestError: an unknown pass or option.
@@ -52,15 +54,25 @@ class Recipe(BaseModel):
         spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(count))
         spec = spec.replace("{shared}", str(count // 4))
         passes = parse_passes(spec)
-        if quantize is None:
-            if not passes:
-                raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8, int4 or mixed")
-            return passes
-        if quantize not in PRECISIONS:
-            raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")
-        if quantize_of(passes) is not None:
-            raise RequestError(f"the recipe {self.name!r} quantizes already", hint="leave out --quantize")
-        return [*passes, PRECISIONS[quantize]]
+        if quantize is None and kv_cache is None and not passes:
+            raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8, int4 or mixed")
+        if quantize is not None:
+            if quantize not in PRECISIONS:
+                raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")
+            if quantize_of(passes) is not None:
+                raise RequestError(f"the recipe {self.name!r} quantizes already", hint="leave out --quantize")
+            passes.append(PRECISIONS[quantize])
+        if kv_cache is not None:
+            if kv_cache not in CACHES:
+                raise RequestError(f"unknown precision {kv_cache!r} of a KV cache", hint=f"precisions: {', '.join(CACHES)}")
+            if any(p in passes for p in CACHES.values()):
+                raise RequestError(f"the recipe {self.name!r} quantizes the KV cache already", hint="leave out --kv-cache")
+            passes.append(CACHES[kv_cache])
+        return passes
+
+
+CACHES: dict[str, Pass] = {"int8": QuantizeCache()}
+"""What ``--kv-cache`` takes."""
 
 
 def most_experts(widths: Iterable[int], numbers: Iterable[int], block: int = 1) -> int | None:

@@ -23,7 +23,7 @@ def generate(folder: str, ids: list[int], new_tokens: int = 16) -> list[int]:
     capacity = min(len(ids) + new_tokens, config["kv_cache"]["context_length"])
     sizes = {"batch": 1, "capacity": capacity}
     caches = {
-        spec["name"]: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros([sizes.get(d, d) for d in spec["shape"]], np.float32))
+        spec["name"]: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros([sizes.get(d, d) for d in spec["shape"]], spec["dtype"]))
         for spec in config["inputs"]
         if "_cache_" in spec["name"]
     }

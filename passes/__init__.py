@@ -16,6 +16,7 @@ from dyncomp.passes.heal import Heal
 from dyncomp.passes.merge_experts import MergeExperts
 from dyncomp.passes.prune_static import PruneStatic
 from dyncomp.passes.quantize import Quantize
+from dyncomp.passes.quantize_cache import QuantizeCache
 from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.passes.refit_down import RefitDown
 from dyncomp.passes.skip_depth import SkipDepth
@@ -26,5 +27,5 @@ from dyncomp.passes.upcycle import Upcycle
 
 __all__ = [
     "AWQ", "AddKVCache", "CarveExperts", "DropDepth", "DropExperts", "FitRouter", "FuseNorm", "Heal", "MergeExperts", "PruneStatic",
-    "Quantize", "Recalibrate", "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "SplitExperts", "Upcycle",
+    "Quantize", "QuantizeCache", "Recalibrate", "RefitDown", "SkipDepth", "SoftMoE", "Sparsify", "SplitExperts", "Upcycle",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph, TensorSpec
-from dyncomp.ops import append_cache, cached_attention, sequence_scores
+from dyncomp.ops import SCALE_BYTES, append_cache, cached_attention, sequence_scores
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.attention import Attention, find_attentions
 from dyncomp.regions.linear import PRODUCTS
@@ -38,6 +38,9 @@ class AddKVCache(Pass):
 
     An encoder–decoder becomes two graphs (``split_encoder``): the one above, with the keys and values of its cross-attentions as
     further inputs ``encoded_0 [B, H, T, D]`` …, and :attr:`Graph.encoder`, which gives them.
+
+    Caches of keys and values that the graph rounds (``quantize-cache``) are int8, ``uint8 [B, Hkv, C, D + 4]``
+    (:func:`dyncomp.ops.encode_entries`).
 
     Tokens that are absent from an attention (``skip-depth{kv=absent}``) are marked in ``present_cache_0 [B, 1, C, 1]``, and scores that
     decide for a whole sequence (``gates=sequence``) are kept in ``score_cache_0``, as keys and values are.
@@ -92,6 +95,7 @@ class AddKVCache(Pass):
         if where is not None:
             reason = f"with a cache the result differs by {error:.1e} (relative), first at {where}"
             return _refused(graph, reason, "something other than attention mixes tokens: run it without a cache")
+        _round_caches(work, attentions)
         graph.module, graph.inputs, graph.outputs, graph.info = work.module, work.inputs, work.outputs, work.info
         graph.quantized, graph.encoder = work.quantized, work.encoder
         return PassResult(changed=[a.path for a in attentions], facts={**facts, "relative_error": error})
@@ -153,6 +157,8 @@ class _Rewrite:
                 {"kv_heads": a.kv_heads, "key_dim": a.head_dim, "value_dim": a.value_dim, "window": a.mask.window} for a in attentions
             ],
         }
+        if any(a.cache_bits == 8 for a in attentions):
+            graph.info["kv_cache"] |= {"bits": 8, "bytes_per_token": sum(a.cache_bytes for a in attentions)}
         made = [*tables.names, *self._biases]
         return {"attentions": len(attentions), "rotary": len(rotary), "tables": made, "context_length": self.context}
 
@@ -223,6 +229,17 @@ class _Rewrite:
         node = self.graph.module.graph.call_function(target, args)
         self.made.add(node)
         return node
+
+
+def _round_caches(graph: Graph, attentions: list[Attention]) -> None:
+    """Make the caches of rounded keys and values int8: after the check, for which a step of the rounding would be a difference."""
+    coded = {f"{kind}_cache_{i}" for i, a in enumerate(attentions) if a.cache_bits == 8 for kind in ("key", "value")}
+    if not coded:
+        return
+    graph.inputs = tuple(
+        TensorSpec(s.name, torch.uint8, (*s.shape[:3], int(s.shape[3]) + SCALE_BYTES)) if s.name in coded else s for s in graph.inputs
+    )
+    graph.infer_shapes()
 
 
 def vocabulary_head(graph: Graph, logits: fx.Node) -> fx.Node:

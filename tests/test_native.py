@@ -730,9 +730,7 @@ class Attention:
                 after[row, :, n : n + self.length] = before[row, :, n : n + self.length]
             assert np.array_equal(after, before)  # nothing else was written
         self.caches = floats
-        self.new[1:] = [
-            np.stack([v[row, :, n : n + self.length] for row, n in enumerate(self.past)]).transpose(0, 2, 1, 3) for v in floats
-        ]
+        self.new[1:] = [np.stack([v[row, :, n : n + self.length] for row, n in enumerate(self.past)]).transpose(0, 2, 1, 3) for v in floats]
         tables, self.tables = self.tables, [t[:, :0] for t in self.tables]
         self.new[0] = rotary(torch.from_numpy(self.new[0]).double().transpose(1, 2), *(torch.from_numpy(t).double() for t in tables),
                              positions, bool(self.attributes["interleaved"])).transpose(1, 2).numpy()  # fmt: skip

@@ -89,6 +89,11 @@ def configuration(graph: Graph, tokenizer: Any) -> dict[str, Any]:
     look for inputs that it does not have.
     """
     cache, layers = graph.info["kv_cache"], graph.info["kv_cache"]["layers"]
+    if "bits" in cache:
+        raise BackendError(
+            f"the KV cache is in int{cache['bits']}; onnxruntime-genai allocates one in float",
+            hint="use --backend ort, or convert without --kv-cache",
+        )
     for index, layer in enumerate(layers):
         if layer["key_dim"] != layer["value_dim"]:
             raise BackendError(

@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, has_bias, rotate_plainly
+from dyncomp.backends.attention import (
+    CACHED,
+    ROTARY,
+    flatten_attention,
+    has_absent_tokens,
+    has_bias,
+    has_coded_cache,
+    require_cached,
+    rotate_plainly,
+)
+from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.ort import ops
 from torch import Tensor, fx
 
+from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
 from dyncomp.ops import append_cache, key_mask, key_mask_reference, sequence_scores, sequence_scores_reference
 from dyncomp.regions.partial import ShapeOnly
@@ -23,11 +34,14 @@ def select_attention(graph: Graph, *, native: bool) -> None:
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
     after:   group_query_attention(linear(x, [Wq; Wk; Wv]), …), or the native operator where it fits
     """
+    require_cached(graph)
     shapes = ShapeOnly(graph)
     lengths: tuple[fx.Node, fx.Node] | None = None
     for node in graph.nodes:
         if node.target is not CACHED:
             continue
+        if has_coded_cache(node):
+            _require_kernel(node, native)
         if has_bias(node):
             node.target = attend_plainly
         elif native and _fits(node, 16, _MAX_HEAD_DIM):
@@ -44,8 +58,24 @@ def select_attention(graph: Graph, *, native: bool) -> None:
 
 def _fits(node: fx.Node, multiple: int, most: int | None = None) -> bool:
     """Both operators need a head size that is a multiple of something, the same for keys and values."""
-    key, value = (node.args[i].meta["val"].shape[3] for i in (3, 4))  # type: ignore[union-attr]
+    key, value = (node.args[i].meta["val"].shape[3] for i in (1, 2))  # type: ignore[union-attr]
     return bool(key == value and key % multiple == 0 and (most is None or key <= most))
+
+
+def _require_kernel(node: fx.Node, native: bool) -> None:
+    """Raises:
+    BackendError: keys and values are in int8, and no kernel attends to them.
+    """
+    where, reason = node.meta.get("path") or node.name, None
+    if not native:
+        reason = f"only dyncomp's own kernels read it, and {unavailable_reason() or 'this lowering leaves them out'}"
+    elif has_bias(node):
+        reason = "what is added to the scores by distance has no kernel"
+    elif not _fits(node, 16, _MAX_HEAD_DIM):
+        key, value = (int(node.args[i].meta["val"].shape[3]) for i in (1, 2))  # type: ignore[union-attr]
+        reason = f"keys of {key} and values of {value} features have none: one multiple of 16 up to {_MAX_HEAD_DIM} is needed"
+    if reason is not None:
+        raise BackendError(f"{where}: a KV cache in int8: {reason}", hint="convert without --kv-cache")
 
 
 def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -86,7 +86,8 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
     report("select", 0, 3)
-    native = bool(graph.quantized or find_routed(graph)) and (available() if native is None else native)
+    coded = any(s.dtype == torch.uint8 for s in graph.inputs)  # a KV cache
+    native = bool(graph.quantized or find_routed(graph) or coded) and (available() if native is None else native)
     selected = select(graph, native=native)
     report("export", 1, 3)
     model = _export(selected)

@@ -14,6 +14,8 @@ from dyncomp.backends.ort.native import DOMAIN
 from torch import Tensor
 from torch.onnx import ops
 
+from dyncomp.ops import SCALE_BYTES
+
 MICROSOFT = "com.microsoft"
 
 
@@ -92,17 +94,19 @@ def cached_attention(
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, and present
-    [B, 1, C, 1], 0 for entries that are not attended to."""
+    [B, 1, C, 1], 0 for entries that are not attended to. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
+    coded = key_cache.dtype == torch.uint8
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
         "softcap": float(softcap),
     }  # fmt: skip
+    head_dim = key_cache.shape[3] - (SCALE_BYTES if coded else 0)
     result = ops.symbolic_multi_out(
-        f"{DOMAIN}::CachedAttention",
+        f"{DOMAIN}::{'QuantizedCachedAttention' if coded else 'CachedAttention'}",
         [query, key, value, key_cache, value_cache, past_length, cos, sin, *([present] if present is not None else [])],
         attributes,
-        dtypes=[query.dtype] * 3,
-        shapes=[[*query.shape[:2], heads * key_cache.shape[3]], list(key_cache.shape), list(value_cache.shape)],
+        dtypes=[query.dtype, key_cache.dtype, value_cache.dtype],
+        shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
         version=1,
     )
     return result[0], result[1], result[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, rotate_plainly
+from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, has_coded_cache, require_cached, rotate_plainly
 from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
@@ -60,12 +60,15 @@ def require_no_quantized(graph: Graph) -> None:
 
 
 def select_attention(graph: Graph) -> None:
+    require_cached(graph)
     shapes = ShapeOnly(graph)
     for node in graph.nodes:
         if node.target is not CACHED:
             continue
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (3, 4))  # type: ignore[union-attr]
         where = node.meta.get("path") or node.name
+        if has_coded_cache(node):
+            raise BackendError(f"{where}: a KV cache in int8 has no TVM kernel", hint="use --backend ort, or convert without --kv-cache")
         if key != value:
             raise BackendError(
                 f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"

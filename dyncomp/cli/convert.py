@@ -21,6 +21,7 @@ from dyncomp.cli import options
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option("--quantize", metavar="PRECISION", help="Weights in int8, int4 (GPTQ), or mixed, by region. [default: as the recipe says]")
+@click.option("--kv-cache", metavar="PRECISION", help="Keys and values of past tokens in int8, with a named recipe. [default: float]")
 @click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
 @click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
 @click.option("--windows", type=int, help=options.WINDOWS)
@@ -48,6 +49,9 @@ def command(json_: bool, **choices: Any) -> None:
     --quantize mixed gives each region (FFN, projections, head) 4 or 8 bits by what 4 cost at the end of the model, 0.01 nats of KL
     divergence in all; in a recipe, quantize{mixed=4+8 mean=5.5} sets the mean bits a weight instead, scales included, and 32 among the
     choices leaves regions in float.
+
+    --kv-cache int8 (in a recipe, quantize-cache) keeps keys and values as int8 codes with a scale for each token and head, about a
+    quarter of the bytes; quality is that of the rounded ones. dyncomp's ONNX Runtime kernels only: not --backend tvm.
 
     Quality is measured on text or images held out from the calibration and on another source, beside the dense model and beside static
     pruning at the same cost. An interrupted run continues where it was.

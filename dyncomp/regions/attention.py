@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-import dyncomp.ops  # noqa: F401  (registers the operations)
 from dyncomp.graph import Graph
+from dyncomp.ops import SCALE_BYTES
 from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.mask import Mask, classify_mask, integer_literals
 from dyncomp.regions.partial import SHAPE_QUERIES, ShapeOnly, evaluate, symbolic_shape
@@ -23,6 +23,7 @@ from dyncomp.regions.walk import ancestors, between, descendants
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
+ROUNDED = torch.ops.dyncomp.round_entries.default
 _KEY_MASK = torch.ops.dyncomp.key_mask.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _MATMUL = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
@@ -46,6 +47,8 @@ class Attention:
         projections: the nodes that project the input to query, key and value (the same node when fused), or None.
         present: gates [B, S, 1] of the tokens that are attended to, when others are hidden (``dyncomp::key_mask``).
         additive: sequence length S -> what is added to the scores, [B, H, S, S], when the mask is ``relative``.
+        cache_bits: of keys and values that are rounded as an int8 cache gives them back (``dyncomp::round_entries``): 8; else 32. ``key``
+            and ``value`` are these before they are rounded.
     """
 
     path: str
@@ -61,6 +64,7 @@ class Attention:
     projections: tuple[fx.Node | None, fx.Node | None, fx.Node | None] = (None, None, None)
     present: fx.Node | None = None
     additive: Callable[[int], Tensor] | None = None
+    cache_bits: int = 32
 
     @property
     def heads(self) -> int:
@@ -77,6 +81,13 @@ class Attention:
     @property
     def value_dim(self) -> int:
         return int(self.value.meta["val"].shape[3])
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of a token."""
+        if self.cache_bits == 8:
+            return self.kv_heads * (self.head_dim + self.value_dim + 2 * SCALE_BYTES)
+        return self.kv_heads * (self.head_dim + self.value_dim) * int(self.value.meta["val"].element_size())
 
     @property
     def self_attention(self) -> bool:
@@ -293,6 +304,9 @@ class _Finder:
                 raise _NotUnderstood(f"its {name} is {list(tensor.shape)}, not [batch, heads, sequence, features]")
         heads = int(query.meta["val"].shape[1])
         key, value = self._unrepeated(key, heads), self._unrepeated(value, heads)
+        rounded = all(n.target is ROUNDED for n in (key, value))
+        if rounded:
+            key, value = key.args[0], value.args[0]  # type: ignore[assignment]
         if key.meta["val"].shape[1] != value.meta["val"].shape[1]:
             raise _NotUnderstood("keys and values have different numbers of heads")
         if scale is None:
@@ -300,7 +314,8 @@ class _Finder:
         path = output.meta.get("path") or output.name
         turned = (self._rotary(query), None if transposed else self._rotary(key))
         projections = (self._projection(query), self._projection(key), self._projection(value))
-        return Attention(path, output, query, key, value, scale, mask, softcap, transposed, turned, projections)
+        return Attention(path, output, query, key, value, scale, mask, softcap, transposed, turned, projections,
+                         cache_bits=8 if rounded else 32)  # fmt: skip
 
     def _unrepeated(self, node: fx.Node, heads: int) -> fx.Node:
         """The keys (or values) before they were repeated for the groups of queries."""
