@@ -247,6 +247,22 @@ def test_a_dense_model_can_be_quantized_only(place) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_a_model_with_its_cache_in_int8(place) -> None:
+    write_checkpoint(place / "wide", heads=2)  # of 16 features, which the kernel takes
+    options = [*OPTIONS[:4], "--quantize", "int8", "--kv-cache", "int8", "--recipe", "dense", "--calibrate", "text.txt", "--json"]
+    report = json.loads(run(place, "convert", "wide", "-o", "cache8", *options))
+    assert report["passes"] == ["quantize", "quantize-cache"]
+    assert report["parity"][0]["relative_error"] <= 2e-2
+    assert report["quality"]["held out"]["kl"]["converted"] > 0
+    assert [(e["variant"], e["precision"]) for e in report["bench"]] == [("dense", "fp32"), ("dense", "int8"), ("converted", "int8")]
+    config = json.loads((place / "cache8" / "artifacts" / "ort" / "config.json").read_text())
+    assert config["kv_cache"]["bytes_per_token"] == 2 * (32 + 8)
+    assert run(place, "run", "cache8", "--prompt", "The river", "--max-tokens", "8")
+    with pytest.raises(DyncompError, match="onnxruntime-genai allocates one in float"):
+        run(place, "export", "cache8", "-o", "genai8", "--backend", "genai")
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
 def test_a_quantized_model_through_tvm(place) -> None:
     pytest.importorskip("tvm")
     options = [*OPTIONS[:4], "--recipe", "dense", "--quantize", "int8", "--backend", "tvm", "--calibrate", "text.txt", "--json"]
@@ -291,6 +307,8 @@ def test_a_flipped_byte_stops_every_command(place, tmp_path) -> None:
         (["--recipe", "magic"], "no recipe 'magic'"),
         (["--recipe", "dense"], "changes nothing by itself"),
         (["--quantize", "int3"], "unknown precision 'int3'"),
+        (["--kv-cache", "int8"], "a search does not try caches"),
+        (["--quantize", "int8", "--kv-cache", "int4"], "unknown precision 'int4' of a KV cache"),
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--calibrate", "empty.txt"], "empty"),
         (["--calibrate", "missing.txt"], "missing.txt"),

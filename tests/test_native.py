@@ -772,6 +772,27 @@ def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
         assert np.isfinite(attention.run(native)[0]).all()
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_attention_over_int8_caches(native: Native, head_dim: int) -> None:
+    rng = np.random.default_rng(head_dim)
+    for past, length, more in [
+        ((0,), 90, {}),
+        ((3, 130), 20, {"window": 17}),
+        ((400, 7), 1, {"absent": 0.3}),
+        ((500,), 1, {"softcap": 5.0}),
+    ]:
+        Attention(rng, past=past, length=length, head_dim=head_dim, rotated=16, coded=True, **more).check(native, 2, length == 1)
+
+
+def test_an_int8_entry_with_what_is_no_number_shows_and_spoils_no_other(native: Native) -> None:
+    attention = Attention(np.random.default_rng(0), past=(3,), length=4, coded=True, packed=False)
+    attention.new[2][0, 3, 0, 5], attention.new[2][0, 2, 1] = np.inf, 0.0
+    out, _, values = attention.run(native)
+    assert np.isnan(out.reshape(4, 2, 3, 32)[3, 0]).all()
+    assert np.isfinite(out[0, :3]).all()
+    assert not values[0, 1, 5].any()
+
+
 @given(st.data())
 @settings(max_examples=80, deadline=None)
 def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
@@ -833,8 +854,9 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
         attention = Attention(np.random.default_rng(0), **{"past": (3,), "length": 2, **options})
         attention.attributes |= change or {}
         wrong = {**attention.inputs(), **(inputs or {})}
-        with pytest.raises(Exception, match=f"dyncomp.CachedAttention: {message}"):
-            best.session("CachedAttention", wrong, {}, 1, ["a", "b", "c"], attention.attributes).run(None, feeds(wrong))
+        outputs, caches = ["a", "b", "c"], (wrong["key_cache"].dtype,) * 2
+        with pytest.raises(Exception, match=f"dyncomp.{attention.op}: {message}"):
+            best.session(attention.op, wrong, {}, 1, outputs, attention.attributes, caches).run(None, feeds(wrong))
 
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, np.float32)
@@ -855,6 +877,9 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
     refused("heads of 272 features", head_dim=272, rotated=0)
     refused("heads is no multiple of kv_heads", change={"heads": 5})
     refused("the window is negative", change={"window": -1})
+    refused("heads of 24 features; a multiple of 16 up to 256", head_dim=24, rotated=0, coded=True)
+    few = {name: np.zeros((1, 2, 6, 3), np.uint8) for name in ("key_cache", "value_cache")}
+    refused("heads of 0 features", inputs=few, coded=True)
 
 
 # ---- requests that cannot be served ------------------------------------------------------------------------------
