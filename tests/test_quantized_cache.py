@@ -25,14 +25,12 @@ from hypothesis import strategies as st
 from test_attention import Eager
 from test_batching import Modulo
 from test_depth import gated
-from test_export import make_bundle
 from test_kv_cache import decoder, empty_caches
 
 import bench.tiny
 from bench.tiny import tokens, trace_tiny
 from dyncomp.convert import ConvertRequest
 from dyncomp.errors import BackendError, RequestError
-from dyncomp.export import ExportRequest, export
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.ops import decode_entries, encode_entries
@@ -242,8 +240,3 @@ def test_tvm_is_refused_before_any_work(tmp_path: Path) -> None:
     request = ConvertRequest("model", tmp_path / "out", recipe="dense", quantize="int8", kv_cache="int8", backend="tvm")
     with pytest.raises(RequestError, match="no TVM kernels"):
         request.validate()
-
-
-def test_a_program_for_others_keeps_floats_and_says_so(tmp_path: Path) -> None:
-    record = export(ExportRequest(make_bundle(tmp_path, coded(trace_tiny("llama"))), tmp_path / "out", backend="pt2"))
-    assert any("keys and values are not rounded" in note for note in record["notes"])
