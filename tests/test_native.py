@@ -785,11 +785,12 @@ def test_attention_over_int8_caches(native: Native, head_dim: int) -> None:
 
 
 def test_an_int8_entry_with_what_is_no_number_shows_and_spoils_no_other(native: Native) -> None:
-    attention = Attention(np.random.default_rng(0), past=(3,), length=4, coded=True, packed=False)
+    attention = Attention(np.random.default_rng(0), past=(3, 3), length=4, coded=True, packed=False)
     attention.new[2][0, 3, 0, 5], attention.new[2][0, 2, 1] = np.inf, 0.0
     out, _, values = attention.run(native)
-    assert np.isnan(out.reshape(4, 2, 3, 32)[3, 0]).all()
-    assert np.isfinite(out[0, :3]).all()
+    assert np.isnan(out.reshape(2, 4, 2, 3, 32)[0, 3, 0]).all()
+    assert np.isfinite(out.reshape(2, 4, 2, 3, 32)[0, :, 1]).all()
+    assert np.isfinite(out[1]).all()
     assert not values[0, 1, 5].any()
 
 
