@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dyncomp.graph import Graph
+from dyncomp.interpret import Interpreter
+from dyncomp.mapped import trim
 
 TRACED = 4
 """Layers that are traced. The first may do what the others use; the second, third and fourth are to be the same."""
@@ -202,10 +204,17 @@ def _renamed(stack: Stack, name: str, index: int) -> str:
 
 
 def computes(graph: Graph, module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether a graph gives what a module gives; of a module without weights nothing can be said, and nothing is."""
+    """Whether a graph gives what a module gives; of a module without weights nothing can be said, and nothing is.
+
+    Weights that are in files are in memory a few at a time.
+    """
     if any(t.is_meta for t in [*inputs.values(), *module.parameters()]):
         return True
-    with torch.no_grad():
-        found, wanted = graph(**inputs), module(**inputs)
-    pairs = [(found, wanted)] if isinstance(wanted, Tensor) else list(zip(found, wanted, strict=True))
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: trim())
+    try:
+        with torch.no_grad():
+            found, wanted = Interpreter(graph).run(*(inputs[s.name] for s in graph.inputs)), module(**inputs)
+    finally:
+        hook.remove()
+    pairs = zip(found, (wanted,) if isinstance(wanted, Tensor) else wanted, strict=True)
     return all(float((a - b).norm()) <= _TOLERANCE * float(b.norm()) for a, b in ((x.float(), y.float()) for x, y in pairs))

@@ -206,3 +206,17 @@ def test_few_layers_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Layer, "forward", lambda self, x: seen.append(self.index) or forward(self, x))
     trace(Plain().to("meta"), {"x": torch.empty(2, 5, 4, device="meta")}, SEQUENCE)
     assert max(seen) == stacks.TRACED - 1
+
+
+def test_weights_in_files_are_given_back_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Plain(), torch.randn(2, 5, 4)
+    graph = trace(module, {"x": x}, SEQUENCE)
+    seen: list[int] = []
+    monkeypatch.setattr(stacks, "trim", lambda: seen.append(1))
+    assert stacks.computes(graph, module, {"x": x})
+    assert len(seen) > 2 * LAYERS
+    with torch.no_grad():
+        module.layers[4].linear.weight.add_(1.0)  # type: ignore[union-attr, operator]
+    assert stacks.computes(graph, module, {"x": x})  # the same weights
+    module.layers[4].scale = 2.0  # type: ignore[union-attr]
+    assert not stacks.computes(graph, module, {"x": x})
