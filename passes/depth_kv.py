@@ -48,12 +48,6 @@ class KeysAndValues:
             own.replace_all_uses_with(shared, delete_user_cb=partial(operator.is_not, shared))
 
 
-def kv_bytes_of(attention: Attention) -> int:
-    """Keys and values of one token, in bytes."""
-    sizes = (attention.key, attention.head_dim), (attention.value, attention.value_dim)
-    return sum(attention.kv_heads * size * node.meta["val"].element_size() for node, size in sizes)
-
-
 def keys_and_values(graph: Graph, attentions: Sequence[Attention], attention: Attention, policy: str) -> KeysAndValues | str | None:
     """How ``policy`` is applied to one of ``attentions``, in graph order; None for ``compute``; or why it cannot be."""
     if policy == "compute":

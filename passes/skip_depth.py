@@ -10,7 +10,7 @@ import torch
 from dyncomp.passes.across_tokens import refuse_decoders
 from dyncomp.passes.depth_budget import STAND_IN_RIDGE, allocate, sensitivities, stand_in
 from dyncomp.passes.depth_gates import ALWAYS, Gated, GatedUnit, Unit, insert_gates
-from dyncomp.passes.depth_kv import POLICIES, KeysAndValues, keys_and_values, kv_bytes_of
+from dyncomp.passes.depth_kv import POLICIES, KeysAndValues, keys_and_values
 from dyncomp.passes.layerwise import residual_add, routing_facts
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor, fx
@@ -123,7 +123,7 @@ class SkipDepth(Pass):
             losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self._rank)
             shares = dict(zip(chosen, allocate(losses, skipped, most=most), strict=True))
             result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
-        graph.info["kv_bytes"] = sum(kv_bytes_of(a) for a in regions.attentions)
+        graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
         gated = [(insert_gates(graph, units[i], self._rank, kv[i]), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
         with fast_matmul(), torch.no_grad():
             computed = self._fit(graph, gated, batches, ctx, result.facts)
@@ -132,7 +132,7 @@ class SkipDepth(Pass):
             attentions = [p.part.attention for p in unit.parts if p.part.attention is not None]
             graph.info.setdefault("depth", {})[unit.name] = {
                 "what": self.what, "parts": [p.name for p in unit.parts], "skipped": share, "gates": self._gates, "rank": self._rank,
-                **({"kv": self.kv, "kv_bytes": sum(kv_bytes_of(a) for a in attentions)} if attentions else {}),
+                **({"kv": self.kv, "kv_bytes": sum(a.cache_bytes for a in attentions)} if attentions else {}),
             }  # fmt: skip
         result.facts |= {"what": self.what, "active": self.active, "skipped": {u.name: round(s, 4) for u, s in gated}}
         if (size := kv_bytes(graph, computed)) is not None:
