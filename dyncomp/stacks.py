@@ -118,7 +118,7 @@ def repeat(graph: Graph, stack: Stack) -> bool:
     """Write the layers that were not traced; says whether that was possible. Otherwise nothing is changed."""
     nodes = graph.nodes
     layers = [[n for n in nodes if n.op == "call_function" and stack.layer_of(n) == i] for i in range(TRACED)]
-    pairs = _pairs(graph, stack, layers)
+    pairs = _pairs(stack, layers)
     if pairs is None:
         return False
     order = {node: i for i, node in enumerate(nodes)}
@@ -151,7 +151,7 @@ def repeat(graph: Graph, stack: Stack) -> bool:
     return True
 
 
-def _pairs(graph: Graph, stack: Stack, layers: list[list[fx.Node]]) -> dict[fx.Node, fx.Node] | None:
+def _pairs(stack: Stack, layers: list[list[fx.Node]]) -> dict[fx.Node, fx.Node] | None:
     """Node of a layer -> the one that is the same in the next layer (the last layer's nodes stand for themselves); None where the second
     to the last are not the same nodes, each using what the layer before it made, and what all use."""
     pairs: dict[fx.Node, fx.Node] = {}

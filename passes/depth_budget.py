@@ -55,11 +55,16 @@ def stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -
     """
     if not rank:
         return [a.new_zeros(*a.shape[:-1], y[0].shape[-1]) for a in ahead]
+    down, up, bias = fit_stand_in(x, y, rank)
+    return [a @ down @ up + bias for a in ahead]
+
+
+def fit_stand_in(x: list[Tensor], y: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(down [features, rank - 1], up [rank - 1, d_out], bias [d_out]) of the low-rank map from ``x`` to ``y``, [B, S, …] a batch."""
     problem = LeastSquares(x[0].shape[-1], y[0].shape[-1])
     for a, b in zip(x, y, strict=True):
         problem.add(a.flatten(0, 1), b.flatten(0, 1))
-    down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, rank - 1)
-    return [a @ down @ up + bias for a in ahead]
+    return problem.solve_low_rank(STAND_IN_RIDGE, rank - 1)
 
 
 def _apart(batches: Sequence[dict[str, Tensor]], windows: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from dyncomp.passes.depth_budget import STAND_IN_RIDGE
+from dyncomp.passes.depth_budget import fit_stand_in
 from dyncomp.passes.depth_gates import Unit
 from dyncomp.passes.layerwise import residual_add
-from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.passes.skip_depth import WHAT, find_units, require_stand_in
 from torch import fx
 
@@ -84,10 +83,7 @@ class DropDepth(Pass):
         """Let ``added`` add what the part's stand-in gives in place of what the part gives."""
         with fast_matmul(), torch.no_grad():
             x, y = sweep.advance(part.source), sweep.advance(part.result)
-            problem = LeastSquares(x[0].shape[-1], y[0].shape[-1])
-            for a, b in zip(x, y, strict=True):
-                problem.add(a.flatten(0, 1), b.flatten(0, 1))
-            down, up, bias = problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1)
+            down, up, bias = fit_stand_in(x, y, self.rank)
             given = [a @ down @ up + bias for a in x]
         weights = {f"{part.name}.standin.{n}": v.contiguous() for n, v in (("down", down.T), ("up", up.T), ("bias", bias))}
         for name, value in weights.items():
