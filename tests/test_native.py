@@ -716,17 +716,18 @@ class Attention:
                 assert np.isnan(actual[i][row, :, n + self.length :]).all()
 
     def _check_coded(self, out: Array, *caches: Array) -> None:
-        """New entries are those of ``encode_entries``, and the output is the attention over what the caches then hold."""
+        """New entries are rounded as ``encode_entries`` does, and the output is the attention over what the caches then hold."""
         positions = torch.from_numpy(self.past[:, None] + np.arange(self.length))
         new = [torch.from_numpy(t).transpose(1, 2) for t in self.new[1:]]
         new[0] = rotary(new[0], *(torch.from_numpy(t) for t in self.tables), positions, bool(self.attributes["interleaved"]))
         floats = [np.nan_to_num(decode_entries(torch.from_numpy(c)).double().numpy()) for c in caches]
-        for before, after, value, fresh in zip(self.caches, caches, floats, new, strict=True):
+        for before, after, fresh in zip(self.caches, caches, new, strict=True):
             for row, n in enumerate(self.past):
-                expected = encode_entries(fresh[row])
                 written = after[row, :, n : n + self.length]
-                assert np.array_equal(written[..., :-4].view(np.int8), expected[..., :-4].numpy().view(np.int8))
-                assert error(value[row, :, n : n + self.length], decode_entries(expected).numpy()).max(initial=0) < 1e-6
+                scales = fresh[row].abs().amax(-1, keepdim=True).numpy() / 127
+                assert error(written[..., -4:].view(np.float32), scales).max(initial=0) < 1e-6
+                # Kernels round their own keys, which are off the graph's by a few ulps: a near tie may fall to either side.
+                assert (np.abs(written[..., :-4].view(np.int8) - fresh[row].numpy() / scales) < 0.5 + 1e-3).all()
                 after[row, :, n : n + self.length] = before[row, :, n : n + self.length]
             assert np.array_equal(after, before)  # nothing else was written
         self.caches = floats
