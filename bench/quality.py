@@ -131,10 +131,10 @@ class _Bench:
             release_memory()
             loaded = load_model(name)
             dense = trace_model(loaded)
-            texts = prepare_examples(reader_of(loaded, dense), None, "news", tokens=TOKENS, count=WINDOWS, seed=0)
+            texts = prepare_examples(reader_of(loaded, dense), None, "news", tokens=TOKENS, count=WINDOWS, seed=0, training=True)
             calibration = calibration_of(loaded, dense, texts.calibration)
             calibrate(dense, find_regions(dense).ffns, calibration, cache=cache_folder() / f"bench-quality-{name}.safetensors")
-            self.model = loaded, dense, texts, Context(calibration, glimpse(dense, texts.calibration), dense=dense)
+            self.model = loaded, dense, texts, Context(calibration, glimpse(dense, texts.calibration), dense=dense, text=texts.training)
         return self.model
 
 

@@ -85,11 +85,18 @@ def calibrated_share(graph: Graph) -> float:
     regions, experts = find_regions(graph), find_parts(graph)
     facts, inputs = graph.info.get("routing", {}), graph.info.get("active_inputs", {})
     active = float(sum(f.d_ff for f in regions.ffns))
-    active += sum(r.d_ff * facts.get(r.name, {}).get("active", 1.0) for r in experts)
+    active += sum(r.d_ff * (facts.get(r.name, {}).get("active", 1.0) + path_share(graph, r)) for r in experts)
     for ffn in regions.sparse_ffns:
         sizes = {linear.weight: linear.in_features * linear.out_features for linear in (*ffn.ups, ffn.down)}
         active += ffn.d_ff * sum(inputs.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
     return active / sum([f.d_ff for f in (*regions.ffns, *regions.sparse_ffns)] + [r.d_ff for r in experts])
+
+
+def path_share(graph: Graph, routed: RoutedFFN) -> float:
+    """Weights of the linear path beside the experts, over those of all experts."""
+    if routed.path is None:
+        return 0.0
+    return sum(graph.tensor(name).numel() for name in (routed.path.down, routed.path.up)) / routed.expert_parameters
 
 
 def measure_quality(

@@ -208,7 +208,7 @@ class Graph:
         anchor = before if before is not None else after
         assert anchor is not None
         graph = self.module.graph
-        with graph.inserting_before(anchor) if before is not None else graph.inserting_after(anchor):
+        with graph.inserting_before(anchor if before is not None else anchor.next):  # inserting_after would turn the order of calls round
             yield Builder(self, path if path is not None else anchor.meta.get("path", ""))
 
     def copy(self) -> Graph:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import sys
 import time
+import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -254,6 +255,8 @@ def make_pass(name: str, options: str = "") -> Pass:
 
 
 def _parse_option(text: str, kind: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):  # ``X | None``: None is what an option that is not given means
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
     try:
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]

@@ -17,7 +17,7 @@ from dyncomp.pipeline import Pass, parse_passes
 
 class Recipe(BaseModel):
     """A pass list; ``{active}`` and ``{experts}`` in it stand for the values the user gives, ``{shared}`` for a
-    quarter of the experts.
+    third of the experts that a token has.
 
     Args:
         name: for people.
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
                 raise RequestError(f"the recipe {self.name!r} fixes what --{option} says", hint=f"leave out --{option}: {self.passes}")
         count = experts or self.experts or suitable_experts(widths)
         spec = self.passes.replace("{active}", f"{active or self.active:g}").replace("{experts}", str(count))
-        spec = spec.replace("{shared}", str(count // 4))
+        spec = spec.replace("{shared}", str(int(count * (active or self.active) / 3)))
         passes = parse_passes(spec)
         if quantize is None and kv_cache is None and not passes:
             raise RequestError(f"the recipe {self.name!r} changes nothing by itself", hint="add --quantize int8, int4 or mixed")

@@ -2,7 +2,7 @@
 
 Candidates are tried from the least to the most work: plain quantization first, then routing on top of the best precision.
 The loss is measured on calibration windows that no pass is fitted to, the speed on the lowered artifact beside the dense one in
-the same process. What needs minutes to fit is first looked at on little text.
+the same process. What needs minutes to fit is first looked at on little text: its loss and its speed must promise something.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Trial:
 
     Args:
         loss: as in :class:`Goal`.
-        quick: the loss is that of a quick look, without quantization.
+        quick: a quick look decided: the loss is that after fitting to little text, without quantization.
         speed: times the dense fp32 model; None where it was not measured, for the loss was too high.
         prefill: the same for a prompt of 512 tokens (decoders).
         bytes: of the artifact.
@@ -182,19 +182,19 @@ class Search:
         for active in SPARSE if quantize is not None else ():  # only kernels for quantized weights gain by it
             name = f"{active:.0%} of the inputs, {quantize.label}"  # type: ignore[union-attr]
             yield name, [Sparsify(active=active), quantize]  # type: ignore[list-item]
-            if self.goal.max_loss is not None and not self._reached(name):
+            if self._loses_too_much(name):
                 break
         experts = self._experts(block)
         for active in ACTIVE if experts is not None else ():
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
             name = f"{active:.0%} of {experts} experts" + (f", {quantize.label}" if quantize is not None else "")
             yield name, [*parse_passes(spec), *([quantize] if quantize is not None else [])]
-            if self.goal.max_loss is not None and not self._reached(name):
+            if self._loses_too_much(name):
                 break  # fewer neurons lose more
         for active in ACTIVE if find_regions(self.dense).ffns else ():
             name = f"{active:.0%} of the neurons, static" + (f", {quantize.label}" if quantize is not None else "")
             yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *([quantize] if quantize is not None else [])]
-            if self.goal.max_loss is not None and not self._reached(name):
+            if self._loses_too_much(name):
                 break
 
     def _mixed(self) -> Quantize:
@@ -210,13 +210,15 @@ class Search:
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)
 
+    def _loses_too_much(self, name: str) -> bool:
+        (trial,) = (t for t in self.trials if t.name == name)
+        return self.goal.max_loss is not None and trial.loss > self.goal.max_loss * (HOPELESS if trial.quick else 1)
+
     def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:
         start = time.perf_counter()
         trial = Trial(name, [p.spec for p in passes], math.nan, 0.0)
-        fitted = [p for p in passes if not isinstance(p, Quantize)]
-        if fitted and self.goal.max_loss is not None:
-            trial.quick, trial.loss = True, self._loss(self._converted(fitted, QUICK)[0])
-        if not trial.quick or trial.loss <= HOPELESS * (self.goal.max_loss or 0.0):
+        worth = self._look(trial, passes) if any(not isinstance(p, Quantize) for p in passes) else True
+        if worth:
             graph, records = self._converted(passes, None)
             trial.quick, trial.loss = False, self._loss(graph)
             if self.goal.speedup is not None or self.goal.meets(trial):
@@ -226,6 +228,19 @@ class Search:
                     self.work.keep(graph, records)
         trial.seconds = time.perf_counter() - start
         return dataclasses.asdict(trial)
+
+    def _look(self, trial: Trial, passes: list[Pass]) -> bool:
+        """Whether a candidate is worth its fitting: what it loses and how fast it is when fitted to little text, without delay."""
+        hasty = [dataclasses.replace(p, budgets="uniform") if isinstance(p, Sparsify) else p for p in passes if not isinstance(p, Quantize)]
+        graph, _ = self._converted(hasty, QUICK)
+        trial.quick, trial.loss = True, self._loss(graph)
+        if self.goal.max_loss is not None and trial.loss > HOPELESS * self.goal.max_loss:
+            return False
+        rounded = [dataclasses.replace(p, method="rtn") for p in passes if isinstance(p, Quantize)]
+        Pipeline(rounded).run(graph, self.ctx)
+        self._time(trial, graph)
+        slower = self.best is not None and (trial.speed or 0) <= (self.best.speed or 0)
+        return not slower if self.goal.speedup is None else (trial.speed or 0) >= self.goal.speedup
 
     def _converted(self, passes: list[Pass], tokens: int | None) -> tuple[Graph, list[PassRecord]]:
         """The dense graph after ``passes``, fitted to all calibration text or to some tokens of it."""

@@ -64,6 +64,13 @@ class ExpertView:
         """[n, d] -> [n, E, F]."""
         return expert_hidden(x, self.w_up, self.b_up, self.neurons, self.activation)
 
+    def beside(self, x: Tensor) -> Tensor:
+        """What every token gets beside the experts, by the bias and by the linear path: [n, d] -> [n, d_out], or [d_out]."""
+        found = self.b_down if self.b_down is not None else torch.zeros(self.d_out)
+        if (path := self.region.path) is not None:
+            found = found + x @ self._graph.tensor(path.down).detach().T @ self._graph.tensor(path.up).detach().T
+        return found
+
     def scores(self, x: Tensor) -> Tensor:
         """[n, d] -> [n, E], with the router as it is in the graph now: what threshold or top-k gates are made of."""
         return self._run(x)[self.gates.args[0]]  # type: ignore[index]
@@ -179,7 +186,7 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
     with fast_matmul(), torch.no_grad():
         for position, region in enumerate(regions):
             layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
-            _, stream = residual_add(region.output)
+            _, stream = residual_add(region.result)
             dense_added, _ = residual_add(dense[region.name].output) if region.name in dense else (None, None)
             if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
                 target = dense_sweep.advance(dense_added)

@@ -74,7 +74,35 @@ class LeastSquares:
         gram = self.gram
         mean_a, mean_b = gram[-1, :-1] / self.rows, self.cross[-1] / self.rows
         covariance = gram[:-1, :-1] / self.rows - mean_a[:, None] * mean_a
-        varies = solution.T @ covariance @ solution
-        directions = torch.linalg.eigh(varies.double()).eigenvectors[:, -rank:].float()  # [targets, rank]
-        down, up = solution @ directions, directions.T
+        down, up = _project(solution, covariance, rank)
         return down, up, mean_b - mean_a @ down @ up
+
+    def solve_in_part(self, ridge: float, free: int, rank: int, *, bias: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first ``free`` rows of X as they come out best beside the others, whose rank is to be ``rank``.
+
+        Reduced-rank regression with covariates (Anderson 1951): what the free columns of A explain is taken out of the others, and the
+        others' ridge solution projected as in :meth:`solve_low_rank`. λ is ``ridge`` times the mean diagonal of each part.
+
+        Returns:
+            (X [free, targets], down [columns - free, rank], up [rank, targets], bias [targets]).
+        """
+        gram, cross = self.gram.double(), self.cross.double()
+        for part in (slice(free), slice(free, -1)):
+            diagonal = gram.diagonal()[part]
+            diagonal += ridge * diagonal.mean()
+        first = torch.tensor([*range(free), *([len(gram) - 1] if bias else [])])
+        second = torch.arange(free, len(gram) - 1)
+        across = torch.linalg.solve(gram[first][:, first], torch.cat([gram[first][:, second], cross[first]], 1))
+        shared, alone = across[:, : len(second)], across[:, len(second) :]  # of the free columns: the others in them; X without the others
+        rest = gram[second][:, second] - gram[second][:, first] @ shared
+        solution = torch.linalg.solve(rest, cross[second] - gram[second][:, first] @ alone)
+        down, up = _project(solution, rest, rank)
+        found = (alone - shared @ down @ up).float()
+        return found[:free], down.float(), up.float(), found[-1] if bias else torch.zeros(found.shape[1])
+
+
+def _project(solution: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(down [columns, rank], up [rank, targets]): X on the directions of its predictions, for A of this covariance, that vary most."""
+    varies = solution.T @ covariance @ solution
+    directions = torch.linalg.eigh(varies.double()).eigenvectors[:, -rank:].to(solution)  # [targets, rank]
+    return solution @ directions, directions.T

@@ -39,7 +39,8 @@ class PruneStatic(Pass):
     """Fraction of all FFN neurons that remains, FFNs kept dense included."""
     refit: bool = True
     ridge: float = 0.2
-    keep_dense: tuple[int, ...] = (0,)
+    keep_dense: tuple[int, ...] | None = None
+    """As of ``carve-experts``."""
     multiple: int = 1
     """Neurons that remain are a multiple of this: blocks of quantized weights must divide them."""
 

@@ -7,12 +7,14 @@ import torch
 from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
 from dyncomp.passes.budgets import allocate
 from dyncomp.passes.layerwise import ExpertView
+from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.passes.routers import FAMILIES
 from helpers import assert_close
 
 from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.errors import PassError, RequestError
+from dyncomp.evidence import calibrated_share, path_share
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions import find_carved, find_regions, find_routed
@@ -73,7 +75,7 @@ def test_experts_narrower_than_a_vector_are_carved_and_noted() -> None:
 
 def test_the_program_before_and_after_carving(golden) -> None:
     graph = trace_tiny("llama")
-    Pipeline([CarveExperts(experts=4, cluster="random")]).run(graph, Context())
+    Pipeline([CarveExperts(experts=4, cluster="random", keep_dense=(0,))]).run(graph, Context())
     golden("llama_carved.txt", graph.text())
 
 
@@ -114,6 +116,53 @@ def test_refitting_brings_the_output_closer(name: str) -> None:
     before = error()
     Pipeline([RefitDown(ridge=0.02)]).run(graph, ctx)
     assert error() < 0.9 * before
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_reduced_rank_regression_beside_free_columns(bias: bool) -> None:
+    """Nothing that alternating least squares finds from random starts is better."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(500, 18, generator=generator, dtype=torch.float64) @ torch.randn(18, 18, generator=generator, dtype=torch.float64)
+    b = a @ torch.randn(18, 7, generator=generator, dtype=torch.float64) + torch.randn(500, 7, generator=generator, dtype=torch.float64) + 3
+    problem = LeastSquares(18, 7)
+    problem.add(a.float(), b.float())
+    free, down, up, constant = problem.solve_in_part(0.0, 10, 2, bias=bias)
+    assert down.shape == (8, 2)
+    assert up.shape == (2, 7)
+    assert constant.any() == bias
+    reached = float((a @ torch.cat([free, down @ up]).double() + constant - b).square().sum())
+    covariates = torch.cat([a[:, :10], torch.ones(500, int(bias), dtype=torch.float64)], 1)
+    for _ in range(3):
+        across = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+        for _ in range(200):
+            targets = b - covariates @ torch.linalg.lstsq(covariates, b).solution
+            basis = a[:, 10:] - covariates @ torch.linalg.lstsq(covariates, a[:, 10:]).solution
+            inner = torch.linalg.lstsq(basis, targets @ torch.linalg.pinv(across)).solution
+            across = torch.linalg.lstsq(basis @ inner, targets).solution
+        found = float((basis @ inner @ across - targets).square().sum())
+        assert reached < found * (1 + 1e-4)
+    assert reached > found * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_linear_path_beside_the_experts(name: str) -> None:
+    graph = trace_tiny(name)
+    ctx = context(name, graph, batches=24)
+    blocks = [(b.name, b.kind) for b in find_regions(graph).blocks]
+    Pipeline([CarveExperts(experts=8, keep_dense=()), FitRouter(active=0.5)]).run(graph, ctx)
+    with_path = graph.copy()
+    Pipeline([RefitDown(ridge=0.02)]).run(graph, ctx)
+    Pipeline([RefitDown(ridge=0.02, rank=4)]).run(with_path, ctx)
+    assert _error(with_path, ctx) < 0.95 * _error(graph, ctx)
+    assert [(b.name, b.kind) for b in find_regions(with_path).blocks] == blocks
+    assert all(r.path is not None and with_path.tensor(r.path.down).shape == (4, r.d_model) for r in find_routed(with_path))
+    share = path_share(with_path, find_routed(with_path)[0])
+    assert calibrated_share(with_path) == pytest.approx(calibrated_share(graph) + share)
+    before = _error(with_path, ctx)
+    Pipeline([RefitDown(ridge=0.02, follow_dense=1.0)]).run(with_path, ctx)  # the path stays, and is reckoned with
+    assert _error(with_path, ctx) < 1.1 * before
+    with pytest.raises(PassError, match="has a linear path already"):
+        Pipeline([RefitDown(rank=4)]).run(with_path, ctx)
 
 
 def test_a_router_beats_a_random_choice_of_experts() -> None:
@@ -165,7 +214,7 @@ def test_every_router_gives_the_share_asked_for_and_the_graph_computes_what_was_
 def test_a_program_with_predicted_neurons(golden) -> None:
     graph = trace_tiny("llama")
     ctx = context("llama", graph)
-    Pipeline([CarveExperts(experts=4), FitRouter(active=0.8, router="neuron", rank=8, gates="relative")]).run(graph, ctx)
+    Pipeline([CarveExperts(experts=4, keep_dense=(0,)), FitRouter(active=0.8, router="neuron", rank=8, gates="relative")]).run(graph, ctx)
     golden("llama_neuron_router.txt", graph.text())
 
 

@@ -122,7 +122,7 @@ def test_precisions_are_mixed_where_only_int8_is_good_enough(place, monkeypatch)
 def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> None:
     def measure(self: search.Search, trial: Trial, graph) -> None:
         trial.speed, trial.prefill, trial.bytes = 1.0 + len(self.trials), 1.0, 1
-        self._artifact(trial.name).mkdir(parents=True)
+        self._artifact(trial.name).mkdir(parents=True, exist_ok=True)
 
     lines = []
     monkeypatch.setattr(search.Search, "_time", measure)

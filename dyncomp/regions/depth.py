@@ -55,7 +55,7 @@ class Part:
         if self.output is not None:
             return self.output.node
         assert self.ffn is not None
-        return self.ffn.output
+        return self.ffn.result if isinstance(self.ffn, RoutedFFN) else self.ffn.output
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,20 @@ from dyncomp.regions.linear import Names, aten, constant
 
 
 @dataclass(frozen=True)
+class LinearPath:
+    """A low-rank linear map of an FFN's input that every token takes beside the experts: ``experts(x) + up (down x)``.
+
+    Attributes:
+        node: the addition.
+        down: [rank, d_model], up: [d_out, rank]; names of the constants.
+    """
+
+    node: fx.Node
+    down: str
+    up: str
+
+
+@dataclass(frozen=True)
 class RoutedFFN:
     """An FFN rewritten to ``dyncomp::routed_ffn`` (see :mod:`dyncomp.ops`).
 
@@ -23,6 +37,7 @@ class RoutedFFN:
         w_up, b_up, w_down, b_down: names of the constants.
         experts: E. d_ff: hidden neurons of all experts together.
         router: the nodes that only serve to compute the gates, in graph order.
+        path: what is added to ``output``, from the same input.
         trained: the model came with these experts, and their router; the others are made of dense FFNs.
     """
 
@@ -42,7 +57,13 @@ class RoutedFFN:
     gated: bool
     output: fx.Node
     router: tuple[fx.Node, ...]
+    path: LinearPath | None = None
     trained: bool = False
+
+    @property
+    def result(self) -> fx.Node:
+        """What the whole FFN gives: ``output``, with the path's."""
+        return self.output if self.path is None else self.path.node
 
     @property
     def parameters(self) -> int:
@@ -83,7 +104,7 @@ def _read(graph: Graph, node: fx.Node, names: Names) -> RoutedFFN:
     b_down, output = _bias_after(graph, node, d_out)
     return RoutedFFN(
         name=names.take(str(node.meta.get("path", "")), node),
-        node=node, input=x, gates=gates, output=output, router=_router(x, gates, node),
+        node=node, input=x, gates=gates, output=output, path=_path_beside(graph, output, x), router=_router(x, gates, node),
         w_up=up, b_up=None if b_up is None else _weight_name(graph, b_up), w_down=down, b_down=b_down,
         activation=str(activation), gated=rows == 2 * neurons, experts=experts, d_ff=experts * neurons, d_model=d_model, d_out=d_out,
     )  # fmt: skip
@@ -102,6 +123,27 @@ def _bias_after(graph: Graph, node: fx.Node, d_out: int) -> tuple[str | None, fx
             if found is not None and tuple(graph.tensor(found[0]).shape) == (d_out,):
                 return found[0], user
     return None, node
+
+
+def _path_beside(graph: Graph, output: fx.Node, x: fx.Node) -> LinearPath | None:
+    if len(output.users) != 1:
+        return None
+    (user,) = output.users
+    if user.target is not aten.add.Tensor or user.kwargs:
+        return None
+    up = user.args[1] if user.args[0] is output else user.args[0]
+    down = _without_bias(up)
+    if down is None or _without_bias(down) is not x:
+        return None
+    assert isinstance(up, fx.Node)
+    return LinearPath(user, _weight_name(graph, down.args[1]), _weight_name(graph, up.args[1]))
+
+
+def _without_bias(node: object) -> fx.Node | None:
+    """What a linear layer without bias reads, or None."""
+    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.args) != 2:
+        return None
+    return node.args[0]  # type: ignore[return-value]
 
 
 def _router(x: fx.Node, gates: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
