@@ -40,7 +40,7 @@ class RefitDown(LayerwisePass):
     bias: bool = True
     """Whether b may be added; servers' mixtures of experts have no place for one."""
     rank: int = 0
-    """Of a linear path from x to y that every token takes, fitted together with Δ; 0 for none. It costs rank * (d_model + d_out) weights."""
+    """Of a linear path from x to y that every token takes, fitted together with Δ, of rank * (d_model + d_out) weights; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:

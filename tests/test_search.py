@@ -139,6 +139,31 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     assert any("static" in line for line in lines)
 
 
+def test_what_a_quick_look_finds_slower_is_not_fitted(place, monkeypatch) -> None:
+    speeds, fitted = {"int8": 2.0, "75% of the inputs, int4": 2.5, "65% of the inputs, int4": 5.0}, []
+    original = search.Search._converted
+
+    def measure(self: search.Search, trial: Trial, graph) -> None:
+        trial.speed, trial.prefill, trial.bytes = speeds.get(trial.name, 3.0), 1.0, 1
+
+    def note(self: search.Search, passes, tokens):
+        fitted.append((passes[0].spec, tokens))
+        return original(self, passes, tokens)
+
+    monkeypatch.setattr(search.Search, "_time", measure)
+    monkeypatch.setattr(search.Search, "_converted", note)
+    monkeypatch.chdir(place)
+    goal = Goal(max_loss=5.0, trials=5)
+    request = ConvertRequest(model="model", out=place / "slower", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
+    found = _rewrite(request, no_progress, str).report["search"]
+    assert found["chosen"] == "65% of the inputs, int4"
+    assert [(t["quick"], t["speed"]) for t in found["trials"][-2:]] == [(True, 2.5), (False, 5.0)]
+    whole = [spec for spec, tokens in fitted if tokens is None]
+    assert "sparsify{active=0.65}" in whole
+    assert "sparsify" not in " ".join(spec for spec in whole if "0.65" not in spec)
+    assert ("sparsify{budgets=uniform}", search.QUICK) in fitted  # active=0.75 is the default
+
+
 def test_goals() -> None:
     good, fast = Trial("good", [], 0.001, 1.0, speed=1.5), Trial("fast", [], 0.02, 1.0, speed=3.0)
     quick = Trial("quick", [], 0.0, 1.0, quick=True)
