@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from dyncomp.passes.gptq import gram_of
-from dyncomp.passes.precisions import aliases
+from dyncomp.passes.awq_sites import Site, find_sites
+from dyncomp.passes.gptq import gated_hidden, gram_of
+from dyncomp.passes.mixtures import ENOUGH
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.ops import keep_large
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, round_to_nearest
-from dyncomp.regions import Linear, find_linears, find_regions
-from dyncomp.regions.linear import PRODUCTS
+from dyncomp.regions import RoutedFFN
 from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.sweep import Sweep, fast_matmul, release_memory
 
-aten = torch.ops.aten
-_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 STEPS = 20
 """Exponents that are tried, from 0 (no scale) to 1."""
+_ROWS = 512
+"""Rows of a weight that exponents are tried on: one number is to be found, and thousands of rows agree about it."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class AWQ(Pass):
     """Activation-aware scales (AWQ, 2306.00978): the weights that read large inputs are made larger, so that they are rounded less.
 
     Input j of a linear layer is divided by s_j, and column j of its weight multiplied: the model computes what it did. The division goes
-    into what makes the input: the weight of a norm that only linear layers read, or the rows of the up-projection of a gated FFN before
-    its down-projection. s is the mean magnitude of the inputs to the power of an exponent, for which the layers' outputs change least
-    when their weights are rounded to nearest. ``quantize`` with the same ``bits``, ``block`` and ``symmetric`` is to follow.
+    into what makes the input: the weight of a norm that only linear layers, experts and routers read, or the rows of the up-projection
+    of a gated FFN before its down-projection, each expert's by itself. s is the mean magnitude of the inputs to the power of an exponent,
+    for which the layers' outputs change least when their weights are rounded to nearest. ``quantize`` with the same ``bits``, ``block``
+    and ``symmetric`` is to follow.
 
-    before:  x = rms_norm(r, g);      linear(x, W)
-    after:   x = rms_norm(r, g / s);  linear(x, W * s)
+    Scales are powers of two, which floats multiply by exactly: gates and thresholds choose what they chose.
+
+    before:  x = rms_norm(r, g);      linear(x, W);      sparse_linear(x, W, t);          gates(linear(x, R));      routed_ffn(x, U[E])
+    after:   x = rms_norm(r, g / s);  linear(x, W * s);  sparse_linear(x, W * s, t / s);  gates(linear(x, R * s));  routed_ffn(x, U[E] * s)
     """
 
     name: ClassVar[str] = "awq"
@@ -56,107 +60,107 @@ class AWQ(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         fuse_rms_norms(graph)
-        sites = [s for s in _sites(graph) if all(linear.in_features % self.block == 0 for linear in s.linears)]
+        result = PassResult(facts={"bits": self.bits, "exponents": {}})
+        sites, result.refused = find_sites(graph, self.block)
         if not sites:
-            raise RequestError("awq: no linear layer of the graph has inputs that can be scaled where they are made")
+            return result
         sweep = Sweep(graph, ctx.need_calibration(self.name).first(self.tokens))
-        found: list[tuple[_Site, Tensor]] = []
-        result = PassResult()
-        exponents: dict[str, float] = {}
+        uses = {r.gates: _Use(torch.zeros(r.experts)) for site in sites for r in site.routed}
+        watch: dict[fx.Node, Callable[[int, Tensor], None]] = {gates: use.note for gates, use in uses.items()}
+        found: list[tuple[Site, Tensor]] = []
         with fast_matmul(), torch.no_grad():
             for position, site in enumerate(sites):
-                inputs = [x.reshape(-1, x.shape[-1]) for x in sweep.advance(site.input)]
-                exponent, scales = self._search(inputs, [linear.weight_matrix(graph).float() for linear in site.linears])
-                found.append((site, scales))
-                exponents[site.linears[0].weight] = exponent
+                sweep.advance(site.at, watch=watch)
+                problem = self._experts(graph, site.experts, sweep, result) if site.experts else self._layers(graph, site, sweep, uses)
+                exponents, scales = self._search(problem)
+                result.facts["exponents"][site.name] = exponents if site.experts else exponents[0]
+                if any(exponents):
+                    found.append((site, scales if site.experts else scales[0]))
                 ctx.progress(self.name, position + 1, len(sites))
                 release_memory(collect=False)
         for site, scales in found:  # at the end: the sweep goes on from values that were computed without
             site.scale(graph, scales)
-            result.changed += [linear.weight for linear in site.linears]
+            result.changed += site.weights
         graph.clean()
-        result.facts = {"bits": self.bits, "exponents": exponents}
         return result
 
-    def _search(self, inputs: list[Tensor], weights: list[Tensor]) -> tuple[float, Tensor]:
-        """(the best exponent, [K] scales)."""
+    def _layers(self, graph: Graph, site: Site, sweep: Sweep, uses: dict[fx.Node, _Use]) -> _Problem:
+        """Of the layers that read one node."""
+        inputs = [x.reshape(-1, x.shape[-1]) for x in sweep.values(site.input)]
         size = sum(map(len, inputs))
-        magnitude = torch.stack([x.abs().sum(0) for x in inputs]).sum(0) / size
-        gram = gram_of(inputs).float() / size  # ||X dᵀ||² = d (XᵀX) dᵀ
-        best: tuple[float, float, Tensor] | None = None
+        problem = _Problem(torch.stack([x.abs().sum(0) for x in inputs]).sum(0)[None] / size)
+        grams: dict[str | None, Tensor] = {}
+        for reader in site.rounded:
+            name = reader.thresholds
+            if name not in grams:
+                seen = inputs if name is None else (keep_large(x, graph.tensor(name)) for x in inputs)
+                grams[name] = (gram_of(seen).float() / size)[None]
+            weight = reader.rows(graph).float()
+            shares = uses[reader.gates].shares(len(weight)) if reader.gates is not None else None
+            step = -(-len(weight) // _ROWS)
+            problem.parts.append((weight[None, ::step], grams[name], None if shares is None else shares[::step]))
+        return problem
+
+    def _experts(self, graph: Graph, routed: RoutedFFN, sweep: Sweep, result: PassResult) -> _Problem:
+        """Of the down-projections of experts, each over the tokens that run it."""
+        down = graph.tensor(routed.w_down).detach().float()
+        count, _, neurons = down.shape
+        magnitude, grams, ran = torch.zeros(count, neurons), torch.zeros(count, neurons, neurons), torch.zeros(count)
+        for h, active in gated_hidden(graph, routed, sweep.values(routed.input), sweep.values(routed.gates)):
+            magnitude += h.abs().sum(1)
+            grams += h.transpose(1, 2) @ h
+            ran += active.sum(0)
+        for e in (ran < ENOUGH).nonzero().flatten().tolist():  # too few tokens to trust
+            grams[e] = 0
+            result.facts.setdefault("rarely_used", []).append(f"{routed.name} expert {e}: {int(ran[e])} tokens")
+        return _Problem(magnitude / ran.clamp_min(1)[:, None], [(down, grams / ran.clamp_min(1)[:, None, None], None)])
+
+    def _search(self, problem: _Problem) -> tuple[list[float], Tensor]:
+        """(the best exponent of each group, [G, K] scales)."""
+        magnitude = problem.magnitude
+        magnitude = magnitude.clamp_min(torch.finfo(torch.float32).tiny).maximum(1e-4 * magnitude.mean(-1, keepdim=True))
+        best = torch.full(magnitude.shape[:1], torch.inf)
+        exponents, chosen = torch.zeros(len(best)), torch.ones_like(magnitude)
         for step in range(STEPS):
-            scales = (magnitude.clamp_min(1e-4 * float(magnitude.mean()) + torch.finfo(torch.float32).tiny)) ** (step / STEPS)
-            scales = scales / (scales.max() * scales.min()).sqrt()
-            loss = 0.0
-            for w in weights:
-                changed = round_to_nearest(w * scales, self.bits, self.block, symmetric=self.symmetric).decode() / scales - w
-                loss += float(((changed @ gram) * changed).sum())
-            if best is None or loss < best[0]:
-                best = loss, step / STEPS, scales
-        assert best is not None
-        return best[1], best[2]
+            scales = magnitude ** (step / STEPS)
+            scales = (scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()).log2().round().exp2()
+            loss = torch.zeros_like(best)
+            for weight, gram, shares in problem.parts:
+                s = scales[:, None]
+                changed = round_to_nearest(weight * s, self.bits, self.block, symmetric=self.symmetric).decode() / s - weight
+                rows = ((changed @ gram) * changed).sum(-1)  # ||X dᵀ||² = d (XᵀX) dᵀ
+                loss += (rows if shares is None else rows * shares).sum(-1)
+            better = loss < best
+            best, exponents = torch.where(better, loss, best), torch.where(better, step / STEPS, exponents)
+            chosen = torch.where(better[:, None], scales, chosen)
+        return [round(float(e), 4) for e in exponents], chosen
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Linear layers that read ``input``, and what makes it: a norm's node, or the linear layer whose outputs are its factors."""
+@dataclass
+class _Problem:
+    """What the scales of G groups of K inputs are chosen by.
 
-    input: fx.Node
-    linears: tuple[Linear, ...]
-    maker: fx.Node | Linear
+    Attributes:
+        magnitude: [G, K] mean magnitude of the inputs.
+        parts: weights [G, N, K], Gram matrices [G, K, K] of the inputs, and how much each row counts ([N], or None for alike).
+    """
 
-    def scale(self, graph: Graph, scales: Tensor) -> None:
-        """Divide the inputs by ``scales`` [K], and let the weights make good for it."""
-        for linear in self.linears:
-            weight = graph.tensor(linear.weight).detach()
-            graph.add_tensor(linear.weight, weight * (scales[:, None] if linear.transposed else scales))
-        if isinstance(self.maker, Linear):
-            weight = graph.tensor(self.maker.weight).detach()
-            graph.add_tensor(self.maker.weight, weight / (scales if self.maker.transposed else scales[:, None]))
-            if self.maker.bias is not None:
-                graph.add_tensor(self.maker.bias, graph.tensor(self.maker.bias).detach() / scales)
-            return
-        source, shape, *rest = self.maker.args
-        parts: list[Any] = rest + [None] * (2 - len(rest))
-        biased = self.maker.target is aten.layer_norm.default
-        for position in range(1 + biased):
-            node = parts[position]
-            if node is None and position == 1:  # no bias to scale
-                continue
-            value = torch.ones_like(scales) if node is None else graph.tensor(node).detach()
-            name = f"awq.{self.maker.name}.{('weight', 'bias')[position]}"
-            graph.add_tensor(name, value / scales)
-            with graph.inserting(before=self.maker):
-                parts[position] = graph.read(name)
-        self.maker.args = (source, shape, *parts[: max(len(rest), 1)])
+    magnitude: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
 
-def _sites(graph: Graph) -> list[_Site]:
-    """In graph order."""
-    linears = find_linears(graph)
-    readers = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
-    by_input: dict[fx.Node, list[Linear]] = {}
-    for linear in linears.values():
-        by_input.setdefault(linear.input, []).append(linear)
+@dataclass
+class _Use:
+    """The squares of gates, summed over tokens as they pass: [E]."""
 
-    def owned(linear: Linear) -> bool:
-        """Whether its weight may be changed: nothing else reads it."""
-        plain = linear.axis == -1 and linear.nodes[0].target in PRODUCTS and linear.weight not in graph.quantized
-        return plain and readers[linear.weight] == 1 and len(aliases(graph, linear.weight)) == 1
+    squares: Tensor
+    tokens: int = 0
 
-    def folds(source: fx.Node, group: list[Linear]) -> bool:
-        """Whether a norm makes these inputs, for these layers alone."""
-        if source.target not in _NORMS or len(source.args[1]) != 1 or not all(map(owned, group)):  # type: ignore[arg-type]
-            return False
-        constant = all(a.op == "get_attr" for a in source.args[2:4] if isinstance(a, fx.Node))
-        return constant and set(source.users) == {linear.nodes[0] for linear in group}
+    def note(self, _: int, gates: Tensor) -> None:
+        flat = gates.reshape(-1, len(self.squares)).float()
+        self.squares += flat.square().sum(0)
+        self.tokens += len(flat)
 
-    found = [_Site(source, tuple(group), source) for source, group in by_input.items() if folds(source, group)]
-    for ffn in find_regions(graph).ffns:
-        maker = ffn.ups[-1]
-        exact = ffn.gated or ffn.activation == "relu"  # what scales a factor of the hidden neurons, scales them
-        unshared = maker.bias is None or readers[maker.bias] == 1
-        if exact and len(ffn.ups) == 1 + ffn.gated and owned(ffn.down) and owned(maker) and unshared:
-            found.append(_Site(ffn.down.input, (ffn.down,), maker))
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda s: order[s.input])
+    def shares(self, rows: int) -> Tensor:
+        """[rows] what the square of an error in each row of all experts' up-projections counts."""
+        return (self.squares / max(self.tokens, 1)).repeat_interleave(rows // len(self.squares))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dyncomp.graph import Graph
+from dyncomp.ops import expert_hidden
 from dyncomp.quantized import Quantized, decode, encode, grid, join
+from dyncomp.regions import RoutedFFN
 
 _SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _LAZY = 128  # columns whose errors are passed on together
@@ -86,6 +89,16 @@ def gram_of(blocks: Iterable[Tensor]) -> Tensor:
         total = x.T @ x if total is None else total.addmm_(x.T, x)
     assert total is not None
     return total
+
+
+def gated_hidden(graph: Graph, routed: RoutedFFN, inputs: Sequence[Tensor], gates: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the down-projections of experts read, a batch at a time: (hidden activations times gates [E, n, F], which tokens run which
+    experts [n, E])."""
+    up, bias = graph.tensor(routed.w_up).detach(), None if routed.b_up is None else graph.tensor(routed.b_up).detach()
+    for x, gate in zip(inputs, gates, strict=True):
+        flat = gate.reshape(-1, routed.experts)
+        h = expert_hidden(x.reshape(-1, routed.d_model), up, bias, routed.d_ff // routed.experts, routed.activation) * flat[..., None]
+        yield h.transpose(0, 1), flat != 0
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:

@@ -10,23 +10,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.gptq import gptq, gram_of
+from dyncomp.passes.gptq import gated_hidden, gptq, gram_of
 from dyncomp.passes.precisions import FLOAT, Mix, Trials, Unit, aliases, choose, require_reachable
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
-from dyncomp.ops import expert_hidden, keep_large
+from dyncomp.ops import keep_large
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, Quantized, round_to_nearest
 from dyncomp.regions import Linear, RoutedFFN, find_linears, find_regions
 from dyncomp.regions.depth import find_skips
-from dyncomp.regions.linear import PRODUCTS, common_path, constant
+from dyncomp.regions.linear import LAYERS, common_path, constant
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul, release_memory
 
 aten = torch.ops.aten
-_PRODUCTS = (*PRODUCTS, torch.ops.dyncomp.sparse_linear.default, torch.ops.dyncomp.gated_linear.default)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Quantize(Pass):
             if linear.nodes[0] in routers or linear.weight in found:
                 continue
             bits = max(self.bits, self.head_bits) if linear.weight in tables | head else self.bits
-            if linear.axis != -1 or linear.nodes[0].target not in _PRODUCTS:
+            if linear.axis != -1 or linear.nodes[0].target not in LAYERS:
                 result.refused.append(Refusal(linear.weight, self.name, "it is not the weight of a plain linear layer"))
             elif linear.transposed and readers[linear.weight] > 1:
                 result.refused.append(Refusal(linear.weight, self.name, "it is stored transposed and read by several layers"))
@@ -227,16 +226,12 @@ class Quantize(Pass):
         offsets = None if value.offsets is None else value.offsets.unflatten(0, shape)
         value = Quantized(value.codes.unflatten(0, shape), value.scales.unflatten(0, shape), offsets, bits)
         self._store(graph, _Target(routed.w_up, 0, bits, routed=routed), value, result)
-        up, bias = graph.tensor(routed.w_up).detach(), None if routed.b_up is None else graph.tensor(routed.b_up).detach()
         down = graph.tensor(routed.w_down).detach()
         experts, _, neurons = down.shape
         grams, rows = torch.zeros(experts, neurons, neurons), torch.zeros(experts)
-        for x, gate in zip(inputs, gates, strict=True):
-            flat = gate.reshape(-1, experts)
-            h = expert_hidden(x.reshape(-1, x.shape[-1]), up, bias, neurons, routed.activation) * flat[..., None]
-            h = h.transpose(0, 1)
+        for h, active in gated_hidden(graph, routed, inputs, gates):
             grams += h.transpose(1, 2) @ h
-            rows += (flat != 0).sum(0)
+            rows += active.sum(0)
         parts = []
         for e in range(experts):
             if rows[e] < 4 * neurons:  # too few tokens to trust: plain rounding harms nothing it has not seen

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 _GATED = torch.ops.dyncomp.gated_linear.default
 PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """The spellings of a linear layer whose weight is a matrix and whose features come last."""
+LAYERS = (*PRODUCTS, torch.ops.dyncomp.sparse_linear.default, _GATED)
+"""These, and the linear layers that leave out inputs or tokens."""
 
 
 @dataclass(frozen=True)
