@@ -31,7 +31,7 @@ from dyncomp.hardware import available_memory
 from dyncomp.mapped import TensorStore
 from dyncomp.models import LoadedModel, count_weights, load_model
 from dyncomp.passes import Heal, QuantizeCache
-from dyncomp.passes.quantize import quantize_of
+from dyncomp.passes.quantize import quantization_of
 from dyncomp.passes.quantize_cache import keep_floats
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make_pass, no_progress, parse_passes
 from dyncomp.recipe import Recipe, load_recipe
@@ -194,8 +194,8 @@ def healing_passes(opened: bundle.Bundle, options: str) -> tuple[Pass, ...]:
             hint="start it without torchrun, or share the training: dyncomp.heal.Trainer inside dyncomp.heal.ranks.joined()",
         )
     earlier = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
-    quantize, caches = quantize_of(earlier), [p for p in earlier if isinstance(p, QuantizeCache)][:1]
-    return (make_pass(Heal.name, options), *([] if quantize is None else [quantize]), *caches)
+    quantize, caches = quantization_of(earlier), [p for p in earlier if isinstance(p, QuantizeCache)][:1]
+    return (make_pass(Heal.name, options), *quantize, *caches)
 
 
 @dataclass
@@ -277,7 +277,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
 
     def quality() -> dict[str, Any]:
         beside = dataclasses.replace(ctx, folder=work.folder / "training-static")
-        plain = baselines(dense, converted, quantize_of(passes), beside, heal=healed_as)
+        plain = baselines(dense, converted, quantization_of(passes), beside, heal=healed_as)
         if origin is not None:
             plain["before"] = origin.graph()
         release_memory()

@@ -24,7 +24,7 @@ from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
 from dyncomp.images import prepare, read_image
 from dyncomp.passes import AddKVCache, Quantize
-from dyncomp.passes.quantize import quantize_of
+from dyncomp.passes.quantize import quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Variant, bench
@@ -215,7 +215,7 @@ def dense_artifacts(
     the passes made."""
     found = [("dense", dense_artifact(graph, fingerprint, progress, backend=backend))]
     quantize = quantize_of(passes)
-    if quantize is not None and not all(isinstance(p, Quantize) for p in passes):
+    if quantize is not None and len(quantization_of(passes)) < len(passes):
         found.append(("dense", dense_artifact(graph, fingerprint, progress, quantize=quantize, backend=backend)))
     return found
 

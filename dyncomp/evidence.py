@@ -17,9 +17,9 @@ from dyncomp.examples import Examples, example_tokens, prepare_examples, reader_
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel
-from dyncomp.passes import DropDepth, Heal, PruneStatic, Quantize
-from dyncomp.passes.quantize import quantize_of
-from dyncomp.pipeline import Context, Pipeline, Progress, no_progress, parse_passes
+from dyncomp.passes import DropDepth, Heal, PruneStatic
+from dyncomp.passes.quantize import quantization_of
+from dyncomp.pipeline import Context, Pass, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
 from dyncomp.tasks import load_task, run_task
 from dyncomp.trace import trace_model
@@ -28,18 +28,19 @@ BASELINE_TOKENS = 16_384
 """Calibration tokens of the baselines that ``evaluate`` makes."""
 
 
-def baselines(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> dict[str, Graph]:
+def baselines(dense: Graph, converted: Graph, quantize: Sequence[Pass], ctx: Context, *, heal: Heal | None = None) -> dict[str, Graph]:
     """What needs no choice for each token, in the converted model's precision: the dense model quantized, and pruned statically at equal
     cost of its FFNs.
 
     Args:
+        quantize: the passes that quantized it; none when it is in float.
         heal: as the converted model was healed; the pruned one is too, with as many steps on the same text.
     """
     found = {}
     regions, skips = find_regions(converted), bool(converted.info.get("depth"))
-    if quantize is not None and (any(not r.trained for r in regions.routed) or skips or sparse_nodes(converted)):
+    if quantize and (any(not r.trained for r in regions.routed) or skips or sparse_nodes(converted)):
         found["quantized"] = dense.copy()
-        Pipeline([quantize]).run(found["quantized"], ctx)
+        Pipeline(quantize).run(found["quantized"], ctx)
     if find_parts(converted) or regions.sparse_ffns:
         found["static_pruned"] = static_baseline(dense, converted, quantize, ctx, heal=heal)
     if skips:
@@ -57,7 +58,7 @@ def find_parts(graph: Graph) -> list[RoutedFFN]:
     return [r for r in find_experts(graph) if not r.trained and not graph.info.get("routing", {}).get(r.name, {}).get("copies")]
 
 
-def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
+def depth_baseline(dense: Graph, converted: Graph, quantize: Sequence[Pass], ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model without as many attentions, FFNs or layers, for every token alike, as tokens of the converted one skip on average;
     with stand-ins if that has them."""
     skips = list(converted.info["depth"].values())
@@ -65,18 +66,18 @@ def depth_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ct
     if rank := skips[0].get("rank"):
         drop = dataclasses.replace(drop, standin="linear", rank=rank)
     dropped = dense.copy()
-    Pipeline([p for p in (drop, heal, quantize) if p is not None]).run(dropped, ctx)
+    Pipeline([drop, *([] if heal is None else [heal]), *quantize]).run(dropped, ctx)
     return dropped
 
 
-def static_baseline(dense: Graph, converted: Graph, quantize: Quantize | None, ctx: Context, *, heal: Heal | None = None) -> Graph:
+def static_baseline(dense: Graph, converted: Graph, quantize: Sequence[Pass], ctx: Context, *, heal: Heal | None = None) -> Graph:
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
     weights it does not read, on average."""
     changed = {r.name for r in find_parts(converted)} | {f.name for f in find_regions(converted).sparse_ffns}
     kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
     static = dense.copy()
     prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
-    Pipeline([p for p in (prune, heal, quantize) if p is not None]).run(static, ctx)
+    Pipeline([prune, *([] if heal is None else [heal]), *quantize]).run(static, ctx)
     return static
 
 
@@ -151,7 +152,7 @@ def evaluate_bundle(
         fitted = calibration_of(loaded, dense, prepare_examples(reader, None, None, tokens=BASELINE_TOKENS, count=1, seed=seed).calibration)
         ctx = Context(fitted, progress=progress, seed=seed, dense=dense)
         passes = parse_passes(", ".join(entry.spec for entry in opened.manifest.passes))
-        models |= baselines(models["dense"], models["converted"], quantize_of(passes), ctx)
+        models |= baselines(models["dense"], models["converted"], quantization_of(passes), ctx)
     answers = {t.name: run_task(models, t, loaded.tokenizer, length=reader.tokens, progress=progress) for t in questions}
     return measure_quality(models, examples, loaded.task, progress), answers
 

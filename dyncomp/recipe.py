@@ -41,7 +41,7 @@ class Recipe(BaseModel):
 
         Args:
             widths: of the model's FFNs, where they are known.
-            quantize: a name in :data:`~dyncomp.passes.quantize.PRECISIONS`; its pass is added at the end.
+            quantize: a name in :data:`~dyncomp.passes.quantize.PRECISIONS`; its passes are added at the end.
             kv_cache: a name in :data:`CACHES`; its pass is added after that.
 
         Raises:
@@ -61,7 +61,7 @@ class Recipe(BaseModel):
                 raise RequestError(f"unknown precision {quantize!r}", hint=f"precisions: {', '.join(PRECISIONS)}")
             if quantize_of(passes) is not None:
                 raise RequestError(f"the recipe {self.name!r} quantizes already", hint="leave out --quantize")
-            passes.append(PRECISIONS[quantize])
+            passes += PRECISIONS[quantize]
         if kv_cache is not None:
             if kv_cache not in CACHES:
                 raise RequestError(f"unknown precision {kv_cache!r} of a KV cache", hint=f"precisions: {', '.join(CACHES)}")

@@ -12,7 +12,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dyncomp.errors import RequestError, SearchError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
 from dyncomp.passes import Quantize, Sparsify
-from dyncomp.passes.quantize import PRECISIONS, quantize_of
+from dyncomp.passes.quantize import PRECISIONS, quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
 from dyncomp.recipe import most_experts
 from dyncomp.regions import find_regions
@@ -168,39 +168,44 @@ class Search:
         return Found(graph, records, parse_passes(", ".join(self.best.passes)), self._artifact(self.best.name), self.trials, self.best)
 
     def _candidates(self) -> Iterator[tuple[str, list[Pass]]]:
-        yield "int8", [PRECISIONS["int8"]]
-        yield "int4, rounded", [dataclasses.replace(PRECISIONS["int4"], method="rtn")]
+        rounded = [p for p in _with(PRECISIONS["int4"], method="rtn") if isinstance(p, Quantize)]
+        yield "int8", [*PRECISIONS["int8"]]
+        yield "int4, rounded", [*rounded]
         if not self._reached("int4, rounded"):
-            yield "int4", [PRECISIONS["int4"]]
+            yield "int4", [*PRECISIONS["int4"]]
         if not self._reached("int4, rounded") and not self._reached("int4") and self._reached("int8"):
-            yield "mixed", [self._mixed()]
-        if self._reached("int4, rounded") or self._reached("int4"):
-            method = "rtn" if self._reached("int4, rounded") else "gptq"
-            yield "int4, head too", [dataclasses.replace(PRECISIONS["int4"], method=method, head_bits=4)]
-        quantize = quantize_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else None
-        block = quantize.block if quantize is not None else 1
-        for active in SPARSE if quantize is not None else ():  # only kernels for quantized weights gain by it
-            name = f"{active:.0%} of the inputs, {quantize.label}"  # type: ignore[union-attr]
-            yield name, [Sparsify(active=active), quantize]  # type: ignore[list-item]
+            yield "mixed", self._mixed()
+        if self._reached("int4, rounded"):
+            yield "int4, head too", _with(rounded, head_bits=4)
+        elif self._reached("int4"):
+            yield "int4, head too", _with(PRECISIONS["int4"], head_bits=4)
+        quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
+        last = quantize_of(quantize)
+        block, label = (last.block, f", {last.label}") if last is not None else (1, "")
+        for active in SPARSE if quantize else ():  # only kernels for quantized weights gain by it
+            name = f"{active:.0%} of the inputs{label}"
+            yield name, [Sparsify(active=active), *quantize]
             if self._loses_too_much(name):
                 break
+        # Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well.
+        refitted = quantize if last is None or last.method == "gptq" else _with(PRECISIONS[last.label], head_bits=last.head_bits)
         experts = self._experts(block)
         for active in ACTIVE if experts is not None else ():
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
-            name = f"{active:.0%} of {experts} experts" + (f", {quantize.label}" if quantize is not None else "")
-            yield name, [*parse_passes(spec), *([quantize] if quantize is not None else [])]
+            name = f"{active:.0%} of {experts} experts{label}"
+            yield name, [*parse_passes(spec), *refitted]
             if self._loses_too_much(name):
                 break  # fewer neurons lose more
         for active in ACTIVE if find_regions(self.dense).ffns else ():
-            name = f"{active:.0%} of the neurons, static" + (f", {quantize.label}" if quantize is not None else "")
-            yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *([quantize] if quantize is not None else [])]
+            name = f"{active:.0%} of the neurons, static{label}"
+            yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *refitted]
             if self._loses_too_much(name):
                 break
 
-    def _mixed(self) -> Quantize:
+    def _mixed(self) -> list[Pass]:
         """Each region as small as a part of the loss limit allows, for losses are measured on few windows."""
         limit = MIXED * math.log1p(self.goal.max_loss) if self.goal.max_loss and self.task == "causal-lm" else Quantize.max_loss
-        return dataclasses.replace(PRECISIONS["mixed"], mixed=(4, 8, 32), max_loss=limit)
+        return _with(PRECISIONS["mixed"], mixed=(4, 8, 32), max_loss=limit)
 
     def _experts(self, block: int) -> int | None:
         """As many experts as divide every FFN into parts that can be quantized; None when there is no such number."""
@@ -217,7 +222,7 @@ class Search:
     def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:
         start = time.perf_counter()
         trial = Trial(name, [p.spec for p in passes], math.nan, 0.0)
-        worth = self._look(trial, passes) if any(not isinstance(p, Quantize) for p in passes) else True
+        worth = self._look(trial, passes) if len(quantization_of(passes)) < len(passes) else True
         if worth:
             graph, records = self._converted(passes, None)
             trial.quick, trial.loss = False, self._loss(graph)
@@ -231,12 +236,13 @@ class Search:
 
     def _look(self, trial: Trial, passes: list[Pass]) -> bool:
         """Whether a candidate is worth its fitting: what it loses and how fast it is when fitted to little text, without delay."""
-        hasty = [dataclasses.replace(p, budgets="uniform") if isinstance(p, Sparsify) else p for p in passes if not isinstance(p, Quantize)]
-        graph, _ = self._converted(hasty, QUICK)
+        quantization = quantization_of(passes)
+        fitted = [dataclasses.replace(p, budgets="uniform") if isinstance(p, Sparsify) else p for p in passes if p not in quantization]
+        graph, _ = self._converted(fitted, QUICK)
         trial.quick, trial.loss = True, self._loss(graph)
         if self.goal.max_loss is not None and trial.loss > HOPELESS * self.goal.max_loss:
             return False
-        rounded = [dataclasses.replace(p, method="rtn") for p in passes if isinstance(p, Quantize)]
+        rounded = [dataclasses.replace(p, method="rtn") for p in quantization if isinstance(p, Quantize)]
         Pipeline(rounded).run(graph, self.ctx)
         self._time(trial, graph)
         slower = self.best is not None and (trial.speed or 0) <= (self.best.speed or 0)
@@ -292,6 +298,11 @@ class Search:
             return "no candidate was tried"
         closest = min(self.trials, key=lambda t: t.loss) if self.goal.max_loss is not None else max(self.trials, key=lambda t: t.speed or 0)
         return f"no candidate reaches {self.goal}; closest: {describe(closest)}"
+
+
+def _with(passes: Iterable[Pass], **options: Any) -> list[Pass]:
+    """The passes of a precision, the quantization among them with other options."""
+    return [dataclasses.replace(p, **options) if isinstance(p, Quantize) else p for p in passes]
 
 
 def describe(trial: Trial) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from dyncomp.passes.awq import AWQ
 from dyncomp.passes.gptq import gated_hidden, gptq, gram_of
 from dyncomp.passes.precisions import FLOAT, Mix, Trials, Unit, aliases, choose, require_reachable
 from torch import Tensor, fx
@@ -333,15 +334,21 @@ def _store_by_rows(graph: Graph, linear: Linear) -> None:
     graph.module.graph.erase_node(node)
 
 
-PRECISIONS = {
-    "int8": Quantize(bits=8),
-    "int4": Quantize(bits=4, symmetric=False, method="gptq"),
-    "mixed": Quantize(mixed=(4, 8), symmetric=False, method="gptq"),
+PRECISIONS: dict[str, tuple[Pass, ...]] = {
+    "int8": (Quantize(bits=8),),
+    "int4": (AWQ(symmetric=False), Quantize(bits=4, symmetric=False, method="gptq")),
+    "mixed": (AWQ(symmetric=False), Quantize(mixed=(4, 8), symmetric=False, method="gptq")),
 }
-"""What ``--quantize`` takes: int8 by rounding, which loses next to nothing, int4 by GPTQ, with offsets: weights that were 4-bit before
-(a GGUF file's) come out as they were; or int4 where it costs little, int8 elsewhere."""
+"""What ``--quantize`` takes: int8 by rounding, which loses next to nothing; int4 by AWQ's scales and GPTQ, with offsets: weights that were
+4-bit before (a GGUF file's) come out as they were; or int4 where it costs little, int8 elsewhere."""
 
 
 def quantize_of(passes: Iterable[Pass]) -> Quantize | None:
     """The quantization among the passes, or None."""
     return next((p for p in passes if isinstance(p, Quantize)), None)
+
+
+def quantization_of(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """The quantization among the passes and what prepares the weights for it, in order; none where there is no quantization."""
+    found = tuple(p for p in passes if isinstance(p, AWQ | Quantize))
+    return found if quantize_of(found) is not None else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dyncomp.passes  # noqa: F401  (registers the passes)
 import pytest
 import torch
+from dyncomp.passes.quantize import PRECISIONS
 from helpers import assert_close
 from test_passes import context
 from torch import Tensor
@@ -164,15 +165,17 @@ def test_tied_weights_stay_tied() -> None:
     assert [head.weight in r.reason for r in result.refused] == [True]
 
 
-def test_where_nothing_can_be_scaled_the_refusals_say_why() -> None:
+def test_where_nothing_can_be_scaled_the_refusals_say_why_and_int4_goes_on() -> None:
     """After BERT's norms the residual stream itself goes on, and GELU is not to be scaled."""
     graph = trace_tiny("bert").copy()
-    result = run("awq{}", "bert", graph)
-    assert not result.changed
-    assert {r.reason for r in result.refused} == {
+    awq, quantized = Pipeline(PRECISIONS["int4"]).run(graph, context("bert", graph))
+    assert not awq.result.changed
+    assert {r.reason for r in awq.result.refused} == {
         "add.Tensor reads it too",
         "what gelu gives is not scaled by scaling what it is given",
     }
+    assert quantized.result.changed
+    assert graph.precision == "int4"
 
 
 def test_quantized_weights_are_left_alone() -> None:

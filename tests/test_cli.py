@@ -243,7 +243,9 @@ def test_a_dense_model_can_be_quantized_only(place) -> None:
     assert set(report["perplexity"]) >= {"dense", "converted"}
     assert "static_pruned" not in report["perplexity"]
     assert abs(report["quality"]["held out"]["increase"]["converted"]) < 0.2
+    assert report["passes"] == ["awq{symmetric=false}", "quantize{bits=4 symmetric=false method=gptq}"]
     assert report["parity"][0]["precision"] == "int4"
+    assert [(e["variant"], e["precision"]) for e in report["bench"]] == [("dense", "fp32"), ("converted", "int4")]
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler here")

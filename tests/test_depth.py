@@ -358,7 +358,7 @@ def test_the_evidence_has_baselines_of_the_same_cost() -> None:
     ctx = context("llama", graph, batches=12)
     Pipeline(load_recipe("depth").resolve(active=0.5)).run(graph, ctx)
     assert ctx.dense is not None
-    plain = baselines(ctx.dense, graph, None, ctx)
+    plain = baselines(ctx.dense, graph, (), ctx)
     assert len(find_regions(plain["layers_dropped"]).attentions) == 1
     ids = torch.cat([b["input_ids"] for b in ctx.calibration.batches])  # type: ignore[union-attr]
     quality = measure_quality({"dense": ctx.dense, "converted": graph} | plain, {"held out": ids}, "causal-lm")

@@ -116,6 +116,7 @@ def test_precisions_are_mixed_where_only_int8_is_good_enough(place, monkeypatch)
     assert [t["name"] for t in done.report["search"]["trials"]] == ["int8", "int4, rounded", "int4", "mixed"]
     assert done.report["search"]["chosen"] == "mixed"
     assert done.models["converted"].precision == "mixed"
+    assert [t["passes"][0] for t in done.report["search"]["trials"][2:]] == ["awq{symmetric=false}"] * 2
     assert done.report["precisions"]["loss"] <= search.MIXED * math.log1p(0.05)
 
 
@@ -136,6 +137,12 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
         "90% of 2 experts, int4", "75% of 2 experts, int4", "90% of the neurons, static, int4", "75% of the neurons, static, int4",
     ]  # fmt: skip
     assert done.report["search"]["chosen"] == names[-1]
+    passes = {t["name"]: t["passes"] for t in done.report["search"]["trials"]}
+    rounded, fitted = "quantize{bits=4 symmetric=false head-bits=4}", "quantize{bits=4 symmetric=false method=gptq head-bits=4}"
+    assert passes["75% of the inputs, int4"] == ["sparsify", rounded]  # the weights are those that rounding held
+    assert [p.split("{")[0] for p in passes["75% of 2 experts, int4"][:3]] == ["carve-experts", "fit-router", "refit-down"]
+    for name in ("75% of 2 experts, int4", "75% of the neurons, static, int4"):
+        assert passes[name][-2:] == ["awq{symmetric=false}", fitted]
     assert any("static" in line for line in lines)
 
 

@@ -158,7 +158,7 @@ def test_the_static_baseline_reads_as_many_ffn_weights() -> None:
     graph, _ = sparsified("llama", "sparsify{active=50% where=ffn}")
     assert calibrated_share(graph) == pytest.approx(0.5, abs=0.02)
     dense = trace_tiny("llama")
-    static = static_baseline(dense, graph, None, context("llama"))
+    static = static_baseline(dense, graph, (), context("llama"))
     widths = [sum(f.d_ff for f in find_regions(g).ffns) for g in (static, dense)]
     assert widths[0] / widths[1] == pytest.approx(calibrated_share(graph), abs=0.03)
 

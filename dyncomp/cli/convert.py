@@ -20,7 +20,9 @@ from dyncomp.cli import options
 @click.option("--recipe", help="No search: a recipe by name (experts, depth, static, mixtral-8x2, deepseek-v3, switch …) or a TOML file.")
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
-@click.option("--quantize", metavar="PRECISION", help="Weights in int8, int4 (GPTQ), or mixed, by region. [default: as the recipe says]")
+@click.option(
+    "--quantize", metavar="PRECISION", help="Weights in int8, int4 (AWQ, GPTQ), or mixed, by region. [default: as the recipe says]"
+)
 @click.option("--kv-cache", metavar="PRECISION", help="Keys and values of past tokens in int8, with a named recipe. [default: float]")
 @click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
 @click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
