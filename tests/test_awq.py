@@ -19,7 +19,9 @@ from dyncomp.ops import expert_hidden, keep_large
 from dyncomp.pipeline import Context, PassResult, Pipeline, parse_passes
 from dyncomp.quantized import round_to_nearest
 from dyncomp.regions import find_linears, find_regions
+from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.sweep import Sweep
+from dyncomp.trace import trace
 
 EXPERTS = "carve-experts{experts=2 keep-dense=}, fit-router{active=0.75}, refit-down"
 
@@ -85,6 +87,22 @@ def test_gates_and_thresholds_choose_what_they_chose(passes: str) -> None:
         for graph, node in ((before, old), (after, new)):
             kept.append(keep_large(Sweep(graph, [inputs]).advance(node.args[0])[0], graph.tensor(node.args[3])) != 0)
         assert torch.equal(*kept)
+
+
+def test_norms_are_fused_to_the_bit() -> None:
+    """Gemma's weight is no constant of the graph; it is found by running the norm."""
+
+    class OnePlus(torch.nn.Module):
+        weight = torch.nn.Parameter(torch.randn(576, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+    x = torch.randn(2, 3, 576, generator=torch.Generator().manual_seed(1))
+    graph = trace(OnePlus(), {"x": x}, {"x": {0: "batch", 1: "sequence"}})
+    expected = graph(x)
+    assert fuse_rms_norms(graph)
+    assert torch.equal(graph(x), expected)
 
 
 def rounding_errors(graph: Graph, name: str = "llama") -> dict[str, float]:

@@ -67,10 +67,10 @@ def _recognise(graph: Graph, mean: fx.Node, shapes: ShapeOnly) -> RMSNorm | None
         if str(result.meta["val"].shape) != str(x.meta["val"].shape) or result.meta["val"].dtype != x.meta["val"].dtype:
             continue
         try:
-            # small enough for epsilon to matter; and so large that it does not, which shows the scale
+            # small enough for epsilon to matter; and so large that it does not, which shows the scale, exactly where that is a power of two
             sample = torch.randn(symbolic_shape(graph, x, _SIZES), generator=torch.Generator().manual_seed(0)) * 1e-2
             (actual,) = evaluate(graph, [result], _SIZES, {x: sample})
-            (large,) = evaluate(graph, [result], _SIZES, {x: torch.full_like(sample, 1e6)})
+            (large,) = evaluate(graph, [result], _SIZES, {x: torch.full_like(sample, 2.0**20)})
         except (GraphError, RuntimeError):
             return None
         scale = large.reshape(-1, features)[0]
