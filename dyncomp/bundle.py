@@ -26,6 +26,7 @@ from dyncomp import __version__
 from dyncomp.errors import BundleError, DyncompError, ModelError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model, load_processor, load_tokenizer
+from dyncomp.models.loaded import Decoding
 from dyncomp.serialize import load_graph, save_graph
 
 SCHEMA = 1
@@ -42,6 +43,7 @@ class Source(BaseModel):
     context_length: int | None
     output_name: str
     config: dict[str, Any]
+    decoding: Decoding | None = None  # of an encoder–decoder
 
 
 class PassEntry(BaseModel):

@@ -127,7 +127,9 @@ def trace_model(loaded: LoadedModel) -> Graph:
     """
     file = _cached_structure(loaded)
     own = dict(loaded.module.named_parameters(remove_duplicate=False)) | dict(loaded.module.named_buffers(remove_duplicate=False))
-    info = {"name": loaded.name, "task": loaded.task, "context_length": loaded.context_length}
+    info: dict[str, Any] = {"name": loaded.name, "task": loaded.task, "context_length": loaded.context_length}
+    if loaded.decoding is not None:
+        info["begin"] = list(loaded.decoding.begin)
     if file is not None and file.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DyncompError):  # a damaged file counts as absent
             document = json.loads(file.read_text())

@@ -6,6 +6,7 @@ The packaged model and the recordings are in packages of their own (``requiremen
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import struct
@@ -25,6 +26,7 @@ from dyncomp.errors import MissingExtraError, ModelError, RequestError
 from dyncomp.examples import reader_of
 from dyncomp.models import load_model
 from dyncomp.models.ctranslate2 import load_whisper, read_tensors
+from dyncomp.models.loaded import Decoding
 from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions import find_regions
 from dyncomp.runtime.generate import Seq2SeqGenerator
@@ -78,7 +80,7 @@ def test_each_tensor_has_its_place(tmp_path: Path) -> None:
     tensors = tiny()
     loaded = load_whisper(folder(tmp_path, tensors), name="tiny")
     model: Any = loaded.module.model
-    assert (loaded.task, loaded.context_length, model.config.begin) == ("seq2seq", 20, [1, 2])
+    assert (loaded.task, loaded.context_length, loaded.decoding) == ("seq2seq", 20, Decoding((1, 2), (4,), (0,)))
     state = model.state_dict()
     fused = torch.from_numpy(tensors["decoder/layer_0/self_attention/linear_0/weight"]).float()
     own, cross = (f"model.decoder.layers.0.{n}_attn" for n in ("self", "encoder"))
@@ -122,9 +124,10 @@ def test_the_packaged_model_writes_what_was_said(tmp_path: Path) -> None:
     module, features, said = loaded.module, *recording()
     model, config = module.model, module.model.config
     dense = trace_model(loaded)
-    with pytest.raises(RequestError, match="encoder–decoder"):
+    with pytest.raises(RequestError, match="nothing reads pairs of sound and text"):
         reader_of(loaded, dense)
-    graph, data = dense.copy(), [{"input_features": features, "decoder_input_ids": torch.tensor([config.begin])}]
+    begin, never, never_first = (list(tokens) for tokens in dataclasses.astuple(loaded.decoding))
+    graph, data = dense.copy(), [{"input_features": features, "decoder_input_ids": torch.tensor([begin])}]
     calibration = Calibration(data, "speech")
     ffns = find_regions(graph).require_ffns()
     calibrate(graph, ffns, calibration)
@@ -133,10 +136,10 @@ def test_the_packaged_model_writes_what_was_said(tmp_path: Path) -> None:
     assert len(record.result.changed) == 8
     with torch.no_grad():
         assert_close(graph(**data[0]), module(**data[0]), rel=1e-5)
-    suppressed = {"suppress_tokens": config.suppress_tokens, "begin_suppress_tokens": config.begin_suppress_tokens}
+    suppressed = {"suppress_tokens": never, "begin_suppress_tokens": never_first}
     wanted = model.generate(
         input_features=features,
-        decoder_input_ids=torch.tensor([config.begin]),
+        decoder_input_ids=torch.tensor([begin]),
         max_new_tokens=24,
         do_sample=False,
         num_beams=1,
@@ -145,11 +148,10 @@ def test_the_packaged_model_writes_what_was_said(tmp_path: Path) -> None:
     lowered, refused = lower_artifact(graph, tmp_path)
     assert not refused
     used = backend_of("ort")
-    options = {"never": config.suppress_tokens, "never_first": config.begin_suppress_tokens}
     for session in (used.session(used.open(tmp_path, threads=2)), TorchDecoder(lowered)):
-        generator = Seq2SeqGenerator(session, loaded.tokenizer, config.begin, **options)
+        generator = Seq2SeqGenerator(session, loaded.tokenizer, begin, never=never, never_first=never_first)
         (found,) = generator.generate([{"input_features": features[0].numpy()}], Sampling(max_tokens=24))
-        assert [t for t in found.tokens if t != config.eos_token_id] == [t for t in wanted if t not in (*config.begin, config.eos_token_id)]
+        assert [t for t in found.tokens if t != config.eos_token_id] == [t for t in wanted if t not in (*begin, config.eos_token_id)]
         assert found.text.strip() == said or said is None
         assert found.cached
 

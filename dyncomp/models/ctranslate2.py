@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dyncomp.errors import ModelError
 from dyncomp.models.extras import quiet, require
-from dyncomp.models.loaded import LoadedModel
+from dyncomp.models.loaded import Decoding, LoadedModel
 from dyncomp.models.wrap import wrap
 
 _VERSION, _SPEC = 6, "WhisperSpec"
@@ -78,8 +78,7 @@ class _Reader:
 def load_whisper(folder: Path, *, name: str, dtype: torch.dtype = torch.float32, kind: str = "ctranslate2") -> LoadedModel:
     """``model.bin``, ``config.json`` and ``tokenizer.json`` as a ``WhisperForConditionalGeneration``.
 
-    The model's configuration has what generation needs: ``decoder_start_token_id``, ``begin`` (the tokens that a transcript without
-    time stamps begins with), ``suppress_tokens``, ``begin_suppress_tokens``.
+    Transcripts are without time stamps.
 
     Raises:
         ModelError: a file is missing or damaged.
@@ -100,7 +99,6 @@ def load_whisper(folder: Path, *, name: str, dtype: torch.dtype = torch.float32,
             eos_token_id=end, decoder_start_token_id=begin[0], suppress_tokens=settings["suppress_ids"],
             begin_suppress_tokens=settings["suppress_ids_begin"],
         )  # fmt: skip
-        config.begin = begin
         state = _state(tensors, int(config.encoder_layers), int(config.decoder_layers))
     except (OSError, KeyError, ValueError) as error:
         raise ModelError(
@@ -110,7 +108,8 @@ def load_whisper(folder: Path, *, name: str, dtype: torch.dtype = torch.float32,
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     model.tie_weights()
-    return wrap(model, name=name, kind=kind, tokenizer=tokenizer, causal=False)
+    decoding = Decoding(tuple(begin), tuple(settings["suppress_ids"]), tuple(settings["suppress_ids_begin"]))
+    return wrap(model, name=name, kind=kind, tokenizer=tokenizer, causal=False, decoding=decoding)
 
 
 def _special(tokenizer: Any, *tokens: str) -> list[int]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dyncomp.errors import DyncompError, ModelError
-from dyncomp.models.loaded import LoadedModel, check_forward, finish, first_line
+from dyncomp.models.loaded import Decoding, LoadedModel, check_forward, finish, first_line
 
 _SHAPE = "return (module, example_inputs), or a dict with the keys module and example_inputs, or a dyncomp LoadedModel"
-_KEYS = ("module", "example_inputs", "dynamic_dims", "task", "tokenizer", "processor", "output_name", "context_length", "config")
+_KEYS = (
+    "module", "example_inputs", "dynamic_dims", "task", "tokenizer", "processor", "output_name", "context_length", "config", "decoding",
+)  # fmt: skip
 _TASKS = ("causal-lm", "seq2seq", "encoder", "image-encoder", "other")
 
 
@@ -25,7 +27,8 @@ def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMo
 
     The function takes no arguments and returns one of: a tuple of a module and its example inputs; a dict with the keys
     ``module``, ``example_inputs`` and optionally ``dynamic_dims``, ``task``, ``tokenizer``, ``processor`` (of images), ``output_name``,
-    ``context_length``, ``config``; a :class:`LoadedModel`; or a Hugging Face model alone. Example inputs are a dict of
+    ``context_length``, ``config``, ``decoding`` (of an encoder–decoder: a :class:`~dyncomp.models.loaded.Decoding`); a
+    :class:`LoadedModel`; or a Hugging Face model alone. Example inputs are a dict of
     tensors by argument name, or a tuple in the order of ``forward``. Without ``dynamic_dims``, dimension 0 of every input
     is the batch, and dimension 1 of integer inputs (and of others of the same size) the sequence.
 
@@ -62,6 +65,9 @@ def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> Load
     task = fields.get("task", "other")
     if task not in _TASKS:
         raise ModelError(f"{source}: the task {task!r} is unknown", hint=f"one of {', '.join(_TASKS)}")
+    decoding = fields.get("decoding")
+    if decoding is not None and not isinstance(decoding, Decoding):
+        raise ModelError(f"{source}: the decoding is a {_kind(decoding)}", hint="a dyncomp.models.loaded.Decoding(begin=(0,))")
     inputs = _inputs(source, module, fields["example_inputs"])
     outputs = {"causal-lm": "logits", "seq2seq": "logits", "encoder": "last_hidden_state", "image-encoder": "last_hidden_state"}
     loaded = LoadedModel(
@@ -76,6 +82,7 @@ def describe(result: Any, source: str, *, kind: str, dtype: torch.dtype) -> Load
         context_length=fields.get("context_length"),
         config=fields.get("config") or {"class": f"{type(module).__module__}.{type(module).__qualname__}"},
         processor=fields.get("processor"),
+        decoding=decoding,
     )
     return check_forward(loaded)
 

@@ -39,15 +39,19 @@ def load_directory(
     """
     config_dict = read_config(folder)
     require("transformers", needed_for="loading a Hugging Face model")
+    from transformers import GenerationConfig
+
     config = _config(config_dict, str(folder))
     files = check_weights(folder)
     causal = is_causal_lm(config)
     auto = auto_class(config)
     if store is None or "quantization_config" in config_dict:  # what is packed must be unpacked by who knows how
-        model = from_pretrained(auto, str(folder), name=name, config=config, dtype=dtype, use_safetensors=True)
+        model: Any = from_pretrained(auto, str(folder), name=name, config=config, dtype=dtype, use_safetensors=True)
     else:
         kind_of_model = type(_on_meta(auto, config, name))  # the Auto classes take no weights
         model = from_pretrained(kind_of_model, None, name=name, config=config, dtype=dtype, state_dict=_stored(files, dtype, store))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     if store is not None:
         store.adopt(model)
         release()

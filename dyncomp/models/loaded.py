@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,25 @@ EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 16
 
 _HASHED = 1 << 26  # bytes at a time
 
+WRITES = ("causal-lm", "seq2seq")
+"""The tasks whose output is the logits of the tokens that are written."""
+
 # What says where a configuration came from, not what the model is. Left out, so that equal models have equal configurations.
 _PROVENANCE = {"transformers_version", "quantization_config", "dtype", "torch_dtype", "name_or_path"}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an encoder–decoder writes.
+
+    Args:
+        begin: the tokens that every text begins with, at least one.
+        never: tokens that are never chosen; ``never_first``: nor as the first one.
+    """
+
+    begin: tuple[int, ...]
+    never: tuple[int, ...] = ()
+    never_first: tuple[int, ...] = ()
 
 
 @dataclass
@@ -42,11 +59,12 @@ class LoadedModel:
     context_length: int | None = None  # tokens
     config: dict[str, Any] = field(default_factory=dict)  # plain JSON: the architecture, without where it came from
     processor: Any | None = None  # an image processor of transformers
+    decoding: Decoding | None = None  # of an encoder–decoder
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the input sizes that are fixed (an image's), and every tensor's name, shape, dtype and bytes:
-        equal for equal models.
+        """SHA-256 over the configuration, the input sizes that are fixed (an image's), how an encoder–decoder writes, and every tensor's
+        name, shape, dtype and bytes: equal for equal models.
 
         Computed on first use (about a second a gigabyte) and then kept, so read it before changing the module. On the meta
         device, where tensors have no bytes, it covers the rest.
@@ -56,6 +74,8 @@ class LoadedModel:
         fixed = {n: [s for i, s in enumerate(t.shape) if i not in dynamic.get(n, {})] for n, t in self.example_inputs.items()}
         if any(fixed.values()):
             digest.update(json.dumps(fixed, sort_keys=True).encode())
+        if self.decoding is not None:
+            digest.update(json.dumps(asdict(self.decoding)).encode())
         first_name: dict[tuple[Any, ...], str] = {}
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dyncomp.errors import ModelError
-from dyncomp.models.loaded import EXAMPLE_BATCH, EXAMPLE_SEQUENCE, LoadedModel, check_forward, finish, plain_config
+from dyncomp.models.loaded import EXAMPLE_BATCH, EXAMPLE_SEQUENCE, Decoding, LoadedModel, check_forward, finish, plain_config
 
 TOKENS = {0: "batch", 1: "sequence"}
+TARGET = {0: "batch", 1: "target"}
+WRITTEN = 512
+"""Tokens that an encoder–decoder may write where nothing in it sets a limit (T5's positions are distances)."""
 _BY_FACTORY = "write a factory (module:function) that returns the module with its example inputs"
 
 
@@ -41,39 +44,23 @@ class Encoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """``input_ids: [batch, source]``, ``decoder_input_ids: [batch, target]`` -> ``last_hidden_state: [batch, target, width]``."""
+    """What is read and ``decoder_input_ids: [batch, target]`` -> ``logits: [batch, target, vocabulary]``, or without a vocabulary head
+    ``last_hidden_state: [batch, target, width]``.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        output: which of the two. What is read is ``input_ids: [batch, source]`` or ``input_features: [batch, mel bins, frames]``.
+    """
+
+    def __init__(self, model: nn.Module, output: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.output = model, output
         self._options = _options(model)
 
-    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **self._options).last_hidden_state
-
-
-class Seq2SeqLM(nn.Module):
-    """``input_ids: [batch, source]``, ``decoder_input_ids: [batch, target]`` -> ``logits: [batch, target, vocabulary]``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._options = _options(model)
-
-    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, **self._options).logits
-
-
-class SpeechSeq2Seq(nn.Module):
-    """``input_features: [batch, mel bins, frames]``, ``decoder_input_ids: [batch, target]`` -> ``logits: [batch, target, vocabulary]``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._options = _options(model)
-
-    def forward(self, input_features: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        return self.model(input_features=input_features, decoder_input_ids=decoder_input_ids, **self._options).logits
+    def forward(
+        self, input_ids: Tensor | None = None, input_features: Tensor | None = None, decoder_input_ids: Tensor | None = None
+    ) -> Tensor:
+        read = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
+        return getattr(self.model(**read, decoder_input_ids=decoder_input_ids, **self._options), self.output)
 
 
 class Vision(nn.Module):
@@ -121,13 +108,15 @@ def auto_class(config: Any) -> Any:
 
 
 def wrap(
-    model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, processor: Any | None = None, check: bool = True
-) -> LoadedModel:
+    model: nn.Module, *, name: str, kind: str, tokenizer: Any | None, causal: bool, processor: Any | None = None,
+    decoding: Decoding | None = None, check: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Describe a Hugging Face model by its inputs and its one output.
 
     Args:
         model: a ``PreTrainedModel``; with a vocabulary head when ``causal``. May be on the meta device.
         processor: of images; their size is what it makes, else what the configuration says.
+        decoding: of an encoder–decoder; by default what its configuration says.
         check: run the forward pass once where the class alone does not say that it works.
 
     Raises:
@@ -152,9 +141,9 @@ def wrap(
         dynamic = {"pixel_values": {0: "batch"}}
     elif main_input == "input_features" and getattr(config, "is_encoder_decoder", False) and _has_head(model):
         _compute_everything(model)
-        module, task, output = SpeechSeq2Seq(model), "seq2seq", "logits"
+        module, task, output = EncoderDecoder(model, "logits"), "seq2seq", "logits"
         inputs = {"input_features": _features(config, next(model.parameters()), name), "decoder_input_ids": _tokens(config, device)[:, :-4]}
-        dynamic = {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "target"}}
+        dynamic = {"input_features": {0: "batch"}, "decoder_input_ids": dict(TARGET)}
     elif main_input != "input_ids":
         raise ModelError(
             f"{name}: a {config.model_type!r} model takes {main_input!r}; dyncomp loads models of tokens or images",
@@ -162,19 +151,20 @@ def wrap(
         )
     elif getattr(config, "is_encoder_decoder", False):
         _compute_everything(model)
-        if _has_head(model):
-            module, task, output = Seq2SeqLM(model), "seq2seq", "logits"
-        else:
-            module, task, output = EncoderDecoder(model), "other", "last_hidden_state"
+        task, output = ("seq2seq", "logits") if _has_head(model) else ("other", "last_hidden_state")
+        module = EncoderDecoder(model, output)
         inputs = {"input_ids": _tokens(config, device), "decoder_input_ids": _tokens(config, device)[:, :-4]}
-        dynamic = {"input_ids": {0: "batch", 1: "source"}, "decoder_input_ids": {0: "batch", 1: "target"}}
+        dynamic = {"input_ids": {0: "batch", 1: "source"}, "decoder_input_ids": dict(TARGET)}
     else:
         _drop_pooler(model)
         module, task, output = Encoder(model), "encoder", "last_hidden_state"
         ids = _tokens(config, device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         dynamic = {"input_ids": dict(TOKENS), "attention_mask": dict(TOKENS)}
-    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, _context_length(config), facts, processor)
+    context = _context_length(config)
+    if task == "seq2seq":
+        decoding, context = decoding or _decoding(model), context or WRITTEN
+    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, context, facts, processor, decoding)
     return check_forward(loaded) if check and not causal else loaded
 
 
@@ -186,6 +176,23 @@ def _options(model: nn.Module) -> dict[str, Any]:
     if "return_dict" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options["return_dict"] = True
     return options
+
+
+def _decoding(model: Any) -> Decoding | None:
+    """What the configurations say of how texts begin and what they never hold; None where they name no token to begin with."""
+
+    def setting(name: str) -> Any:
+        found = (getattr(where, name, None) for where in (getattr(model, "generation_config", None), model.config))
+        return next((value for value in found if value is not None), None)
+
+    start = setting("decoder_start_token_id")
+    start = setting("bos_token_id") if start is None else start  # as ``generate`` of transformers does
+    if start is None:
+        return None
+    forced = setting("forced_bos_token_id")
+    never = [*(setting("suppress_tokens") or ()), *(words[0] for words in setting("bad_words_ids") or () if len(words) == 1)]
+    begin = (int(start),) if forced is None else (int(start), int(forced))
+    return Decoding(begin, tuple(never), tuple(setting("begin_suppress_tokens") or ()))
 
 
 def _has_head(model: Any) -> bool:
