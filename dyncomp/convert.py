@@ -37,7 +37,7 @@ from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make
 from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
-from dyncomp.search import SELECTION, Found, Goal, Search
+from dyncomp.search import Found, Goal, Search, selection_size
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
@@ -241,25 +241,28 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     for item in passes:
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
+    reader = reader_of(loaded, dense)
     examples = prepare_examples(
-        reader_of(loaded, dense), request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
+        reader, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
         training=any(p.reads_text for p in passes), source=request.text,
     )  # fmt: skip
     rows = examples.calibration
-    if goal is not None and len(rows) <= SELECTION:
+    selection = 0 if goal is None else selection_size(rows, reader.tokens)
+    if goal is not None and len(rows) <= selection:
         raise RequestError(
-            f"a search keeps {SELECTION} windows or images of those to calibrate on to itself, and there are no more", hint="raise --tokens"
+            f"a search keeps {selection} windows, pairs or images of those to calibrate on to itself, and there are no more",
+            hint="raise --tokens",
         )
     wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
     data = [rows, *examples.evaluation_data(), *([] if examples.training is None else [examples.training])]
     start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
-    calibration = calibration_of(loaded, dense, rows if goal is None else rows[:-SELECTION])
+    calibration = calibration_of(loaded, dense, rows[: len(rows) - selection])
     ctx = Context(calibration, glimpse(dense, rows), progress, request.seed, dense, examples.training, work.folder / "training")
     statistics = work.folder / "calibration.safetensors"
     artifact, searched = None, {}
     if goal is not None:
-        found = _search(request, goal, loaded, ctx, rows[-SELECTION:], work, say)
+        found = _search(request, goal, loaded, ctx, rows[-selection:], work, say)
         converted, passes, artifact = found.graph, found.passes, found.artifact
         trials = [dataclasses.asdict(t) for t in found.trials]
         searched = {"search": {"goal": str(goal), "chosen": found.best.name, "trials": trials}}
@@ -361,7 +364,7 @@ def _manifest(
 ) -> bundle.Manifest:
     source = bundle.Source(
         name=loaded.name, kind=loaded.kind, task=loaded.task, fingerprint=loaded.fingerprint, context_length=loaded.context_length,
-        output_name=loaded.output_name, config=loaded.config,
+        output_name=loaded.output_name, config=loaded.config, decoding=loaded.decoding,
     )  # fmt: skip
     entries = [
         bundle.PassEntry(

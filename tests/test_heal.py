@@ -112,6 +112,19 @@ def test_the_gradient_is_that_of_the_plain_graph() -> None:
         assert_close(parameter.grad, plain.tensor(name).grad, rel=1e-4)
 
 
+def test_a_norm_whose_scale_is_computed_trains_its_weight() -> None:
+    graph, ids = trace_tiny("gemma3"), tokens(2, 8)
+    weights = Weights(graph)
+    Program(graph, weights, trained=weights.names)({"input_ids": ids})[0].square().mean().backward()
+    for name in (names := [n for n in weights.names if "norm" in n]):
+        graph.add_tensor(name, graph.tensor(name).detach().clone())
+        graph.tensor(name).requires_grad_()
+    graph.module(ids)[0].square().mean().backward()
+    for name in names:
+        assert_close(weights(name).grad, graph.tensor(name).grad, rel=1e-4)
+    assert len(names) > 8
+
+
 def test_gradient_checkpoints_change_nothing_but_memory() -> None:
     graph, ctx = converted()
     settings = Settings(steps=3, hidden=0.1, **QUICK)

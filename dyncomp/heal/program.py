@@ -71,7 +71,7 @@ class Program:
     ) -> None:  # fmt: skip
         self._bfloat16, self._checkpoints = bfloat16, checkpoints
         self.graph = graph.copy()
-        fuse_rms_norms(self.graph)
+        fuse_rms_norms(self.graph, fold=False)
         self._weight = weight or (lambda name: self.graph.tensor(name).detach())
         changing = set(trained)
         self._static: set[fx.Node] = set()  # depend on shapes only: masks, rotary tables

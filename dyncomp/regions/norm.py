@@ -40,11 +40,22 @@ def find_rms_norms(graph: Graph) -> list[RMSNorm]:
     return [norm for mean in means if (norm := _recognise(graph, mean, shapes)) is not None]
 
 
-def fuse_rms_norms(graph: Graph) -> list[str]:
-    """Replace each by an ``rms_norm`` node; returns where they were."""
+def fuse_rms_norms(graph: Graph, *, fold: bool = True) -> list[str]:
+    """Replace each by an ``rms_norm`` node; returns where they were.
+
+    Args:
+        fold: where the scale is computed from a weight (``1 + weight``), make it a constant; else these are left, for the weight may
+            change.
+    """
     changed = []
     for norm in find_rms_norms(graph):
         weight = _weight(graph, norm)
+        if weight is None and not bool((norm.scale == 1).all()):
+            if not fold:
+                continue
+            name = f"norms.{norm.output.name}"
+            graph.add_tensor(name, norm.scale.clone())
+            weight = graph.read(name)
         with graph.inserting(before=norm.output) as b:
             fused = b.call(aten.rms_norm.default, norm.input, list(norm.scale.shape), weight, norm.epsilon)
         norm.output.replace_all_uses_with(fused)
@@ -98,16 +109,14 @@ def _chain(mean: fx.Node, x: fx.Node, shapes: ShapeOnly) -> Iterator[fx.Node]:
 
 
 def _weight(graph: Graph, norm: RMSNorm) -> fx.Node | None:
-    """A node that reads the scale: the model's own parameter when it is equal, none when the scale is 1."""
+    """A node that reads the scale, one of the model's own parameters; None where none is equal, or the scale is 1."""
     if bool((norm.scale == 1).all()):
         return None
     for node in _constants_above(norm.output):
         value = graph.tensor(node)
         if value.shape == norm.scale.shape and torch.allclose(value, norm.scale, rtol=1e-6, atol=0):
             return node
-    name = f"norms.{norm.output.name}"
-    graph.add_tensor(name, norm.scale.clone())
-    return graph.read(name)
+    return None
 
 
 def _constants_above(node: fx.Node) -> Iterator[fx.Node]:
