@@ -81,7 +81,7 @@ def _encoder(graph: Graph, ids: int, cut: list[fx.Node], names: list[str]) -> Gr
     by_name = {n.name: n for n in part.nodes}
     part._output.args = (tuple(by_name[n.name] for n in cut),)
     part.inputs, part.outputs = tuple(s for i, s in enumerate(graph.inputs) if i != ids), tuple(names)
-    part.info = {"name": f"{graph.info.get('name', 'model')} encoder", "task": "encoder", "context_length": None}
+    part.info |= {"name": f"{graph.info.get('name', 'model')} encoder", "task": "encoder", "context_length": None}
     kept = [n for i, n in enumerate(part.placeholders) if i != ids]
     return _finished(graph, part, [(n, s.shape) for n, s in zip(kept, part.inputs, strict=True)])
 

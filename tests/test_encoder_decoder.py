@@ -13,17 +13,18 @@ from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.ort.slots import OrtSlots
 from dyncomp.backends.torch.decoder import TorchDecoder
-from dyncomp.passes import AddKVCache
+from dyncomp.passes import AddKVCache, Quantize, Sparsify
 from dyncomp.passes.split_encoder import encode, split_encoder
 from helpers import assert_close
 from test_runtime import Numbers
 from torch import Tensor, nn
 
 from bench.tiny import built, sample, tokens, trace_tiny
+from dyncomp.calibrate import Calibration
 from dyncomp.deploy import with_cache
 from dyncomp.errors import BackendError, RequestError
 from dyncomp.graph import Graph
-from dyncomp.pipeline import Context
+from dyncomp.pipeline import Context, Pipeline
 from dyncomp.regions.tokens import token_input
 from dyncomp.runtime.generate import Seq2SeqGenerator
 from dyncomp.runtime.sampling import Sampling
@@ -70,6 +71,20 @@ def test_the_two_graphs_together_are_the_one(name: str) -> None:
     assert [s.name for s in decoder.inputs] == ["input_ids", *encoder.outputs]
     assert len(encoder.outputs) == 4, "keys and values of two cross-attentions"
     assert not {n for n in encoder.constants() if "decoder.block" in n and "EncDec" not in n}
+
+
+def test_both_parts_round_and_leave_out_what_the_whole_does() -> None:
+    graph, dense = trace_tiny("t5_whole"), trace_tiny("t5_whole")
+    _, inputs, dims = built("t5_whole")
+    batches = [sample(inputs, dims, {"batch": 4, "sequence": 11}, seed) for seed in range(4)]
+    Pipeline([Sparsify(active=0.65), Quantize(bits=8)]).run(graph, Context(Calibration(batches, "sparse"), dense=dense))
+    encoder, decoder = split_encoder(graph)
+    decoder.encoder, given = encoder, batches[0]
+    with torch.no_grad():
+        whole = graph(**given)
+        assert_close(decoder(input_ids=given["decoder_input_ids"], **encode(decoder, given)), whole, rel=1e-5)
+    assert float((whole - dense(**given)).abs().max()) > 1e-3
+    assert AddKVCache(context_length=16).run(graph, Context()).changed
 
 
 @pytest.mark.parametrize("name", NAMES)
