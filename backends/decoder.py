@@ -32,6 +32,7 @@ class CachedDecoder:
             )
         self.model, self.threads = model, int(model.threads)
         self.context_length = int(cache["context_length"])
+        self.reads: tuple[str, ...] = () if model.encoder is None else tuple(model.encoder.inputs)
         self._caches: list[Array] = []
         self._encoded: dict[str, Array] = {}
         self.reset()

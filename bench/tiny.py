@@ -170,6 +170,10 @@ _T5: Kw = {
     "use_cache": False,
     "decoder_start_token_id": 0,
 }
+_BART: Kw = {"d_model": HIDDEN, "use_cache": False, "decoder_start_token_id": 1} | {
+    f"{part}_{key}": value for part in ("encoder", "decoder")
+    for key, value in {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": FFN}.items()
+}  # fmt: skip
 _UNGROUPED: Kw = dict.fromkeys(("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups"), 1)
 
 
@@ -299,6 +303,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         _encoder("t5_gated", "T5EncoderModel", "T5Config", GEGLU, feed_forward_proj="gated-gelu", **_T5),
         # encoder and decoder
         _seq2seq("t5_whole", "T5ForConditionalGeneration", "T5Config", RELU | NO_BIAS | TIED, feed_forward_proj="relu", **_T5),
+        _seq2seq("bart", "BartForConditionalGeneration", "BartConfig", GELU | TIED, **_BART),
         Tiny("whisper_whole", _whisper_whole, vocab=True, tied=True, **BOTH),
         # vision and audio
         _vision("vit", "ViT", GELU),

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from dyncomp.bundle import Bundle, open_bundle
 from dyncomp.convert import ConvertRequest, convert
-from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.models.factory import describe
 from dyncomp.models.loaded import LoadedModel
 from dyncomp.report.progress import ProgressReporter
-from dyncomp.runtime.generate import Generator, Prompt
+from dyncomp.runtime.generate import Generator, Prompt, Seq2SeqGenerator
 from dyncomp.runtime.sampling import Sampling
 
 
@@ -51,7 +50,7 @@ class Converted:
     def __init__(self, folder: Path, backend: str, report: dict[str, Any], kept: Any = None) -> None:
         self.path, self.backend, self.report = folder, backend, report
         self._kept = kept  # a temporary folder lives as long as this object
-        self._generator: Generator | None = None
+        self._generator: Generator | Seq2SeqGenerator | None = None
         self._module: ConvertedModule | None = None
 
     @property
@@ -65,7 +64,8 @@ class Converted:
         return self._module
 
     def generate(self, prompt: Prompt, *, max_tokens: int = 128, **sampling: Any) -> str:
-        """The text that follows ``prompt`` (text, or the messages of a conversation).
+        """The text that follows ``prompt`` (text, or the messages of a conversation); of an encoder–decoder, the text that is written
+        for it.
 
         Args:
             sampling: ``temperature``, ``top_p``, ``top_k``, ``stop``, ``seed`` as in :class:`~dyncomp.runtime.sampling.Sampling`.
@@ -74,13 +74,11 @@ class Converted:
             RequestError: the model does not generate text, or came without a tokenizer.
         """
         if self._generator is None:
-            from dyncomp.deploy import open_session
+            from dyncomp.deploy import open_generator
 
-            opened = self.bundle
-            if (tokenizer := opened.tokenizer()) is None:
-                raise RequestError(f"{opened.manifest.source.name} came without a tokenizer: it cannot take text")
-            self._generator = Generator(open_session(opened, self.backend), tokenizer)
-        return self._generator.generate([prompt], Sampling(max_tokens=max_tokens, **sampling))[0].text
+            self._generator = open_generator(self.bundle, self.backend)
+        requests: Any = [prompt]
+        return self._generator.generate(requests, Sampling(max_tokens=max_tokens, **sampling))[0].text
 
     def save(self, out: str | Path) -> None:
         """Copy the bundle to ``out``, which must not exist."""

@@ -69,8 +69,10 @@ class Calibration:
         return sum(map(self._count, self.batches))
 
     def _count(self, batch: dict[str, Tensor]) -> int:
-        rows = next(iter(batch.values()))
-        return rows.numel() if self.example_tokens is None else len(rows) * self.example_tokens
+        """Of an encoder–decoder what the shorter side has: as many as every layer sees."""
+        if self.example_tokens is not None:
+            return len(next(iter(batch.values()))) * self.example_tokens
+        return min(ids.numel() for ids in batch.values())
 
     def first(self, tokens: int) -> list[dict[str, Tensor]]:
         """The first batches, as many as hold ``tokens`` tokens."""

@@ -19,15 +19,17 @@ from torch import Tensor
 from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
-from dyncomp.errors import PassError, ProviderError, RequestError
+from dyncomp.errors import BackendError, PassError, ProviderError, RequestError
 from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
 from dyncomp.images import prepare, read_image
+from dyncomp.models.loaded import WRITES
 from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
-from dyncomp.runtime.bench import Variant, bench
+from dyncomp.runtime.bench import Reading, Variant, bench
+from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
 from dyncomp.runtime.session import DecoderSession
 
 
@@ -110,11 +112,19 @@ def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
     """A copy of a graph that writes tokens, with a KV cache and the last token's logits only; other graphs as they are.
 
     What ``add-kv-cache`` refuses is returned: such a model runs without a cache.
+
+    Raises:
+        BackendError: an encoder–decoder is refused, which cannot run without one.
     """
-    if graph.info.get("task") not in ("causal-lm", "seq2seq"):
+    if graph.info.get("task") not in WRITES:
         return graph, []
     cached = graph.copy()
     result = AddKVCache(logits="chosen").run(cached, Context())
+    if result.refused and graph.info["task"] == "seq2seq":
+        refusal = result.refused[0]
+        raise BackendError(
+            f"{refusal.where}: an encoder–decoder needs a KV cache, and {refusal.reason}", hint="--backend torch still evaluates it"
+        )
     return cached, result.refused
 
 
@@ -194,12 +204,14 @@ def measure(
 
     Args:
         artifacts: (``dense`` or ``converted``, folder) of each.
+        prefill_tokens: of the prompt that is timed; an encoder–decoder's encoder reads it.
     """
     used = backend_of(backend)
     models = [(variant, used.open(folder, threads=threads)) for variant, folder in artifacts]
-    if task != "causal-lm":
+    if task not in WRITES:
         return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch, engine=f"dyncomp-{backend}")
-    variants = [Variant(used.session(model), variant, model.precision) for variant, model in models]
+    whole = Reading if task == "seq2seq" else lambda session: session
+    variants = [Variant(whole(used.session(model)), variant, model.precision) for variant, model in models]
     context = min(v.session.context_length or 1 << 30 for v in variants)
     tokens = max(1, min(prefill_tokens, context - 1))
     decode = max(8, min(96, (context - 64) // 2))
@@ -231,7 +243,7 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
     lower_artifact(graph, folder)
     before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
     prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"]
-    if task != "causal-lm":
+    if task not in WRITES:
         return {"speed": prefill, "prefill": None}
     return {"speed": after["decode_tokens_per_s"] / before["decode_tokens_per_s"], "prefill": prefill}
 
@@ -291,6 +303,22 @@ def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads
         return embedding(graph, torch.from_numpy(model.run(**model_inputs(graph, rows))[graph.outputs[0]]))
 
 
+def open_generator(opened: Bundle, backend: str, *, threads: int | None = None) -> Generator | Seq2SeqGenerator:
+    """What completes texts with a bundle, or of an encoder–decoder what writes for each text that it reads.
+
+    Raises:
+        RequestError: the bundle's model does not generate text, or came without a tokenizer.
+        BundleError: it has no artifact for the backend.
+    """
+    if (tokenizer := opened.tokenizer()) is None:
+        hint = "give --image FILE" if opened.processor() is not None else None
+        raise RequestError(f"{opened.path} has no tokenizer: it cannot take text", hint=hint)
+    session: Any = open_session(opened, backend, threads=threads)
+    if (rules := opened.manifest.source.decoding) is None:
+        return Generator(session, tokenizer)
+    return Seq2SeqGenerator(session, tokenizer, rules.begin, never=rules.never, never_first=rules.never_first)
+
+
 def open_session(opened: Bundle, backend: str, *, threads: int | None = None) -> DecoderSession:
     """What generates text from a bundle.
 
@@ -298,7 +326,7 @@ def open_session(opened: Bundle, backend: str, *, threads: int | None = None) ->
         RequestError: the bundle's model does not generate text.
         BundleError: it has no artifact for the backend.
     """
-    if opened.manifest.source.task != "causal-lm":
+    if opened.manifest.source.task not in WRITES:
         raise RequestError(
             f"{opened.path} holds a model that does not generate text ({opened.manifest.source.task})", hint="evaluate and bench work on it"
         )

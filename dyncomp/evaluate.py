@@ -14,12 +14,15 @@ from dyncomp.bootstrap import interval
 from dyncomp.errors import RequestError
 from dyncomp.examples import Examples, example_tokens
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.probe import probe
 from dyncomp.regions import RoutedFFN, find_routed
 from dyncomp.regions.class_token import has_class_token
 from dyncomp.regions.depth import Skip, find_skips
+from dyncomp.regions.tokens import token_input, written_tokens
 from dyncomp.routing import spread
 from dyncomp.sweep import Sweep
+from dyncomp.text import ABSENT
 
 _POSITIONS = 128
 COLLAPSED = 0.05
@@ -65,7 +68,8 @@ class Quality:
     """Figures of one or several models on the same windows of tokens, or images.
 
     Args:
-        nll: model -> mean negative log-likelihood per token of each window [windows] (causal language models).
+        nll: model -> mean negative log-likelihood per token of each window [windows] (models that write tokens). Of pairs of several
+            lengths, these and what else is a mean over tokens are weighted by the length, so that their mean is that over all tokens.
         kl: model -> mean KL(dense || model) per token, in nats.
         agreement: model -> fraction of tokens whose most likely next token is the dense model's.
         cosine: model -> mean cosine of the embedding (see :func:`embedding`) to the dense model's (encoders).
@@ -129,36 +133,43 @@ def evaluate(
 
     Args:
         models: by name; ``"dense"`` is the reference.
-        examples: token ids [n, length], images, with or without labels; a tensor is examples without labels.
-        task: ``causal-lm`` (perplexity, KL, next-token agreement) or an encoder's (cosine of embeddings, agreement on what is alike,
-            linear probes where there are labels).
+        examples: token ids [n, length], pairs of them, images, with or without labels; a tensor is examples without labels.
+        task: ``causal-lm`` (perplexity, KL, next-token agreement), ``seq2seq`` (the same of what is written, given what is read and the
+            right tokens before it) or an encoder's (cosine of embeddings, agreement on what is alike, linear probes where there are
+            labels).
         batch: examples at once.
     """
     examples = Examples(examples) if isinstance(examples, Tensor) else examples
-    rows = examples.rows
-    quality = Quality(len(rows), rows.shape[1])
+    rows, writes = examples.rows, task in WRITES
+    parts = split_rows(rows, batch)
+    lengths = _lengths(rows)[:, -1] if is_pairs(rows) else torch.full((len(rows),), rows.shape[1])
+    quality = Quality(len(rows), round(float(lengths.double().mean())))
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
     embedded: dict[str, list[Tensor]] = {name: [] for name in models}
-    runs = {name: _Run(graph, rows.split(batch)) for name, graph in models.items()}
+    runs = {name: _Run(graph, parts) for name, graph in models.items()}
+    done = 0
     with torch.no_grad():
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
+        for part in parts:
+            weight = _lengths(part)[0, -1] / lengths.double().mean() if is_pairs(rows) else 1.0
             expected: _Reference | None = None
             for name in sorted(models, key=lambda n: n != "dense"):
                 output = next(runs[name].outputs)
-                if task == "causal-lm":
-                    predicted = _Predictions(output)
-                    nll[name].append(predicted.losses(part))
+                if writes:
+                    graph = models[name]
+                    given = max(len(graph.info.get("begin", ())) - 1, 0)  # of these tokens, all but the first are no predictions
+                    predicted = _Predictions(output[:, given:])
+                    nll[name].append(weight * predicted.losses(written_tokens(graph, model_inputs(graph, part))[:, given:]))
                     if expected is not None:
-                        seen["kl"][name].append(expected.divergence(predicted))
-                        seen["agreement"][name].append(expected.agreement(predicted))
+                        seen["kl"][name].append(weight * expected.divergence(predicted))
+                        seen["agreement"][name].append(weight * expected.agreement(predicted))
                     expected = _Reference(predicted) if expected is None else expected
                 else:
                     embedded[name].append(runs[name].embedding(output))
+            done += len(part)
             if progress is not None:
-                progress("evaluate", min(start + batch, len(rows)), len(rows))
-        if task != "causal-lm":
+                progress("evaluate", done, len(rows))
+        if not writes:
             _compare(quality, models, {name: torch.cat(values) for name, values in embedded.items()}, examples)
     quality.nll = {name: torch.cat(values) for name, values in nll.items() if values}
     quality.by_item |= {f: kept for f, values in seen.items() if (kept := {m: torch.cat(v) for m, v in values.items() if v})}
@@ -299,27 +310,52 @@ class _Run:
 def model_inputs(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
     """The graph's inputs for rows of its main one, the first: full windows of token ids, images. Masks are of ones, token types of zeros.
 
+    Of pairs, which must have the same lengths, the decoder takes what is written after ``graph.info["begin"]``.
+
     Raises:
         RequestError: the graph takes something else besides.
     """
-    main, *rest = graph.inputs
+    decoder: dict[str, Tensor] = {}
+    if is_pairs(rows):
+        (read, wrote), begin = _lengths(rows)[0].tolist(), torch.tensor(graph.info.get("begin", ()), dtype=rows.dtype)
+        decoder[graph.inputs[token_input(graph) or 0].name] = torch.cat([begin.expand(len(rows), -1), rows[:, 1, :wrote]], 1)
+        rows = rows[:, 0, :read]
+    main, *rest = (spec for spec in graph.inputs if spec.name not in decoder)
     known = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
     if unknown := [spec.name for spec in rest if spec.name not in known]:
         raise RequestError(
             f"the model takes {', '.join(unknown)} besides {main.name}: calibration and evaluation run models of one input",
             hint="write a factory (module:function) whose module takes one",
         )
-    return {main.name: rows} | {spec.name: known[spec.name](rows) for spec in rest}
+    return {main.name: rows} | {spec.name: known[spec.name](rows) for spec in rest} | decoder
 
 
 def batches(graph: Graph, rows: Tensor, *, batch: int = 4) -> list[dict[str, Tensor]]:
-    """Rows as graph inputs, ``batch`` at a time."""
-    return [model_inputs(graph, part) for part in rows.split(batch)]
+    """Rows as graph inputs, at most ``batch`` at a time."""
+    return [model_inputs(graph, part) for part in split_rows(rows, batch)]
+
+
+def is_pairs(rows: Tensor) -> bool:
+    """Whether rows are pairs of what is read and what is written: token ids [n, 2, length]."""
+    return rows.dim() == 3 and not rows.is_floating_point()
+
+
+def split_rows(rows: Tensor, size: int) -> list[Tensor]:
+    """At most ``size`` rows at a time, in order; of pairs, only neighbours of the same lengths."""
+    if not is_pairs(rows):
+        return list(rows.split(size))
+    _, counts = torch.unique_consecutive(_lengths(rows), dim=0, return_counts=True)
+    return [part for alike in rows.split(counts.tolist()) for part in alike.split(size)]
+
+
+def _lengths(pairs: Tensor) -> Tensor:
+    """[n, 2]: tokens that are read, and written."""
+    return (pairs != ABSENT).sum(-1)
 
 
 def glimpse(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
     """The least that says whether two graphs compute the same: an image, or the beginning of a window."""
-    return model_inputs(graph, rows[:1] if rows.is_floating_point() else rows[:1, :64])
+    return model_inputs(graph, rows[:1] if rows.is_floating_point() else rows[:1, ..., :64])
 
 
 def _gated(graph: Graph) -> list[RoutedFFN | Skip]:

@@ -1,7 +1,7 @@
 """What a model is calibrated and evaluated on: rows of its main input, read from whatever it takes.
 
-A decoder or a text encoder takes windows of tokens, an image encoder takes pixels. Which of them is a :class:`Reader`; behind it
-everything is a row, and nothing else in dyncomp asks what the rows are.
+A decoder or a text encoder takes windows of tokens, an encoder–decoder pairs of them, an image encoder takes pixels. Which of them is a
+:class:`Reader`; behind it everything is a row, and nothing else in dyncomp asks what the rows are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Examples:
     """Rows that a model runs on.
 
     Args:
-        rows: [n, ...] its main input: token ids [n, length], pixels [n, channels, height, width].
+        rows: [n, ...] its main input: token ids [n, length], pixels [n, channels, height, width]; of an encoder–decoder [n, 2, length],
+            what is read and what is written, as :func:`dyncomp.text.pairs` makes them.
         labels: [n] which class each belongs to, where somebody says.
     """
 
@@ -91,6 +92,30 @@ class TextReader:
 
 
 @dataclass(frozen=True)
+class PairReader:
+    """Pairs of what is read and what is written, or halves of windows of a text.
+
+    ``count`` examples are as many pairs as have the tokens of so many windows; ``begin`` is what the decoder begins with.
+    """
+
+    tokenizer: Any
+    tokens: int
+    begin: tuple[int, ...]
+    other: str = "news"
+    count: int = 16
+
+    def load(self, source: str | None) -> text.Pairs | text.Corpus:
+        return text.load_pairs(source)
+
+    def split(self, collection: Any, *, seed: int) -> tuple[Any, Any]:
+        return text.split(collection, seed=seed)
+
+    def draw(self, collection: text.Pairs | text.Corpus, *, count: int | None = None, seed: int) -> Examples:
+        tokens = None if count is None else count * self.tokens
+        return Examples(text.pairs(collection, self.tokenizer, begin=self.begin, length=self.tokens, tokens=tokens, seed=seed))
+
+
+@dataclass(frozen=True)
 class ImageReader:
     """Images as the model's processor makes them, all of one size; ``tokens`` is what the model cuts one into."""
 
@@ -118,17 +143,24 @@ def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
     Raises:
         RequestError: the model came without what makes text or images into its input, or takes neither.
     """
-    if loaded.task == "seq2seq":
+    main = graph.inputs[0]
+    if loaded.task == "seq2seq" and main.dtype.is_floating_point:
         raise RequestError(
-            f"{loaded.name} is an encoder–decoder: it needs pairs of what is read and what is written, and the texts have none",
+            f"{loaded.name} is an encoder–decoder that reads {main}, not text: nothing reads pairs of sound and text to calibrate it",
             hint="from Python: dyncomp.calibrate.calibrate on inputs of your own, then the passes (see docs/architecture.md)",
         )
-    main = graph.inputs[0]
     if not main.dtype.is_floating_point:
         if loaded.tokenizer is None:
             raise RequestError(
                 f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
             )
+        if loaded.task == "seq2seq":
+            if loaded.decoding is None:
+                raise RequestError(
+                    f"{loaded.name} does not say which token its texts begin with",
+                    hint="set decoder_start_token_id in its config.json or generation_config.json (in a factory: decoding)",
+                )
+            return PairReader(loaded.tokenizer, window_length(loaded.task, loaded.context_length), loaded.decoding.begin)
         return TextReader(loaded.tokenizer, window_length(loaded.task, loaded.context_length))
     if len(main.shape) != 4:
         raise RequestError(
@@ -143,8 +175,9 @@ def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
 
 
 def window_length(task: str, context_length: int | None) -> int:
-    """512 tokens for decoders, 128 for encoders (sentences), less when the model's context is shorter."""
-    return min(512 if task == "causal-lm" else 128, context_length or 1 << 30)
+    """512 tokens for decoders, 256 for each side of an encoder–decoder, 128 for encoders (sentences), less when the model's context is
+    shorter."""
+    return min({"causal-lm": 512, "seq2seq": 256}.get(task, 128), context_length or 1 << 30)
 
 
 def example_tokens(graph: Graph) -> int | None:

@@ -15,6 +15,7 @@ from dyncomp.evidence import calibration_of
 from dyncomp.examples import Examples, prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
+from dyncomp.models.loaded import WRITES
 from dyncomp.passes import CarveExperts, FitRouter, PruneStatic, RefitDown
 from dyncomp.passes.layerwise import Layer, LayerwisePass
 from dyncomp.passes.routers import FAMILIES
@@ -143,7 +144,7 @@ def _loss(dense: Graph, graph: Graph, held_out: Examples, task: str, active: flo
     loads = quality.load["converted"]
     routed = {r.name: r.d_ff for r in find_routed(graph)}
     used = quality.active_ffn("converted", routed, sum(f.d_ff for f in find_regions(graph).ffns)) if loads else active
-    if task == "causal-lm":
+    if task in WRITES:
         return quality.increase("converted"), ranges.get("increase", {}).get("converted"), used
     ends = ranges.get("cosine", {}).get("converted")
     return 1 - quality.cosine["converted"], None if ends is None else [1 - ends[1], 1 - ends[0]], used

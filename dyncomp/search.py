@@ -21,14 +21,16 @@ from torch import Tensor
 
 from dyncomp.calibrate import calibrate, fingerprint
 from dyncomp.errors import RequestError, SearchError
-from dyncomp.evaluate import evaluate
+from dyncomp.evaluate import evaluate, is_pairs
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.passes import Quantize, Sparsify
 from dyncomp.passes.quantize import PRECISIONS, quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
 from dyncomp.recipe import most_experts
 from dyncomp.regions import find_regions
 from dyncomp.sweep import release_memory
+from dyncomp.text import ABSENT
 from dyncomp.workspace import Workspace
 
 SELECTION = 8
@@ -204,7 +206,7 @@ class Search:
 
     def _mixed(self) -> list[Pass]:
         """Each region as small as a part of the loss limit allows, for losses are measured on few windows."""
-        limit = MIXED * math.log1p(self.goal.max_loss) if self.goal.max_loss and self.task == "causal-lm" else Quantize.max_loss
+        limit = MIXED * math.log1p(self.goal.max_loss) if self.goal.max_loss and self.task in WRITES else Quantize.max_loss
         return _with(PRECISIONS["mixed"], mixed=(4, 8, 32), max_loss=limit)
 
     def _experts(self, block: int) -> int | None:
@@ -263,7 +265,7 @@ class Search:
         return graph, Pipeline(passes).run(graph, ctx)
 
     def _loss(self, graph: Graph) -> float:
-        if self.task != "causal-lm":
+        if self.task not in WRITES:
             return 1 - evaluate({"dense": self.dense, "converted": graph}, self.selection, task=self.task).cosine["converted"]
         if not hasattr(self, "_dense_nll"):
             self._dense_nll = float(evaluate({"dense": self.dense}, self.selection, task=self.task).nll["dense"].mean())
@@ -303,6 +305,18 @@ class Search:
 def _with(passes: Iterable[Pass], **options: Any) -> list[Pass]:
     """The passes of a precision, the quantization among them with other options."""
     return [dataclasses.replace(p, **options) if isinstance(p, Quantize) else p for p in passes]
+
+
+def selection_size(rows: Tensor, tokens: int) -> int:
+    """How many of the last rows the loss is measured on: :data:`SELECTION`, or as many pairs as have the tokens of so many windows.
+
+    Args:
+        tokens: of a window.
+    """
+    if not is_pairs(rows):
+        return SELECTION
+    written = (rows[:, 1] != ABSENT).sum(-1).flip(0).cumsum(0)
+    return int((written < SELECTION * tokens).sum()) + 1
 
 
 def describe(trial: Trial) -> str:

@@ -7,6 +7,7 @@ the layers above see. Only values that a later node still needs are kept.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import gc
@@ -91,10 +92,15 @@ class Sweep:
         *before, last = self._pieces(segment)
         for piece in before:
             self._run_all(piece, to, watch or {}, between, None)
+        uses = collections.Counter(map(self._shapes, range(len(self._batches))))
         for index in range(len(self._batches)):
             self._run(last, index, watch or {}, between)
             value = self._lookup(to, index)
             self._values[index] = {}
+            shapes = self._shapes(index)
+            uses[shapes] -= 1
+            if not uses[shapes]:  # pairs have many
+                del self._static[shapes]
             yield value
 
     def values(self, node: fx.Node) -> list[Tensor]:

@@ -7,15 +7,16 @@ import contextlib
 import hashlib
 import html
 import json
+import math
 import os
 import random
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -66,15 +67,46 @@ def load_text(source: str | None = None) -> Corpus:
         raise TextError(f"no text {name!r}: no such file, and no packaged text of that name", hint=_HINT)
     if path.is_dir():
         raise TextError(f"{path} is a directory, not a text file", hint=_HINT)
-    documents = _read_jsonl(path) if path.suffix == ".jsonl" else re.split(r"\n(?:[ \t]*\n){2,}", _read_utf8(path))
+    documents = _read_strings(path, "text") if path.suffix == ".jsonl" else re.split(r"\n(?:[ \t]*\n){2,}", _read_utf8(path))
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
         raise TextError(f"{path} is empty: there is nothing to calibrate or evaluate on", hint=_HINT)
     return Corpus(name, tuple(documents))
 
 
-def split(corpus: Corpus, *, held_out: float = 0.15, seed: int = 0) -> tuple[Corpus, Corpus]:
-    """Divide a corpus into one to calibrate on and one to evaluate on, which share no document.
+@dataclass(frozen=True)
+class Pairs:
+    """What is read and what is written for it, under one name."""
+
+    name: str
+    documents: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the pairs: equal for equal ones, whatever their name."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def load_pairs(source: str | None = None) -> Pairs | Corpus:
+    """Pairs from a ``.jsonl`` file whose lines have the keys ``"source"`` and ``"target"``; everything else as :func:`load_text`.
+
+    Raises:
+        TextError: as there, and a line of such a file without either.
+    """
+    path = Path(source or "").expanduser()
+    if path.suffix != ".jsonl" or not path.is_file():
+        return load_text(source)
+    first = next(iter(_read_records(path)), (0, {}))[1]
+    if not {"source", "target"} & first.keys():
+        return load_text(source)
+    return Pairs(str(source), tuple(zip(*(_read_strings(path, key) for key in ("source", "target")), strict=True)))
+
+
+C = TypeVar("C", Corpus, Pairs)
+
+
+def split(corpus: C, *, held_out: float = 0.15, seed: int = 0) -> tuple[C, C]:
+    """Divide a corpus into one to calibrate on and one to evaluate on, which share no document (nor pair).
 
     A corpus of one document is cut at a paragraph (else a sentence) instead, and its end is held out.
 
@@ -90,29 +122,35 @@ def split(corpus: Corpus, *, held_out: float = 0.15, seed: int = 0) -> tuple[Cor
     """
     if not 0 < held_out < 1:
         raise TextError(f"a fraction of {held_out} cannot be held out", hint="a number between 0 and 1, such as 0.15")
-    documents = corpus.documents if len(corpus.documents) > 1 else _halves(corpus, held_out)
+    if isinstance(corpus, Pairs) and len(corpus.documents) < 2:
+        raise TextError(
+            f"{corpus.name!r} is a single pair and cannot be divided into calibration and held-out pairs", hint="give more pairs"
+        )
+    whole = isinstance(corpus, Pairs) or len(corpus.documents) > 1
+    documents: tuple[Any, ...] = corpus.documents if whole else _halves(corpus, held_out)
     order = list(range(len(documents)))
     if len(corpus.documents) > 1:
         random.Random(seed).shuffle(order)
     else:
         order.reverse()
-    wanted, chosen, taken = held_out * sum(map(len, documents)), set[int](), 0
+    sizes = [len("".join(document)) for document in documents]
+    wanted, chosen, taken = held_out * sum(sizes), set[int](), 0
     for index in order[:-1]:  # one document always stays to calibrate on
         if taken >= wanted:
             break
         chosen.add(index)
-        taken += len(documents[index])
+        taken += sizes[index]
     kept = tuple(document for index, document in enumerate(documents) if index not in chosen)
     out = tuple(document for index, document in enumerate(documents) if index in chosen)
-    return Corpus(f"{corpus.name} (calibration)", kept), Corpus(f"{corpus.name} (held out)", out)
+    return type(corpus)(f"{corpus.name} (calibration)", kept), type(corpus)(f"{corpus.name} (held out)", out)
 
 
-def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | None = None, seed: int = 0) -> Tensor:
+def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | None = None, seed: int = 0, framed: bool = True) -> Tensor:
     """Cut a corpus into windows of tokens that do not overlap.
 
     Documents are tokenized without special tokens and joined by the tokenizer's end-of-sequence token (else begin-of-sequence,
     else separator, else nothing). Where the tokenizer marks classification inputs (BERT), each window reads
-    ``[CLS] … [SEP]``, as such an encoder expects.
+    ``[CLS] … [SEP]``, as such an encoder expects, unless it is not to be ``framed``.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -128,7 +166,7 @@ def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | 
         TextError: the corpus has less than one window.
     """
     frame = [tokenizer.cls_token_id, tokenizer.sep_token_id]
-    framed = None not in frame
+    framed = framed and None not in frame
     body = length - 2 if framed else length
     if body < 1:
         raise TextError(f"a window of {length} tokens is too short for this tokenizer's {frame}")
@@ -148,6 +186,74 @@ def windows(corpus: Corpus, tokenizer: Any, *, length: int = 512, tokens: int | 
     # Drawn from everywhere: the first windows would be those of a few long documents.
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return out[drawn[: max(1, -(-tokens // length))]]
+
+
+def pairs(
+    corpus: Pairs | Corpus, tokenizer: Any, *, begin: Sequence[int], length: int = 256, tokens: int | None = None, seed: int = 0
+) -> Tensor:
+    """What an encoder–decoder reads and what it writes for that.
+
+    Pairs are tokenized with their special tokens, each by itself. A text has none: of windows that do not overlap the first half is
+    read, between the special tokens of a text that is read, and the second half written.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        begin: the tokens that the decoder begins with; they are not part of what is written.
+        length: the most tokens that are read, and that are written, with ``begin``; a pair's are cut there.
+        tokens: how many are wanted to be written, about; drawn from the whole corpus. None takes everything.
+        seed: which are drawn, and in which order.
+
+    Returns:
+        int64 ``[n, 2, longest]``: of each what is read and what is written, :data:`ABSENT` after its end.
+
+    Raises:
+        TextError: there is nothing, or less than one window.
+    """
+    most = length - len(begin)  # tokens that are written
+    if isinstance(corpus, Pairs):
+        return _tokenized(corpus, tokenizer, list(begin[1:]), (length, most), tokens, seed)
+    before, after = _frame(tokenizer)
+    read = length - len(before) - len(after)
+    if min(read, most) < 1:
+        raise TextError(f"{length} tokens are too few to read and to write")
+    wanted = None if tokens is None else -(-tokens // length) * (read + most)
+    cut = windows(corpus, tokenizer, length=read + most, tokens=wanted, seed=seed, framed=False)
+    rows = torch.full((len(cut), 2, length), ABSENT)
+    rows[:, 0] = torch.cat([torch.tensor(before).expand(len(cut), -1), cut[:, :read], torch.tensor(after).expand(len(cut), -1)], 1)
+    rows[:, 1, :most] = cut[:, read:]
+    return rows
+
+
+ABSENT = -1
+"""Stands where a pair has no token."""
+
+
+def _tokenized(corpus: Pairs, tokenizer: Any, begin: list[int], limits: tuple[int, int], tokens: int | None, seed: int) -> Tensor:
+    order = torch.randperm(len(corpus.documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[list[list[int]]] = []
+    left = math.inf if tokens is None else tokens
+    for index in order:
+        if left <= 0:
+            break
+        source, target = corpus.documents[index]
+        read = tokenizer(source, truncation=True, max_length=limits[0])["input_ids"]
+        written = tokenizer(text_target=target, truncation=True, max_length=limits[1] + len(begin))["input_ids"]
+        if begin and written[: len(begin)] == begin:  # what every text begins with is given
+            written = written[len(begin) :]
+        if read and written:
+            rows.append([read, written[: limits[1]]])
+            left -= len(rows[-1][1])
+    if not rows:
+        raise TextError(f"{corpus.name!r} has no pair of which both sides have tokens", hint=_HINT)
+    longest = max(len(ids) for row in rows for ids in row)
+    return torch.tensor([[ids + [ABSENT] * (longest - len(ids)) for ids in row] for row in rows])
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text that is read."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at], whole[at + len(plain) :]
 
 
 def _tokens(corpus: Corpus, tokenizer: Any) -> Tensor:
@@ -214,19 +320,25 @@ def _read_utf8(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    documents = []
+def _read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line that is not empty."""
     for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error})", hint='one object a line: {"text": "…"}') from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise TextError(f'{path}, line {number}: no string under the key "text"', hint='one object a line: {"text": "…"}')
-        documents.append(record["text"])
-    return documents
+            raise TextError(f"{path}, line {number}: not JSON ({error})", hint=_OBJECTS) from error
+        yield number, record if isinstance(record, dict) else {}
+
+
+def _read_strings(path: Path, key: str) -> list[str]:
+    strings = []
+    for number, record in _read_records(path):
+        if not isinstance(record.get(key), str):
+            raise TextError(f'{path}, line {number}: no string under the key "{key}"', hint=_OBJECTS)
+        strings.append(record[key])
+    return strings
 
 
 def _wikipedia() -> Iterator[str]:
@@ -273,6 +385,7 @@ def labelled_news() -> Iterator[tuple[str, str]]:
 _SHORTEST_ARTICLE = 1000  # characters of prose
 _SHORTEST_KEPT = 200_000  # characters of a text whose tokens are kept
 _PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
+_OBJECTS = 'one object a line: {"text": "…"}, or for pairs {"source": "…", "target": "…"}'
 _HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(_PACKAGED)}"
 
 # Sections with lists of sources instead of prose; everything after the first of them is one.

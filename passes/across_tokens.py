@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.regions import FFN, RoutedFFN
 
 
@@ -11,7 +12,7 @@ def refuse_decoders(
     graph: Graph, what: str, hint: str = "a threshold fitted to the same share is its causal predictor: fit-router{gates=threshold}"
 ) -> None:
     """Raises RequestError: the graph predicts tokens, and whether a token runs an expert would depend on those after it."""
-    if graph.info.get("task") in ("causal-lm", "seq2seq"):
+    if graph.info.get("task") in WRITES:
         raise RequestError(f"{what} looks at tokens that a decoder has not seen yet", hint=hint)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.pipeline import Context
 from dyncomp.regions import find_carved
 from dyncomp.sweep import Sweep, fast_matmul
@@ -29,10 +30,10 @@ def kl_budgets(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph, L
     end, see :func:`sensitivities`.
 
     Args:
-        graph: a causal language model, experts carved, every gate 1; not changed.
+        graph: of a model that writes tokens, experts carved, every gate 1; not changed.
         fit: gives a layer its router, with the threshold at the share noted for it.
     """
-    if graph.info.get("task") != "causal-lm":
+    if graph.info.get("task") not in WRITES:
         raise RequestError("fit-router{budgets=kl} needs next-token predictions, and this model makes none", hint="use budgets=uniform")
     regions = find_carved(graph)
     losses = sensitivities(graph, ctx, share, fit)

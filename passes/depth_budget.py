@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.pipeline import Context
+from dyncomp.regions.tokens import written_tokens
 from dyncomp.sweep import Sweep, fast_matmul
 
 STAND_IN_RIDGE = 0.1
@@ -69,24 +72,25 @@ def fit_stand_in(x: list[Tensor], y: list[Tensor], rank: int) -> tuple[Tensor, T
 
 def _apart(batches: Sequence[dict[str, Tensor]], windows: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """(to fit on, to measure on): the last windows are measured on."""
-    joined = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
-    count = len(next(iter(joined.values())))
-    if count < 2 * windows:
-        raise RequestError(f"skip-depth measures on {windows} calibration windows, and there are {count}", hint="raise --tokens")
+    single = [{name: v[i : i + 1] for name, v in batch.items()} for batch in batches for i in range(len(next(iter(batch.values()))))]
+    if len(single) < 2 * windows:
+        raise RequestError(f"skip-depth measures on {windows} calibration windows, and there are {len(single)}", hint="raise --tokens")
 
-    def pieces(start: int, end: int) -> list[dict[str, Tensor]]:
-        return [{name: v[i : min(i + 4, end)] for name, v in joined.items()} for i in range(start, end, 4)]
+    def pieces(part: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        alike = (list(group) for _, group in itertools.groupby(part, lambda row: [v.shape for v in row.values()]))
+        fours = (group[i : i + 4] for group in alike for i in range(0, len(group), 4))
+        return [{name: torch.cat([row[name] for row in four]) for name in four[0]} for four in fours]
 
-    return pieces(0, count - windows), pieces(count - windows, count)
+    return pieces(single[:-windows]), pieces(single[-windows:])
 
 
 def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict[str, Tensor]]) -> float:
     """Next-token loss for language models; half the squared relative change of the output for others."""
-    if graph.info.get("task") != "causal-lm":
+    if graph.info.get("task") not in WRITES:
         return sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, whole, strict=True)) / (2 * len(whole))
     rise = 0.0
     for a, b, batch in zip(outputs, whole, batches, strict=True):
-        ids = batch["input_ids"][:, 1:].flatten()
+        ids = written_tokens(graph, batch)[:, 1:].flatten()
         rise += float(F.cross_entropy(a[:, :-1].flatten(0, 1), ids) - F.cross_entropy(b[:, :-1].flatten(0, 1), ids))
     return rise / len(batches)
 

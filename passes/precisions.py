@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.models.loaded import WRITES
 from dyncomp.pipeline import Progress
 from dyncomp.quantized import Quantized
 from dyncomp.sweep import Sweep
@@ -57,7 +58,7 @@ class Mix:
 class Trials:
     """Quantizes some units of a graph for a moment, and measures what that costs at its end.
 
-    The loss is the mean KL divergence to the graph as it was, in nats a token (causal language models), or the squared error of the
+    The loss is the mean KL divergence to the graph as it was, in nats a token (models that write tokens), or the squared error of the
     outputs, relative to their square (others).
 
     Args:
@@ -69,7 +70,7 @@ class Trials:
     def __init__(self, graph: Graph, encode: Callable[[str, int], Quantized], batches: Sequence[dict[str, Tensor]]) -> None:
         self.graph, self._encode, self._batches = graph, encode, batches
         outputs = self._sweep().advance(graph.output_nodes[0])
-        kind = Reference if graph.info.get("task") == "causal-lm" else _Outputs
+        kind = Reference if graph.info.get("task") in WRITES else _Outputs
         self._expected = [kind(y) for y in outputs]
 
     def each(self, units: Sequence[Unit], choices: Sequence[int], progress: Progress) -> dict[str, dict[int, float]]:

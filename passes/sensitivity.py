@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.mapped import trim
+from dyncomp.models.loaded import WRITES
 
 _KEPT = 256  # tokens of a batch whose inputs are kept
 
@@ -50,7 +51,7 @@ class Sensitivity:
         return {node: torch.cat(parts) for node, parts in self._inputs.items()}
 
     def _cotangent(self, output: Tensor) -> Tensor:
-        if self.graph.info.get("task") != "causal-lm":
+        if self.graph.info.get("task") not in WRITES:
             return torch.randn(output.shape, generator=self._random)
         p = torch.softmax(output.float(), -1)
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=self._random)

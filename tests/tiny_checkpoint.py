@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer, as a Hugging Face directory: what the command line is tried on."""
+"""Tiny models with a tokenizer, as Hugging Face directories: what the command line is tried on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from bench.tiny import enliven
 
@@ -34,14 +34,36 @@ def write_text(file: Path, words: int = 6000, seed: int = 0) -> Path:
     return file
 
 
-def write_checkpoint(folder: Path, seed: int = 0, heads: int = 4) -> Path:
-    """Two layers, 32 features, 64 hidden neurons, context 128; bytes as an alphabet, merged over :func:`prose`."""
+def _tokenizer() -> Tokenizer:
+    """Bytes as an alphabet, merged over :func:`prose` to 320 tokens; ``<eos>`` is 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([prose(2000, 7)], trainer)
+    return tokenizer
+
+
+def write_encoder_decoder(folder: Path, seed: int = 4) -> Path:
+    """A gated T5 of one layer on each side, 32 features, 64 hidden neurons; it may write 64 tokens."""
+    config = T5Config(
+        vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu", n_positions=64,
+        eos_token_id=0, pad_token_id=1, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config)
+    enliven(model, seed)
+    model.save_pretrained(folder)
+    tokenizer = _tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", pair="$A $B <eos>", special_tokens=[("<eos>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path, seed: int = 0, heads: int = 4) -> Path:
+    """A Llama of two layers, 32 features, 64 hidden neurons, context 128."""
+    tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=heads // 2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,

@@ -20,6 +20,7 @@ class TorchDecoder:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.threads = graph, torch.get_num_threads()
         self.context_length = int(graph.info["kv_cache"]["context_length"])
+        self.reads = () if graph.encoder is None else tuple(s.name for s in graph.encoder.inputs)
         self._chosen = any(s.name == "chosen" for s in graph.inputs)
         self._specs = [s for s in graph.inputs if "_cache_" in s.name]
         self._encoded: dict[str, torch.Tensor] = {}

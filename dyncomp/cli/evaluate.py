@@ -13,8 +13,8 @@ from dyncomp.cli import options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--text", "--images", "sources", multiple=True, metavar="TEXT|IMAGES",
-    help="What to evaluate on: wikipedia, news, or a file; of models of images photos, digits, or a folder of images, in sub-folders by "
-    "what they show for linear probes; may be repeated. [default: news; digits]",
+    help="What to evaluate on: wikipedia, news, or a file (of encoder–decoders also pairs, see convert); of models of images photos, "
+    "digits, or a folder of images, in sub-folders by what they show for linear probes; may be repeated. [default: news; digits]",
 )  # fmt: skip
 @click.option("--windows", type=click.IntRange(min=1), help="At most this many windows or images of each. [default: 16; 256]")
 @click.option(

@@ -42,8 +42,9 @@ def print_json(value: Any) -> None:
 
 
 CALIBRATE = (
-    "What to calibrate on, a part of it held out: wikipedia, news, or a .txt/.jsonl file; of models of images photos, digits, or a "
-    "folder of images. [default: wikipedia; photos]"
+    "What to calibrate on, a part of it held out: wikipedia, news, or a .txt/.jsonl file (for encoder–decoders also of "
+    'pairs, {"source": …, "target": …} a line; else they read one half of a text and write the other); of models of images photos, '
+    "digits, or a folder of images. [default: wikipedia; photos]"
 )
 TOKENS = "Calibration tokens; an image is as many as the model makes of it."
 WINDOWS = "Evaluation windows of each text, or images. [default: 16 windows, 256 images]"

@@ -11,14 +11,14 @@ import click
 from dyncomp.cli import options
 
 if TYPE_CHECKING:
-    from dyncomp.runtime.generate import Completion, Generator
+    from dyncomp.runtime.generate import Completion, Generator, Seq2SeqGenerator
     from dyncomp.runtime.sampling import Sampling
     from dyncomp.runtime.speculate import Draft, Speculation
 
 
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, help="Text to complete; may be repeated (a batch).")
+@click.option("--prompt", "prompts", multiple=True, help="Text to complete, or of an encoder–decoder to read; may be repeated.")
 @click.option("--input", "file", type=click.Path(path_type=Path), help="A file with one prompt a line.")
 @click.option("--image", "pictures", multiple=True, type=click.Path(path_type=Path), help="An image to embed; may be repeated.")
 @click.option("--chat", is_flag=True, help="Take each prompt as a user's message, through the tokenizer's chat template.")
@@ -46,15 +46,16 @@ def command(
 ) -> None:  # fmt: skip
     """Complete prompts with BUNDLE; one prompt streams as it is generated. Models of images give embeddings (--image).
 
-    Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone.
+    Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone. An encoder–decoder
+    reads a prompt once and writes a text for it; several prompts follow each other, those of one length together.
 
     --speculate gives the text that there would be without it. How many tokens are guessed follows from what guesses and passes cost and
     how often guesses are right; when they do not pay they are turned off for a while. A report on standard error says how it went.
     """
     from dyncomp.bundle import open_bundle
-    from dyncomp.deploy import open_session, require_device
+    from dyncomp.deploy import open_generator, require_device
     from dyncomp.errors import RequestError
-    from dyncomp.runtime.generate import Generator
+    from dyncomp.runtime.generate import Seq2SeqGenerator
     from dyncomp.runtime.sampling import Sampling
 
     require_device(device, bundle)
@@ -67,21 +68,20 @@ def command(
     if not texts:
         raise RequestError("there is nothing to complete", hint="give --prompt TEXT, --input FILE or --image FILE")
     speculation: Speculation | None = None
-    opened = open_bundle(bundle)
-    tokenizer = opened.tokenizer()
-    if tokenizer is None:
-        images = opened.processor() is not None
-        raise RequestError(f"{bundle} has no tokenizer: it cannot take text", hint="give --image FILE" if images else None)
     choice = Sampling(**sampling)
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
-    generator = Generator(open_session(opened, backend, threads=threads), tokenizer)
+    generator: Any = open_generator(open_bundle(bundle), backend, threads=threads)
+    reads = isinstance(generator, Seq2SeqGenerator)
+    if reads and (chat or speculate or draft is not None):
+        option = "--chat" if chat else "--speculate" if speculate else "--draft"
+        raise RequestError(f"{option}: {bundle} holds an encoder–decoder, which does not continue a text", hint="leave it out")
     if speculate or draft is not None:
-        drafting = None if draft is None else _draft(draft, tokenizer, backend, threads)
+        drafting = None if draft is None else _draft(draft, generator.tokenizer, backend, threads)
         generator.session = speculation = _speculation(generator.session, len(requests), drafting)
     if not generator.session.cached:
         click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
     if len(texts) == 1 and not json_:
-        if not chat:
+        if not (chat or reads):
             click.echo(texts[0], nl=False)
         for piece in generator.stream(requests[0], choice):
             click.echo(piece, nl=False)
@@ -112,14 +112,15 @@ def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | N
         click.echo(f"{file}: an embedding of {len(vector)} numbers (--json prints them){likeness}")
 
 
-def _complete(generator: Generator, requests: list[Any], sampling: Sampling, slots: int) -> list[Completion]:
+def _complete(generator: Generator | Seq2SeqGenerator, requests: list[Any], sampling: Sampling, slots: int) -> list[Completion]:
     """All requests: over slots of one KV cache where there is one, else as one batch."""
     from dyncomp.backends.ort.decoder import OrtDecoder
     from dyncomp.backends.ort.slots import OrtSlots
     from dyncomp.runtime.batching import Batcher
+    from dyncomp.runtime.generate import Generator
 
     session = generator.session
-    if len(requests) == 1 or not isinstance(session, OrtDecoder):
+    if len(requests) == 1 or not isinstance(generator, Generator) or not isinstance(session, OrtDecoder):
         return generator.generate(requests, sampling)
     longest = max(len(generator.encode(r)) for r in requests)
     capacity = min(longest + sampling.max_tokens, session.context_length)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.errors import PassError
-from dyncomp.evaluate import model_inputs
+from dyncomp.evaluate import model_inputs, split_rows
 from dyncomp.examples import example_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
@@ -131,7 +131,7 @@ class Trainer:
                     state.save(self._folder, self._key, self._at, self._snapshot(best))
         self.weights.load(best)
         changed = self.weights.merge()
-        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or self._windows.shape[1])
+        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or self._windows.shape[-1])
         return Healed(
             self._at.steps, self._at.best, tokens, time.perf_counter() - started, time.process_time() - cpu, self._at.curve, changed
         )
@@ -156,17 +156,17 @@ class Trainer:
             For each router its load, [E], and the score at which as many experts are active as should be, [routers].
         """
         s = self.settings
-        parts = self._batch(step).split(s.together or max(1, s.batch // ranks.world()))
+        parts = split_rows(self._batch(step), s.together or max(1, s.batch // ranks.world()))
         load = [torch.zeros(r.gates.meta["val"].shape[-1]) for r in self._routers]
         thresholds = torch.zeros(len(self._routers))
         for part, ids in list(enumerate(parts))[ranks.rank() :: ranks.world()]:
             with _noise_of(self._seed, step, part) if s.noise else contextlib.nullcontext():
                 loss, gates = self._loss(ids)
-                (loss / len(parts)).backward()
+                (loss * len(ids) / s.batch).backward()
             for index, (router, gate) in enumerate(zip(self._routers, gates, strict=True)):
-                load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) / len(parts)
+                load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) * len(ids) / s.batch
                 if router.threshold:
-                    thresholds[index] += self._levels[index] / len(parts)
+                    thresholds[index] += self._levels[index] * len(ids) / s.batch
         for p in self.weights.parameters().values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])

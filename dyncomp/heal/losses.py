@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyncomp.models.loaded import WRITES
+
 _ROWS = 32
 """Tokens at a time: with a vocabulary of 50 000, what is computed on them stays in the CPU's caches."""
 
@@ -44,7 +46,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def output_loss(student: Tensor, teacher: Tensor, task: str) -> Tensor:
     """What the outputs differ by: the KL divergence of next-token distributions, or the relative squared error of an encoder's states."""
-    return divergence(student, teacher) if task == "causal-lm" else relative_square(student, teacher)
+    return divergence(student, teacher) if task in WRITES else relative_square(student, teacher)
 
 
 def relative_square(student: Tensor, teacher: Tensor) -> Tensor:

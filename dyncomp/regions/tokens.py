@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
@@ -17,6 +19,11 @@ def token_input(graph: Graph) -> int | None:
     shape = graph.shape(graph.output_nodes[0])
     found = [i for i, s in enumerate(graph.inputs) if s.dtype == torch.int64 and len(s.shape) == 2 and s.shape == (shape or ())[:2]]
     return found[0] if len(found) == 1 and all(isinstance(d, str) for d in graph.inputs[found[0]].shape) else None
+
+
+def written_tokens(graph: Graph, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[batch, sequence]: the tokens that the logits of a graph are about, the next one each; of an encoder–decoder those of the decoder."""
+    return inputs[graph.inputs[token_input(graph) or 0].name]
 
 
 def vocabulary_size(graph: Graph, default: int = 2, index: int = 0) -> int:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dyncomp.models.loaded import WRITES
+
 _VARIANTS = {
     "dense": "dense",
     "quantized": "dense, quantized alike",
@@ -39,7 +41,7 @@ def print_report(report: dict[str, Any], *, title: str) -> None:
 def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
     """One row a model, a group of columns a text."""
     result = table("quality", "")
-    causal = task == "causal-lm"
+    causal = task in WRITES
     for text, figures in quality.items():
         size = f"{figures['windows']} x {figures['window_tokens']} tokens"
         result.add_column(f"{text}\n{size}\n{'perplexity' if causal else 'cosine to dense'}", justify="right")
@@ -99,9 +101,9 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> Table:
 
 def router_table(rows: Iterable[dict[str, Any]], title: str, task: str) -> Table:
     """One row a router; see :class:`dyncomp.router_table.RouterRow`."""
-    loss = "perplexity" if task == "causal-lm" else "1 - cosine"
+    loss = "perplexity" if task in WRITES else "1 - cosine"
     result = table(title, "router", ">as the oracle", ">layer error", f">{loss}, refitted", ">active", ">s")
-    form = "+.1%" if task == "causal-lm" else ".4f"
+    form = "+.1%" if task in WRITES else ".4f"
     for row in rows:
         known = [
             "" if row["agreement"] is None else f"{row['agreement']:.1%}",
@@ -114,7 +116,7 @@ def router_table(rows: Iterable[dict[str, Any]], title: str, task: str) -> Table
 
 def search_table(search: dict[str, Any], task: str) -> Table:
     """The candidates that a search tried, in that order."""
-    causal = task == "causal-lm"
+    causal = task in WRITES
     speed = ">decode x dense" if causal else ">speed x dense"
     result = table(f"search: {search['goal']}", "candidate", ">loss", speed, *([">prefill x dense"] if causal else []), ">MB", ">s", "")
     for t in search["trials"]:
@@ -147,7 +149,7 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 def flops_unit(task: str | None) -> str:
     """What operations are counted for; see :func:`dyncomp.cost.count`."""
-    return "image" if task == "image-encoder" else "token"
+    return {"image-encoder": "image", "seq2seq": "token read and written"}.get(task or "", "token")
 
 
 def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
@@ -191,6 +193,10 @@ def notes(report: dict[str, Any]) -> list[str]:
         tokens = f", greedy tokens equal {equal:.0%}" if equal is not None else ""
         lines.append(
             f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}"
+        )
+    if report.get("task") == "seq2seq":
+        lines.append(
+            "perplexity: per written token, the right ones before it given; of text, half of a window is read and the other half written"
         )
     first = next(iter(report["quality"].values()))
     increase, cosine = first.get("increase", {}), first.get("cosine", {})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dyncomp.runtime.session import Array, DecoderSession
+from dyncomp.runtime.session import Array, DecoderSession, Seq2SeqSession
 
 _BLOCK, _SETTLE = 16, 3  # steps a session runs before the next has its turn; the first of them are not counted
 
@@ -25,6 +25,19 @@ class Variant:
     session: DecoderSession
     variant: str  # "dense" | "converted"
     precision: str = "fp32"
+
+
+class Reading:
+    """An encoder–decoder as a :class:`~dyncomp.runtime.session.DecoderSession`: its prompt is what the encoder reads."""
+
+    def __init__(self, session: Seq2SeqSession) -> None:
+        self.engine, self.cached, self.threads = session.engine, session.cached, session.threads
+        self.context_length, self.step, self.reset = session.context_length, session.step, session.reset
+        self._session = session
+
+    def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
+        self._session.encode(**{name: np.ones_like(ids) if name == "attention_mask" else ids for name in self._session.reads})
+        return self._session.prefill(np.zeros((len(ids), 1), np.int64), np.ones(len(ids), np.int64), room)
 
 
 def bench(

@@ -26,7 +26,7 @@ class Completion:
         text: without the prompt, the stop string and special tokens.
         tokens: every token generated, with the one that ended the text.
         finish: ``"end"`` the model ended the text, ``"stop"`` a stop string, ``"length"`` the limit or the context was reached.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt, or of what the encoder read.
         cached: False when the model has no KV cache and each step computed the whole sequence.
         seconds: prefill and decode, of the whole batch.
     """
@@ -147,11 +147,17 @@ class Seq2SeqGenerator:
                 yield pieces[0]
 
     def _inputs(self, source: Source) -> Mapping[str, Array]:
-        return {"input_ids": np.array(encode(self.tokenizer, source), np.int64)} if isinstance(source, str) else source
+        if not isinstance(source, str):
+            return source
+        ids = np.array(encode(self.tokenizer, source), np.int64)
+        return {name: np.ones_like(ids) if name == "attention_mask" else ids for name in self.session.reads}
 
     def _run(self, batch: Sequence[Mapping[str, Array]], sampling: Sampling) -> _Run:
+        start = time.perf_counter()
         self.session.encode(**{name: np.stack([np.asarray(r[name]) for r in batch]) for name in batch[0]})
-        return _Run(self, [self._begin] * len(batch), sampling)
+        run = _Run(self, [self._begin] * len(batch), sampling)
+        run.read, run.seconds[0] = np.shape(batch[0][self.session.reads[0]])[-1], time.perf_counter() - start
+        return run
 
 
 class _Run:
@@ -170,7 +176,8 @@ class _Run:
         self._samplers = [Sampler(sampling, row) for row in range(len(prompts))]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._finish: list[str | None] = [None] * len(prompts)
-        self._seconds = [0.0, 0.0]
+        self.seconds = [0.0, 0.0]
+        self.read: int | None = None  # length of what an encoder read
 
     def __iter__(self) -> Iterator[list[str]]:
         lengths = np.array([len(p) for p in self._prompts])
@@ -179,7 +186,7 @@ class _Run:
             ids[row, : len(prompt)] = prompt
         start = time.perf_counter()
         logits = self._session.prefill(ids, lengths, self._room)
-        self._seconds[0] = time.perf_counter() - start
+        self.seconds[0] += time.perf_counter() - start
         for step in range(self._room):
             pieces = self._advance(logits)
             if any(pieces):
@@ -188,7 +195,7 @@ class _Run:
                 break
             start = time.perf_counter()
             logits = self._session.step(np.array([t[-1] for t in self._tokens]))
-            self._seconds[1] += time.perf_counter() - start
+            self.seconds[1] += time.perf_counter() - start
         yield [self._end(row) for row in range(len(lengths))]
 
     def _advance(self, logits: Array) -> list[str]:
@@ -225,7 +232,7 @@ class _Run:
 
     def completions(self) -> list[Completion]:
         return [
-            Completion(stream.text, tuple(tokens), str(finish), len(prompt), self._session.engine, self._session.cached,
-                       (self._seconds[0], self._seconds[1]))
+            Completion(stream.text, tuple(tokens), str(finish), self.read or len(prompt), self._session.engine,
+                       self._session.cached, (self.seconds[0], self.seconds[1]))
             for stream, tokens, finish, prompt in zip(self._streams, self._tokens, self._finish, self._prompts, strict=True)
         ]  # fmt: skip

@@ -44,7 +44,13 @@ class DecoderSession(Protocol):
 
 
 class Seq2SeqSession(DecoderSession, Protocol):
-    """The decoder of an encoder–decoder."""
+    """The decoder of an encoder–decoder.
+
+    Attributes:
+        reads: names of the encoder's inputs, what is read first.
+    """
+
+    reads: tuple[str, ...]
 
     def encode(self, **inputs: Array) -> None:
         """Run the encoder, once: [B, …] each. The sequences that ``prefill`` begins from then on belong to its rows, in order.
