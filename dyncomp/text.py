@@ -122,12 +122,11 @@ def split(corpus: C, *, held_out: float = 0.15, seed: int = 0) -> tuple[C, C]:
     """
     if not 0 < held_out < 1:
         raise TextError(f"a fraction of {held_out} cannot be held out", hint="a number between 0 and 1, such as 0.15")
-    if isinstance(corpus, Pairs) and len(corpus.documents) < 2:
-        raise TextError(
-            f"{corpus.name!r} is a single pair and cannot be divided into calibration and held-out pairs", hint="give more pairs"
-        )
-    whole = isinstance(corpus, Pairs) or len(corpus.documents) > 1
-    documents: tuple[Any, ...] = corpus.documents if whole else _halves(corpus, held_out)
+    documents: tuple[Any, ...] = corpus.documents
+    if len(documents) < 2:
+        if isinstance(corpus, Pairs):
+            raise TextError(f"{corpus.name!r} has no two pairs to divide into calibration and held-out ones", hint="give more pairs")
+        documents = _halves(corpus, held_out)
     order = list(range(len(documents)))
     if len(corpus.documents) > 1:
         random.Random(seed).shuffle(order)

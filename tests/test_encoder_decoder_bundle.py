@@ -166,7 +166,7 @@ def test_damage_and_what_is_missing_are_said(place: Path, tmp_path: Path) -> Non
     (tmp_path / "half.jsonl").write_text('{"source": "a", "target": "b"}\n{"source": "c"}\n')
     with pytest.raises(TextError, match=r'half\.jsonl, line 2: no string under the key "target"'):
         load_pairs(str(tmp_path / "half.jsonl"))
-    with pytest.raises(TextError, match="single pair"):
+    with pytest.raises(TextError, match="no two pairs"):
         split(Pairs("one", (("a", "b"),)))
     loaded = load_model(str(place / "model"))
     graph = trace_model(loaded)
