@@ -205,7 +205,7 @@ def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -
 
     task = opened.manifest.source.task
     if task != "causal-lm":
-        what = "an encoder" if task == "encoder" else "a model that is no decoder"
+        what = {"encoder": "an encoder", "seq2seq": "an encoder–decoder"}.get(task, "a model that is no decoder")
         raise RequestError(f"{opened.path} holds {what}: onnxruntime-genai generates text", hint="use --backend ort")
     tokenizer = _save_tokenizer(opened, folder)
     if tokenizer is None:
