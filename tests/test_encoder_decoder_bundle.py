@@ -15,7 +15,7 @@ from helpers import own_cache
 from test_cli import run
 from tiny_checkpoint import prose, write_encoder_decoder, write_text
 from torch import Tensor
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import dyncomp
 from bench.tiny import tokens, trace_tiny
@@ -27,6 +27,7 @@ from dyncomp.examples import reader_of
 from dyncomp.models import load_model
 from dyncomp.models.factory import describe
 from dyncomp.models.loaded import Decoding
+from dyncomp.models.wrap import wrap
 from dyncomp.search import SELECTION, selection_size
 from dyncomp.text import ABSENT, Corpus, Pairs, load_pairs, pairs, split
 from dyncomp.trace import trace_model
@@ -160,6 +161,17 @@ def test_a_text_that_begins_with_several_tokens_is_measured_after_them() -> None
     quality = evaluate({"dense": graph}, rows, task="seq2seq", batch=2)
     assert quality.window_tokens == 6
     assert quality.perplexity("dense") == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+
+
+def test_how_a_model_writes_is_what_its_configuration_says() -> None:
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    loaded = wrap(model, name="tiny", kind="memory", tokenizer=None, causal=False)
+    assert (loaded.decoding, loaded.context_length) == (None, 512)
+    said = {"decoder_start_token_id": 2, "forced_bos_token_id": 3, "bad_words_ids": [[1], [4, 5]], "begin_suppress_tokens": [6]}
+    model.generation_config.update(**said)
+    other = wrap(model, name="tiny", kind="memory", tokenizer=None, causal=False)
+    assert other.decoding == Decoding((2, 3), (1,), (6,))
+    assert other.fingerprint != loaded.fingerprint
 
 
 def test_damage_and_what_is_missing_are_said(place: Path, tmp_path: Path) -> None:
