@@ -14,10 +14,12 @@ from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.ops import keep_large
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.quantized import BLOCKS, round_to_nearest
-from dyncomp.regions import RoutedFFN
+from dyncomp.regions import RoutedFFN, find_routed
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.sweep import Sweep, fast_matmul, release_memory
 
@@ -37,7 +39,8 @@ class AWQ(Pass):
     for which the layers' outputs change least when their weights are rounded to nearest. ``quantize`` with the same ``bits``, ``block``
     and ``symmetric`` is to follow.
 
-    Scales are powers of two, which floats multiply by exactly: gates and thresholds choose what they chose.
+    In a graph with gates or thresholds, scales are powers of two, which floats multiply by exactly: they choose what they chose. Elsewhere
+    scales are as they come out, which leaves a little less error.
 
     before:  x = rms_norm(r, g);      linear(x, W);      sparse_linear(x, W, t);          gates(linear(x, R));      routed_ffn(x, U[E])
     after:   x = rms_norm(r, g / s);  linear(x, W * s);  sparse_linear(x, W * s, t / s);  gates(linear(x, R * s));  routed_ffn(x, U[E] * s)
@@ -64,6 +67,7 @@ class AWQ(Pass):
         sites, result.refused = find_sites(graph, self.block)
         if not sites:
             return result
+        exact = bool(find_routed(graph) or sparse_nodes(graph) or find_skips(graph))
         sweep = Sweep(graph, ctx.need_calibration(self.name).first(self.tokens))
         uses = {r.gates: _Use(torch.zeros(r.experts)) for site in sites for r in site.routed}
         watch: dict[fx.Node, Callable[[int, Tensor], None]] = {gates: use.note for gates, use in uses.items()}
@@ -72,7 +76,7 @@ class AWQ(Pass):
             for position, site in enumerate(sites):
                 sweep.advance(site.at, watch=watch)
                 problem = self._experts(graph, site.experts, sweep, result) if site.experts else self._layers(graph, site, sweep, uses)
-                exponents, scales = self._search(problem)
+                exponents, scales = self._search(problem, exact)
                 result.facts["exponents"][site.name] = exponents if site.experts else exponents[0]
                 if any(exponents):
                     found.append((site, scales if site.experts else scales[0]))
@@ -115,15 +119,17 @@ class AWQ(Pass):
             result.facts.setdefault("rarely_used", []).append(f"{routed.name} expert {e}: {int(ran[e])} tokens")
         return _Problem(magnitude / ran.clamp_min(1)[:, None], [(down, grams / ran.clamp_min(1)[:, None, None], None)])
 
-    def _search(self, problem: _Problem) -> tuple[list[float], Tensor]:
-        """(the best exponent of each group, [G, K] scales)."""
+    def _search(self, problem: _Problem, exact: bool) -> tuple[list[float], Tensor]:
+        """(the best exponent of each group, [G, K] scales); ``exact`` ones are powers of two."""
         magnitude = problem.magnitude
         magnitude = magnitude.clamp_min(torch.finfo(torch.float32).tiny).maximum(1e-4 * magnitude.mean(-1, keepdim=True))
         best = torch.full(magnitude.shape[:1], torch.inf)
         exponents, chosen = torch.zeros(len(best)), torch.ones_like(magnitude)
         for step in range(STEPS):
             scales = magnitude ** (step / STEPS)
-            scales = (scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()).log2().round().exp2()
+            scales = scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
+            if exact:
+                scales = scales.log2().round().exp2()
             loss = torch.zeros_like(best)
             for weight, gram, shares in problem.parts:
                 s = scales[:, None]

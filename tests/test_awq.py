@@ -61,7 +61,7 @@ def test_the_model_computes_what_it_did(name: str) -> None:
     assert len(result.changed) >= 2 * len(find_regions(dense).ffns)
     inputs = inputs_of(name, 99)
     with torch.no_grad():
-        assert_close(graph(**inputs), dense(**inputs), rel=1e-5)
+        assert_close(graph(**inputs), dense(**inputs), rel=1e-4)
     for linear in find_linears(graph).values():
         if linear.weight in result.changed:
             assert not torch.equal(graph.tensor(linear.weight), dense.tensor(linear.weight))
