@@ -123,7 +123,8 @@ def search_table(search: dict[str, Any], task: str) -> Table:
         ratios = [t["speed"], *([t["prefill"]] if causal else [])]
         cells = ["" if r is None else f"{r:.2f}" for r in ratios]
         size = "" if t["bytes"] is None else f"{t['bytes'] / 1e6:.0f}"
-        mark = "<- chosen" if t["name"] == search["chosen"] else "a quick look" if t["quick"] else ""
+        look = "a quick look" if t["speed"] is None else "too slow at a quick look"
+        mark = "<- chosen" if t["name"] == search["chosen"] else look if t["quick"] else ""
         result.add_row(t["name"], f"{t['loss']:+.2%}", *cells, size, f"{t['seconds']:.0f}", mark)
     return result
 
