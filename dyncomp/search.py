@@ -224,8 +224,7 @@ class Search:
     def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:
         start = time.perf_counter()
         trial = Trial(name, [p.spec for p in passes], math.nan, 0.0)
-        worth = self._look(trial, passes) if len(quantization_of(passes)) < len(passes) else True
-        if worth:
+        if len(quantization_of(passes)) == len(passes) or self._look(trial, passes):
             graph, records = self._converted(passes, None)
             trial.quick, trial.loss = False, self._loss(graph)
             if self.goal.speedup is not None or self.goal.meets(trial):

@@ -144,8 +144,7 @@ def find_sites(graph: Graph, block: int) -> tuple[list[Site], list[Refusal]]:
         *map(search.ffn, search.ffns),
         *map(search.experts, search.routed),
     ]
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted((s for s in found if isinstance(s, Site)), key=lambda s: order[s.at]), [s for s in found if isinstance(s, Refusal)]
+    return sorted((s for s in found if isinstance(s, Site)), key=lambda s: s.at), [s for s in found if isinstance(s, Refusal)]
 
 
 class _Search:
@@ -157,7 +156,6 @@ class _Search:
         linears = find_linears(graph).values()
         self._linears = {linear.nodes[0]: linear for linear in linears if linear.axis == -1 and linear.nodes[0].target in LAYERS}
         self._experts = {r.node: r for r in self.routed}
-        self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
 
     def norm(self, node: fx.Node) -> Site | Refusal | None:
@@ -172,7 +170,7 @@ class _Search:
             return self._refuse(node, f"{op_name(other) if other.op == 'call_function' else 'the result of the model'} reads it too")
         if (name := self._shared(r.weight for r in readers) or self._shared_thresholds(readers)) is not None:
             return self._refuse(node, f"{name}, which reads it, is in few bits already, or others read it too")
-        last = max(routed, key=lambda r: self._order[self._known(r)], default=None)
+        last = max(routed, key=self._known, default=None)
         at, x = (node, node) if last is None else (self._known(last), last.input)
         return Site(at, x, readers, Norm(node), routed)
 
@@ -224,7 +222,7 @@ class _Search:
 
     def _known(self, routed: RoutedFFN) -> fx.Node:
         """Where its input and its gates are known, and it has not run."""
-        return max(routed.input, routed.gates, key=self._order.__getitem__)
+        return max(routed.input, routed.gates)
 
     def _rounds(self, routed: RoutedFFN) -> bool:
         return routed.d_model % self.block == 0 and (routed.d_ff // routed.experts) % self.block == 0

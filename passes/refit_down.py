@@ -66,13 +66,14 @@ def refit(graph: Graph, layer: Layer, ridge: float, follow: float, *, bias: bool
     problem = LeastSquares(down.shape[0] + (view.d_model if rank else 0), view.d_out)
     for index, (x, h) in enumerate(zip(layer.inputs, layer.hidden(), strict=True)):
         gates = view.gate_values(x)[..., None]
+        flat = x.reshape(-1, view.d_model)
         blend = follow if layer.wanted is not None else 0.0
         with reduced_products():
             missing = ((h * (1 - blend - gates).to(h.dtype)).flatten(1) @ down).float()
         if blend > 0 and layer.wanted is not None:
-            missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - view.beside(x.reshape(-1, view.d_model)))
+            missing += blend * (layer.wanted[index].reshape(-1, view.d_out) - view.beside(flat))
         features = (h * gates.to(h.dtype)).flatten(1)
-        problem.add(torch.cat([features, x.reshape(-1, view.d_model).to(h.dtype)], 1) if rank else features, missing)
+        problem.add(torch.cat([features, flat.to(h.dtype)], 1) if rank else features, missing)
     if rank:
         delta, path_down, path_up, constant_change = problem.solve_in_part(ridge, len(down), rank, bias=bias)
         _add_path(graph, view, path_down.T.contiguous(), path_up.T.contiguous())
