@@ -327,7 +327,7 @@ def _check_lowering(request: ConvertRequest, dense: Graph) -> None:
 def _search(
     request: ConvertRequest, goal: Goal, loaded: LoadedModel, ctx: Context, selection: Tensor, work: Workspace, say: Callable[[str], None]
 ) -> Found:
-    from dyncomp.deploy import compare, dense_artifact
+    from dyncomp.deploy import compare, dense_artifact, latency_table
 
     assert ctx.dense is not None
     dense = dense_artifact(ctx.dense, loaded.fingerprint, ctx.progress)
@@ -335,7 +335,8 @@ def _search(
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
         return compare(dense, graph, folder, threads=request.threads)
 
-    return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, say).run()
+    table = latency_table(request.threads)
+    return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, table, say).run()
 
 
 def _floating(graph: Graph) -> Graph:

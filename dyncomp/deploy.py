@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
 from dyncomp.errors import BackendError, PassError, ProviderError, RequestError
 from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
+from dyncomp.hardware import default_threads
 from dyncomp.images import prepare, read_image
+from dyncomp.latency import LatencyTable
 from dyncomp.models.loaded import WRITES
 from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantization_of, quantize_of
@@ -237,15 +240,23 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
 
     Returns:
         ``speed``: of decoding (decoders) or of a forward pass (encoders), times the dense model's; ``prefill``: the same for a prompt,
-        None for encoders.
+        None for encoders; ``token_seconds``: behind ``speed``, of one token of the graph.
     """
     task = str(graph.info["task"])
     lower_artifact(graph, folder)
     before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
-    prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"]
-    if task not in WRITES:
-        return {"speed": prefill, "prefill": None}
-    return {"speed": after["decode_tokens_per_s"] / before["decode_tokens_per_s"], "prefill": prefill}
+    rate = "decode_tokens_per_s" if task in WRITES else "prefill_tokens_per_s"
+    prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"] if task in WRITES else None
+    return {"speed": after[rate] / before[rate], "prefill": prefill, "token_seconds": 1 / after[rate]}
+
+
+def latency_table(threads: int | None = None) -> LatencyTable:
+    """Of layers in ONNX Runtime on this machine."""
+    from dyncomp.backends.ort.native import library
+
+    used = backend_of("ort")
+    kernels = unavailable_reason() or library().stem  # its name changes with its sources
+    return LatencyTable(used.lower, used.open, f"{used.label} {used.schema}, {kernels}", threads or default_threads())
 
 
 def _measure_encoders(

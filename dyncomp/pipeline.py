@@ -106,6 +106,17 @@ class Pass:
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         raise NotImplementedError
 
+    def sketch(self, kind: str) -> Pass | None:
+        """The cheapest pass that makes of a layer what this one makes of it, as far as its speed goes; None where it leaves it alone.
+
+        Args:
+            kind: ``"ffn"`` or ``"linear"``.
+
+        Raises:
+            PassError: nobody has said what it is.
+        """
+        raise PassError(f"{self.name} cannot be looked up in the table of latencies", hint="implement sketch")
+
     @property
     def spec(self) -> str:
         """``name{option=value …}`` with the options that differ from their defaults."""

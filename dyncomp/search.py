@@ -2,7 +2,8 @@
 
 Candidates are tried from the least to the most work: plain quantization first, then routing on top of the best precision.
 The loss is measured on calibration windows that no pass is fitted to, the speed on the lowered artifact beside the dense one in
-the same process. What needs minutes to fit is first looked at on little text: its loss and its speed must promise something.
+the same process. What needs minutes to fit must promise something first: its speed by the table of latencies
+(:mod:`dyncomp.latency`), its loss when fitted to little text.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from dyncomp.calibrate import calibrate, fingerprint
-from dyncomp.errors import RequestError, SearchError
+from dyncomp.errors import DyncompError, RequestError, SearchError
 from dyncomp.evaluate import evaluate, is_pairs
 from dyncomp.graph import Graph
+from dyncomp.latency import LatencyTable, layers_of
 from dyncomp.models.loaded import WRITES
 from dyncomp.passes import Quantize, Sparsify
 from dyncomp.passes.quantize import PRECISIONS, quantization_of, quantize_of
@@ -37,6 +39,8 @@ SELECTION = 8
 """Calibration windows, or images, that the candidates' loss is measured on; nothing is fitted to them."""
 QUICK = 8_192
 """Calibration tokens of a quick look."""
+CLOSE = 0.9
+"""A candidate is fitted when the table of latencies gives it this much of the speed that is wanted: the table knows layers, not models."""
 HOPELESS = 3.0
 """A quick look that loses this many times the limit is not followed up: more text has never won back as much."""
 MIXED = 0.7
@@ -80,11 +84,13 @@ class Goal:
         """Whether a trial reaches the goal; the speed is compared by the caller when the goal is a loss."""
         if self.speedup is not None:
             return trial.speed is not None and trial.speed >= self.speedup
-        return not trial.quick and trial.loss <= (self.max_loss or 0.0)
+        return not trial.quick and trial.loss is not None and trial.loss <= (self.max_loss or 0.0)
 
     def better(self, trial: Trial, than: Trial) -> bool:
         """Of two that meet the goal."""
-        return trial.loss < than.loss if self.speedup is not None else (trial.speed or 0) > (than.speed or 0)
+        if self.speedup is not None:
+            return trial.loss is not None and (than.loss is None or trial.loss < than.loss)
+        return (trial.speed or 0) > (than.speed or 0)
 
     def __str__(self) -> str:
         return f"at least {self.speedup:g} x dense" if self.speedup is not None else f"at most {self.max_loss:+.2%} loss"
@@ -95,20 +101,24 @@ class Trial:
     """One candidate and what was measured of it.
 
     Args:
-        loss: as in :class:`Goal`.
+        loss: as in :class:`Goal`; None where it was not measured, for the speed was too low.
         quick: a quick look decided: the loss is that after fitting to little text, without quantization.
-        speed: times the dense fp32 model; None where it was not measured, for the loss was too high.
+        predicted: speed by the table of latencies, times the dense fp32 model; None where nothing had to be fitted.
+        speed: as measured; None where it was not, for the loss was too high.
         prefill: the same for a prompt of 512 tokens (decoders).
+        token_seconds: of one token, where ``speed`` is measured.
         bytes: of the artifact.
     """
 
     name: str
     passes: list[str]
-    loss: float
+    loss: float | None
     seconds: float
     quick: bool = False
+    predicted: float | None = None
     speed: float | None = None
     prefill: float | None = None
+    token_seconds: float | None = None
     bytes: int | None = None
 
 
@@ -132,7 +142,8 @@ class Search:
         dense: the graph to convert.
         ctx: of the passes; its calibration batches are those that may be fitted to.
         selection: windows or images that nothing is fitted to.
-        measure: artifact of a graph -> its ``bench`` entry relative to the dense model (see :func:`dyncomp.deploy.compare`).
+        measure: artifact of a graph -> its speed relative to the dense model (see :func:`dyncomp.deploy.compare`).
+        table: of latencies on this machine.
         work: keeps finished trials.
     """
 
@@ -144,6 +155,7 @@ class Search:
     goal: Goal
     work: Workspace
     measure: Callable[[Graph, Path], dict[str, Any]]
+    table: LatencyTable
     say: Callable[[str], None]
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
@@ -219,12 +231,14 @@ class Search:
 
     def _loses_too_much(self, name: str) -> bool:
         (trial,) = (t for t in self.trials if t.name == name)
-        return self.goal.max_loss is not None and trial.loss > self.goal.max_loss * (HOPELESS if trial.quick else 1)
+        return (
+            self.goal.max_loss is not None and trial.loss is not None and trial.loss > self.goal.max_loss * (HOPELESS if trial.quick else 1)
+        )
 
     def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:
         start = time.perf_counter()
-        trial = Trial(name, [p.spec for p in passes], math.nan, 0.0)
-        if len(quantization_of(passes)) == len(passes) or self._look(trial, passes):
+        trial = Trial(name, [p.spec for p in passes], None, 0.0)
+        if len(quantization_of(passes)) == len(passes) or (self._fast_enough(trial, passes) and self._good_enough(trial, passes)):
             graph, records = self._converted(passes, None)
             trial.quick, trial.loss = False, self._loss(graph)
             if self.goal.speedup is not None or self.goal.meets(trial):
@@ -235,19 +249,27 @@ class Search:
         trial.seconds = time.perf_counter() - start
         return dataclasses.asdict(trial)
 
-    def _look(self, trial: Trial, passes: list[Pass]) -> bool:
-        """Whether a candidate is worth its fitting: what it loses and how fast it is when fitted to little text, without delay."""
+    def _fast_enough(self, trial: Trial, passes: list[Pass]) -> bool:
+        """Whether the table of latencies lets hope for the speed that is wanted: of the best candidate so far, or the dense model, the
+        layers are exchanged, and the rest of the time stays."""
+        best, layers = self.best, layers_of(self.dense)
+        before = parse_passes(", ".join(best.passes)) if best is not None else []
+        try:
+            new, old = (self.table.per_token(layers, p, decoding=self.task in WRITES) for p in (passes, before))
+        except DyncompError as error:
+            self.say(f"{trial.name}: its latency cannot be looked up: {error}")
+            return True
+        speed, token = (1.0, old) if best is None else (best.speed or 1.0, best.token_seconds or old)
+        trial.predicted = speed * token / max(token + new - old, 1e-2 * token)
+        return trial.predicted >= CLOSE * (speed if self.goal.speedup is None else self.goal.speedup)
+
+    def _good_enough(self, trial: Trial, passes: list[Pass]) -> bool:
+        """Whether a candidate is worth its fitting: what it loses when fitted to little text, without delay and in float."""
         quantization = quantization_of(passes)
         fitted = [dataclasses.replace(p, budgets="uniform") if isinstance(p, Sparsify) else p for p in passes if p not in quantization]
         graph, _ = self._converted(fitted, QUICK)
         trial.quick, trial.loss = True, self._loss(graph)
-        if self.goal.max_loss is not None and trial.loss > HOPELESS * self.goal.max_loss:
-            return False
-        rounded = [dataclasses.replace(p, method="rtn") for p in quantization if isinstance(p, Quantize)]
-        Pipeline(rounded).run(graph, self.ctx)
-        self._time(trial, graph)
-        slower = self.best is not None and (trial.speed or 0) <= (self.best.speed or 0)
-        return not slower if self.goal.speedup is None else (trial.speed or 0) >= self.goal.speedup
+        return self.goal.max_loss is None or trial.loss <= HOPELESS * self.goal.max_loss
 
     def _converted(self, passes: list[Pass], tokens: int | None) -> tuple[Graph, list[PassRecord]]:
         """The dense graph after ``passes``, fitted to all calibration text or to some tokens of it."""
@@ -275,7 +297,7 @@ class Search:
         shutil.rmtree(folder, ignore_errors=True)
         release_memory()
         measured = self.measure(graph, folder)
-        trial.speed, trial.prefill = measured["speed"], measured["prefill"]
+        trial.speed, trial.prefill, trial.token_seconds = measured["speed"], measured["prefill"], measured["token_seconds"]
         trial.bytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
 
     def _prefer(self, trial: Trial) -> None:
@@ -297,7 +319,10 @@ class Search:
     def _nothing(self) -> str:
         if not self.trials:
             return "no candidate was tried"
-        closest = min(self.trials, key=lambda t: t.loss) if self.goal.max_loss is not None else max(self.trials, key=lambda t: t.speed or 0)
+        if self.goal.max_loss is not None:
+            closest = min(self.trials, key=lambda t: math.inf if t.loss is None else t.loss)
+        else:
+            closest = max(self.trials, key=lambda t: t.speed or 0)
         return f"no candidate reaches {self.goal}; closest: {describe(closest)}"
 
 
@@ -320,6 +345,8 @@ def selection_size(rows: Tensor, tokens: int) -> int:
 
 def describe(trial: Trial) -> str:
     """One line: what a trial lost and gained."""
+    if trial.loss is None:
+        return f"{trial.name}: {trial.predicted or 0:.2f} x dense by the table of latencies"
     speed = "" if trial.speed is None else f", {trial.speed:.2f} x dense"
     quick = " (a quick look)" if trial.quick else ""
     return f"{trial.name}: {trial.loss:+.2%} loss{quick}{speed}"

@@ -61,6 +61,9 @@ class AWQ(Pass):
         if self.block not in BLOCKS:
             raise RequestError(f"awq: the block {self.block} is not one of {', '.join(map(str, BLOCKS))}")
 
+    def sketch(self, kind: str) -> Pass | None:
+        return None  # its scales become part of other weights
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         fuse_rms_norms(graph)
         result = PassResult(facts={"bits": self.bits, "exponents": {}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,6 +62,9 @@ class CarveExperts(Pass):
         for position, ffn in enumerate(ffns):
             if position not in kept_dense(self.keep_dense, len(ffns)):
                 expert_size(ffn.d_ff, self.experts)
+
+    def sketch(self, kind: str) -> Pass | None:
+        return dataclasses.replace(self, cluster="random", keep_dense=()) if kind == "ffn" else None
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns

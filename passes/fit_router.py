@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
-from dyncomp.pipeline import Context
+from dyncomp.pipeline import Context, Pass
 from dyncomp.regions import find_carved
 from dyncomp.routing import expert_choice, group_top_k, sinkhorn_top_k
 
@@ -83,6 +84,9 @@ class FitRouter(LayerwisePass):
             raise RequestError(f"fit-router: {self.kept} of {self.groups} groups kept", hint="0 < kept <= groups")
         if not self.bias and self.router != "ridge":
             raise RequestError(f"fit-router: bias=false needs router=ridge, not {self.router}", hint="leave one of them out")
+
+    def sketch(self, kind: str) -> Pass | None:
+        return dataclasses.replace(self, budgets="uniform") if kind == "ffn" else None
 
     def begin(self, graph: Graph, ctx: Context) -> dict[str, Any]:
         if self.gates in ACROSS_TOKENS:

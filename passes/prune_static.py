@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +50,9 @@ class PruneStatic(Pass):
             raise RequestError(f"prune-static: the fraction {self.active:g} is not in (0, 1]", hint="for example active=75%")
         if self.multiple < 1:
             raise RequestError(f"prune-static: multiple={self.multiple} is not a number of neurons", hint="for example multiple=32")
+
+    def sketch(self, kind: str) -> Pass | None:
+        return dataclasses.replace(self, refit=False, keep_dense=()) if kind == "ffn" else None
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns

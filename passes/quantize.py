@@ -101,6 +101,9 @@ class Quantize(Pass):
         bits = min(self.mixed, default=self.bits)
         return dataclasses.replace(self, method="rtn", mixed=(), mean=0.0, max_loss=type(self).max_loss, bits=bits)
 
+    def sketch(self, kind: str) -> Pass | None:
+        return self.uniform()
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         result = PassResult(facts={"bits": self.mixed or self.bits, "block": self.block, "method": self.method})
         before = graph.weight_bytes()

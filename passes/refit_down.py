@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyncomp.errors import PassError, RequestError
 from dyncomp.graph import Graph
+from dyncomp.pipeline import Pass
 from dyncomp.sweep import reduced_products
 
 aten = torch.ops.aten
@@ -45,6 +46,9 @@ class RefitDown(LayerwisePass):
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise RequestError(f"refit-down: a path of rank {self.rank} is not possible", hint="give rank=0 for none, or more")
+
+    def sketch(self, kind: str) -> Pass | None:
+        return self if kind == "ffn" and self.rank else None
 
     @property
     def follows_dense(self) -> bool:

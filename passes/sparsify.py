@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -70,6 +71,9 @@ class Sparsify(Pass):
                 raise RequestError(f"sparsify: {option}={value} is not known", hint=f"use {', '.join(known[:-1])} or {known[-1]}")
         if self.windows < 1:
             raise RequestError(f"sparsify: windows={self.windows} is not a number of windows", hint="for example windows=16")
+
+    def sketch(self, kind: str) -> Pass | None:
+        return dataclasses.replace(self, budgets="uniform", score="teal") if kind == "ffn" or self.where == "all" else None
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         result = PassResult(facts={"active": self.active})

@@ -15,8 +15,12 @@ from dyncomp import bundle, search
 from dyncomp.cli import cli
 from dyncomp.convert import ConvertRequest, _rewrite
 from dyncomp.errors import RequestError, SearchError
+from dyncomp.latency import LatencyTable, Layer, layers_of
+from dyncomp.models import load_model
 from dyncomp.pipeline import no_progress
+from dyncomp.report.tables import search_table
 from dyncomp.search import Goal, Trial
+from dyncomp.trace import trace_model
 
 TEXT = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt"]
 
@@ -128,6 +132,7 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     lines = []
     monkeypatch.setattr(search.Search, "_time", measure)
     monkeypatch.setattr(search.Search, "_experts", lambda self, block: 2)
+    monkeypatch.setattr(LatencyTable, "seconds", lambda self, layer, passes: (1.0, 1.0))
     monkeypatch.chdir(place)
     request = ConvertRequest(model="model", out=place / "routed", goal=Goal(max_loss=5.0), calibrate="text.txt", tokens=4096, windows=2)
     done = _rewrite(request, no_progress, lines.append)
@@ -146,12 +151,16 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     assert any("static" in line for line in lines)
 
 
-def test_what_a_quick_look_finds_slower_is_not_fitted(place, monkeypatch) -> None:
-    speeds, fitted = {"int8": 2.0, "75% of the inputs, int4": 2.5, "65% of the inputs, int4": 5.0}, []
+def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypatch) -> None:
+    speeds, fitted, asked = {"int8": 2.0, "65% of the inputs, int4": 5.0}, [], []
     original = search.Search._converted
 
     def measure(self: search.Search, trial: Trial, graph) -> None:
-        trial.speed, trial.prefill, trial.bytes = speeds.get(trial.name, 3.0), 1.0, 1
+        trial.speed, trial.prefill, trial.bytes, trial.token_seconds = speeds.get(trial.name, 4.0), 1.0, 1, 30.0
+
+    def look_up(self: LatencyTable, layer: Layer, passes) -> tuple[float, float]:
+        asked.append(layer)
+        return {"sparsify": 3.0, "sparsify{active=0.65}": 1.0}.get(passes[0].spec, 2.0), 1.0
 
     def note(self: search.Search, passes, tokens):
         fitted.append((passes[0].spec, tokens))
@@ -159,16 +168,25 @@ def test_what_a_quick_look_finds_slower_is_not_fitted(place, monkeypatch) -> Non
 
     monkeypatch.setattr(search.Search, "_time", measure)
     monkeypatch.setattr(search.Search, "_converted", note)
+    monkeypatch.setattr(LatencyTable, "seconds", look_up)
     monkeypatch.chdir(place)
     goal = Goal(max_loss=5.0, trials=5)
     request = ConvertRequest(model="model", out=place / "slower", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
     found = _rewrite(request, no_progress, str).report["search"]
     assert found["chosen"] == "65% of the inputs, int4"
-    assert [(t["quick"], t["speed"]) for t in found["trials"][-2:]] == [(True, 2.5), (False, 5.0)]
-    whole = [spec for spec, tokens in fitted if tokens is None]
-    assert "sparsify{active=0.65}" in whole
-    assert "sparsify" not in " ".join(spec for spec in whole if "0.65" not in spec)
-    assert ("sparsify{budgets=uniform}", search.QUICK) in fitted  # active=0.75 is the default
+    slow, fast = found["trials"][-2:]
+    layers = layers_of(trace_model(load_model(str(place / "model"))))
+    assert {a.neurons > 0 for a in asked} == {True, False}
+    assert slow["loss"] is None
+    assert slow["speed"] is None
+    assert slow["predicted"] == pytest.approx(4.0 * 30 / (30 + layers.total()))
+    assert fast["predicted"] == pytest.approx(4.0 * 30 / (30 - layers.total()))
+    assert (fast["quick"], fast["speed"]) == (False, 5.0)
+    assert not any(spec.startswith("sparsify") and "0.65" not in spec for spec, _ in fitted[:-1])
+    assert ("sparsify{active=0.65 budgets=uniform}", search.QUICK) in fitted
+    cells = [list(column.cells) for column in search_table(found, "causal-lm").columns]
+    assert cells[2][-2] == f"~{slow['predicted']:.2f}"
+    assert cells[-1][-2] == "slower, by the table of latencies"
 
 
 def test_goals() -> None:

@@ -122,10 +122,13 @@ def search_table(search: dict[str, Any], task: str) -> Table:
     for t in search["trials"]:
         ratios = [t["speed"], *([t["prefill"]] if causal else [])]
         cells = ["" if r is None else f"{r:.2f}" for r in ratios]
+        slow = t["loss"] is None
+        if slow:
+            cells[0] = f"~{t['predicted']:.2f}"
         size = "" if t["bytes"] is None else f"{t['bytes'] / 1e6:.0f}"
-        look = "a quick look" if t["speed"] is None else "too slow at a quick look"
-        mark = "<- chosen" if t["name"] == search["chosen"] else look if t["quick"] else ""
-        result.add_row(t["name"], f"{t['loss']:+.2%}", *cells, size, f"{t['seconds']:.0f}", mark)
+        look = "slower, by the table of latencies" if slow else "a quick look" if t["quick"] else ""
+        mark = "<- chosen" if t["name"] == search["chosen"] else look
+        result.add_row(t["name"], "" if slow else f"{t['loss']:+.2%}", *cells, size, f"{t['seconds']:.0f}", mark)
     return result
 
 
