@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from dyncomp.backends.tvm.kernels import routed_ffn as routed
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
 from dyncomp.backends.tvm.lower import CONFIG, PARAMETERS, lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
+from dyncomp.backends.tvm.script import stack
 
 HERE = machine.this_machine()
 TILE = Tile(HERE.lanes, HERE.vectors, HERE.rows)
@@ -226,6 +228,24 @@ def test_functions() -> None:
         assert torch.isnan(y[4001]), name
         assert (y - expected)[:4001].abs().max() <= 2e-6 * expected[:4001].abs().max(), name
         assert torch.equal(y[4002:4004].abs(), expected[4002:4004].abs()), name
+
+
+def test_the_parser_sees_the_frames_that_inspect_sees() -> None:
+    from tvm.script import ir as I
+    from tvm.script import tirx as T
+
+    ours, theirs = stack(), inspect.stack()
+    assert [f.frame for f in ours] == [f.frame for f in theirs]
+    assert [f.code_context for f in ours[:3]] == [f.code_context for f in theirs[:3]]
+
+    @I.ir_module(s_tir=True)
+    class Module:  # whose functions are parsed with it, not by themselves
+        @T.prim_func(s_tir=True)
+        def main(x: T.Buffer((4,), "float32")):
+            for i in range(4):
+                x[i] = T.float32(1)
+
+    assert [v.name_hint for v in Module.functions] == ["main"]
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
