@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 from functools import partial
@@ -29,13 +30,19 @@ class FlatProgram(ExportedProgram):
     exporter would trace the whole program again, a third of its time."""
 
     def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> ExportedProgram:
-        kept = torch.export.default_decompositions()
+        kept = default_decompositions()
         for node in self.graph.nodes:
             if isinstance(node.target, OpOverload) and (
                 node.target in decomp_table or (is_composite(node.target) and node.target not in kept)
             ):
                 expand(self.graph_module, node, decomp_table)
         return self
+
+
+@functools.cache
+def default_decompositions() -> Any:
+    """PyTorch's table, which looks at every registered operator each time it is made."""
+    return torch.export.default_decompositions()
 
 
 def is_composite(operator: OpOverload) -> bool:

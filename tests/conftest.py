@@ -16,6 +16,7 @@ import torch
 from torch.onnx._internal.exporter import _registration
 
 torch.set_num_threads(1)  # tiny models; and the machine is shared
+gc.set_threshold(20_000, 20, 20)  # tracing makes objects by the hundred thousand that stay: looking at them less often saves a twentieth
 
 # torch.onnx.export reads the sources of its 497 translations again every time it is called, for a second; once is enough here
 _translations = _registration.onnxscript_apis

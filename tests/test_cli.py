@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -65,6 +67,17 @@ def run(folder, *arguments: str, code: int = 0) -> str:
 
 def refused(folder, *arguments: str, code: int = 2) -> str:
     """The message of a request that is refused, as :func:`dyncomp.cli.main` prints it."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["dyncomp", *arguments])
+        main()
+    assert ended.value.code == code, errors.getvalue()
+    return errors.getvalue()
+
+
+def refused_at_the_shell(folder, *arguments: str, code: int = 2) -> str:
+    """The same by a process of its own."""
     command = [sys.executable, "-c", "from dyncomp.cli import main; main()", *arguments]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == code, result.stdout + result.stderr
@@ -330,7 +343,7 @@ def test_bad_requests_are_refused_with_a_message(place, monkeypatch, arguments: 
 
 
 def test_errors_at_the_shell_are_one_message_and_an_exit_code(place) -> None:
-    message = refused(place, "convert", "nowhere.gguf", "-o", "bad")
+    message = refused_at_the_shell(place, "convert", "nowhere.gguf", "-o", "bad")
     assert message.startswith("error: no such file: nowhere.gguf")
     assert "->" in message
     assert "No such command 'convrt'" in refused(place, "convrt")

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 import tvm
-from dyncomp.backends.program import expand, is_composite
+from dyncomp.backends.program import default_decompositions, expand, is_composite
 from dyncomp.backends.tvm.kernels.attention import Attention
 from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
@@ -57,7 +57,7 @@ def import_graph(graph: Graph, program: torch.export.ExportedProgram, converters
 
 def _expand_unknown(program: torch.export.ExportedProgram, converters: dict[str, Converter]) -> None:
     """Replace operators without a converter by those they are made of, where PyTorch knows them."""
-    decompositions = torch.export.default_decompositions()
+    decompositions = default_decompositions()
     for node in program.graph.nodes:
         if (
             isinstance(node.target, OpOverload)
