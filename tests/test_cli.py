@@ -68,10 +68,11 @@ def run(folder, *arguments: str, code: int = 0) -> str:
 def refused(folder, *arguments: str, code: int = 2) -> str:
     """The message of a request that is refused, as :func:`dyncomp.cli.main` prints it."""
     errors = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["dyncomp", *arguments])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
     assert ended.value.code == code, errors.getvalue()
     return errors.getvalue()
 
