@@ -39,7 +39,7 @@ SELECTION = 8
 """Calibration windows, or images, that the candidates' loss is measured on; nothing is fitted to them."""
 QUICK = 8_192
 """Calibration tokens of a quick look."""
-CLOSE = 0.9
+CLOSE = 0.75
 """A candidate is fitted when the table of latencies gives it this much of the speed that is wanted: the table knows layers, not models."""
 HOPELESS = 3.0
 """A quick look that loses this many times the limit is not followed up: more text has never won back as much."""

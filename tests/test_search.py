@@ -156,7 +156,7 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     original = search.Search._converted
 
     def measure(self: search.Search, trial: Trial, graph) -> None:
-        trial.speed, trial.prefill, trial.bytes, trial.token_seconds = speeds.get(trial.name, 4.0), 1.0, 1, 30.0
+        trial.speed, trial.prefill, trial.bytes, trial.token_seconds = speeds.get(trial.name, 4.0), 1.0, 1, 22.0
 
     def look_up(self: LatencyTable, layer: Layer, passes) -> tuple[float, float]:
         asked.append(layer)
@@ -179,8 +179,8 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     assert {a.neurons > 0 for a in asked} == {True, False}
     assert slow["loss"] is None
     assert slow["speed"] is None
-    assert slow["predicted"] == pytest.approx(4.0 * 30 / (30 + layers.total()))
-    assert fast["predicted"] == pytest.approx(4.0 * 30 / (30 - layers.total()))
+    assert slow["predicted"] == pytest.approx(4.0 * 22 / (22 + layers.total()))
+    assert fast["predicted"] == pytest.approx(4.0 * 22 / (22 - layers.total()))
     assert (fast["quick"], fast["speed"]) == (False, 5.0)
     assert not any(spec.startswith("sparsify") and "0.65" not in spec for spec, _ in fitted[:-1])
     assert ("sparsify{active=0.65 budgets=uniform}", search.QUICK) in fitted
