@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import own_cache
 from tiny_checkpoint import write_checkpoint
 
 from dyncomp.deploy import latency_table
@@ -55,7 +56,7 @@ def test_what_is_timed_is_what_the_passes_make(layer: Layer, kind: str) -> None:
 
 
 def test_rows_are_measured_once_and_kept(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
+    monkeypatch.setenv("DYNCOMP_CACHE", own_cache(tmp_path / "cache"))
     table = latency_table(threads=1)
     monkeypatch.setattr("dyncomp.hardware.cache_bytes", lambda: 1 << 20)
     one, prompt = table.seconds(FFN, [])
@@ -71,7 +72,7 @@ def test_rows_are_measured_once_and_kept(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_what_cannot_be_looked_up_says_so(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
+    monkeypatch.setenv("DYNCOMP_CACHE", own_cache(tmp_path / "cache"))
     with pytest.raises(PassError, match="skip-depth cannot be looked up"):
         latency_table(threads=1).seconds(FFN, parse_passes("skip-depth"))
     with pytest.raises(RequestError, match="experts"):
