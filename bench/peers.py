@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.pipeline import Context
 from dyncomp.report.tables import show, table
+from dyncomp.runtime.bench import timed
 from dyncomp.runtime.session import DecoderSession
 from dyncomp.trace import trace_model
 
@@ -98,9 +98,9 @@ def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
     steps: list[list[float]] = [[] for _ in engines]
     for turn in range(ROUNDS + 1):
         for index, engine in enumerate(engines):
-            seconds = _timed(functools.partial(engine.prefill, PREFILL))
+            seconds = timed(functools.partial(engine.prefill, PREFILL))
             engine.prefill(CONTEXT)
-            times = [_timed(engine.step) for _ in range(STEPS)]
+            times = [timed(engine.step) for _ in range(STEPS)]
             if turn:
                 prefills[index].append(seconds)
                 steps[index] += times[3:]
@@ -226,12 +226,6 @@ def _llama_cpp(threads: int) -> list[Engine]:
 def _not_measured(engine: str, error: ImportError) -> list[Engine]:
     print(f"{engine} is not measured: {error.name} is not installed", file=sys.stderr)
     return []
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

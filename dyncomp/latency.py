@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from dyncomp.cache import cache_folder
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass
-from dyncomp.regions import find_linears, find_regions
+from dyncomp.regions import find_regions
+from dyncomp.runtime.bench import timed
 from dyncomp.trace import trace
 
 COPIES = 12
@@ -72,14 +72,14 @@ class Layer:
 
 def layers_of(graph: Graph) -> collections.Counter[Layer]:
     """How many of which layers a dense graph has, without its vocabulary head and what is not a matrix of features."""
-    regions, linears = find_regions(graph), find_linears(graph)
+    regions = find_regions(graph)
     found = collections.Counter(
         Layer(f.d_model, f.d_out, f.down.bias is not None, f.d_ff, f.gated, f.activation) for f in regions.ffns if f.input_axis == -1
     )
     inside = {linear.node for f in regions.ffns for linear in (*f.ups, f.down)}
     if regions.head is not None:
         inside.add(regions.head.linear.node)
-    others = {i.node: i for i in linears.values() if i.axis == -1 and i.node not in inside}
+    others = {i.node: i for i in regions.linears.values() if i.axis == -1 and i.node not in inside}
     return found + collections.Counter(Layer(i.in_features, i.out_features, i.bias is not None) for i in others.values())
 
 
@@ -144,13 +144,10 @@ def _median(model: Any, layer: Layer, tokens: int, runs: int, before: Callable[[
     """Seconds of one of the copies; what comes ``before`` each run is not counted."""
     x = np.random.default_rng(0).standard_normal((1, tokens, layer.columns)).astype(np.float32)
     times = []
-    for run in range(_WARM + runs):
+    for _ in range(_WARM + runs):
         before()
-        start = time.perf_counter()
-        model.run(x=x)
-        if run >= _WARM:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times) / COPIES
+        times.append(timed(lambda: model.run(x=x)))
+    return statistics.median(times[_WARM:]) / COPIES
 
 
 def _evicted() -> Callable[[], Any]:
@@ -165,10 +162,8 @@ def sample(layer: Layer, passes: Sequence[Pass]) -> Graph:
         module = _Sum([layer.module() for _ in range(COPIES)]).requires_grad_(False).eval()
         x = torch.randn(1, _FITTED, layer.columns)
     graph = trace(module, {"x": x[:, :16]}, {"x": {1: "sequence"}})
-    batches = [{"x": x}]
-    calibration = Calibration(batches, f"random {layer}")
-    dense = graph.copy()
-    ctx = Context(calibration, dense=dense)
+    calibration = Calibration([{"x": x}], f"random {layer}")
+    ctx = Context(calibration, dense=graph.copy())
     if any(p.reads_statistics for p in passes):
         calibrate(graph, find_regions(graph).ffns, calibration)
     for item in passes:

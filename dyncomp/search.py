@@ -13,7 +13,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dyncomp.calibrate import calibrate, fingerprint
 from dyncomp.errors import DyncompError, RequestError, SearchError
 from dyncomp.evaluate import evaluate, is_pairs
 from dyncomp.graph import Graph
-from dyncomp.latency import LatencyTable, layers_of
+from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models.loaded import WRITES
 from dyncomp.passes import Quantize, Sparsify
 from dyncomp.passes.quantize import PRECISIONS, quantization_of, quantize_of
@@ -252,16 +252,20 @@ class Search:
     def _fast_enough(self, trial: Trial, passes: list[Pass]) -> bool:
         """Whether the table of latencies lets hope for the speed that is wanted: of the best candidate so far, or the dense model, the
         layers are exchanged, and the rest of the time stays."""
-        best, layers = self.best, layers_of(self.dense)
+        best = self.best
         before = parse_passes(", ".join(best.passes)) if best is not None else []
         try:
-            new, old = (self.table.per_token(layers, p, decoding=self.task in WRITES) for p in (passes, before))
+            new, old = (self.table.per_token(self._layers, p, decoding=self.task in WRITES) for p in (passes, before))
         except DyncompError as error:
             self.say(f"{trial.name}: its latency cannot be looked up: {error}")
             return True
         speed, token = (1.0, old) if best is None else (best.speed or 1.0, best.token_seconds or old)
         trial.predicted = speed * token / max(token + new - old, 1e-2 * token)
         return trial.predicted >= CLOSE * (speed if self.goal.speedup is None else self.goal.speedup)
+
+    @functools.cached_property
+    def _layers(self) -> Mapping[Layer, int]:
+        return layers_of(self.dense)
 
     def _good_enough(self, trial: Trial, passes: list[Pass]) -> bool:
         """Whether a candidate is worth its fitting: what it loses when fitted to little text, without delay and in float."""

@@ -46,12 +46,12 @@ class Regions:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._graph, self._linears = graph, find_linears(graph)
-        self.ffns, refused = find_ffns(graph, self._linears)
+        self._graph, self.linears = graph, find_linears(graph)
+        self.ffns, refused = find_ffns(graph, self.linears)
         self._refused_ffns = [*refused, *find_trained_experts(graph)]
         self.routed: list[RoutedFFN] = find_routed(graph)
-        self.sparse_ffns: list[FFN] = find_sparse_ffns(graph, self._linears) if any(i.thresholds for i in self._linears.values()) else []
-        self.head: Head | None = find_head(graph, self._linears)
+        self.sparse_ffns: list[FFN] = find_sparse_ffns(graph, self.linears) if any(i.thresholds for i in self.linears.values()) else []
+        self.head: Head | None = find_head(graph, self.linears)
 
     @functools.cached_property
     def _attentions(self) -> tuple[list[Attention], list[Refusal]]:
@@ -63,7 +63,7 @@ class Regions:
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        return find_blocks([*self.ffns, *self.sparse_ffns, *self.routed, *self.attentions], self._linears)
+        return find_blocks([*self.ffns, *self.sparse_ffns, *self.routed, *self.attentions], self.linears)
 
     @property
     def refusals(self) -> list[Refusal]:

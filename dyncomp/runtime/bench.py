@@ -67,7 +67,7 @@ def bench(
     prefills: list[list[float]] = [[] for _ in variants]
     for turn in range(rounds + 1):
         for index, v in enumerate(variants):
-            seconds = _timed(lambda s=v.session: s.prefill(prompt, np.full(batch, prompt_tokens), 1))
+            seconds = timed(lambda s=v.session: s.prefill(prompt, np.full(batch, prompt_tokens), 1))
             if turn:
                 prefills[index].append(seconds)
     blocks = -(-decode_tokens // (_BLOCK - _SETTLE))
@@ -78,7 +78,7 @@ def bench(
     for _ in range(blocks):
         for index, v in enumerate(variants):
             token = random.integers(0, vocabulary, batch)
-            times = [_timed(lambda s=v.session, t=token: s.step(t)) for _ in range(_BLOCK)]
+            times = [timed(lambda s=v.session, t=token: s.step(t)) for _ in range(_BLOCK)]
             steps[index] += times[_SETTLE:]
     return [
         {
@@ -90,7 +90,8 @@ def bench(
     ]  # fmt: skip
 
 
-def _timed(call: Any) -> float:
+def timed(call: Any) -> float:
+    """Seconds of a call without arguments."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
