@@ -110,11 +110,10 @@ class Graph:
     def tensor(self, node: fx.Node | str) -> Tensor:
         """The parameter, buffer or constant that a ``get_attr`` node (or its dotted name) reads."""
         target = node if isinstance(node, str) else str(node.target)
-        value: Any = self.module
-        for part in target.split("."):
-            if not hasattr(value, part):
-                raise GraphError(f"the graph reads {target!r}, which its module does not have")
-            value = getattr(value, part)
+        try:
+            value: Tensor = operator.attrgetter(target)(self.module)
+        except AttributeError:
+            raise GraphError(f"the graph reads {target!r}, which its module does not have") from None
         return value
 
     def reads(self, name: str) -> bool:

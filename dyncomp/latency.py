@@ -8,6 +8,7 @@ the same whatever its weights are, so the next search on this machine only looks
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ COPIES = 12
 PROMPT = 128
 """Tokens of the prompt that is timed."""
 _FITTED = 512  # random tokens that the passes are fitted to
-_RUNS, _WARM = 24, 3
+_RUNS, _WARM = 36, 3
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LatencyTable:
     def __post_init__(self) -> None:
         machine = [asdict(hardware.detect()), self.threads, self.kernels, torch.__version__, COPIES]
         self.file = cache_folder() / "latency" / f"{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:24]}.json"
-        self._known: dict[str, tuple[float, float]] | None = None
+        self._known: tuple[float, dict[str, tuple[float, float]]] | None = None
 
     def seconds(self, layer: Layer, passes: Sequence[Pass]) -> tuple[float, float]:
         """Of one such layer after ``passes``: for one token, whose weights come from memory, and for :data:`PROMPT` tokens."""
@@ -118,41 +119,48 @@ class LatencyTable:
 
     @property
     def rows(self) -> dict[str, tuple[float, float]]:
-        """All that is known by now. A damaged file counts as absent: it is a cache."""
+        """All that is known by now."""
+        return self._contents[1]
+
+    @property
+    def _contents(self) -> tuple[float, dict[str, tuple[float, float]]]:
+        """Seconds of a read of :attr:`_memory` when the table was begun, and its rows. A damaged file counts as absent: it is a cache."""
         if self._known is None:
             try:
-                self._known = {str(k): (float(one), float(prompt)) for k, (one, prompt) in json.loads(self.file.read_bytes()).items()}
-            except (OSError, ValueError, AttributeError, TypeError):
-                self._known = {}
+                kept = json.loads(self.file.read_bytes())
+                self._known = float(kept["reading"]), {str(k): (float(one), float(prompt)) for k, (one, prompt) in kept["rows"].items()}
+            except (OSError, ValueError, AttributeError, TypeError, KeyError):
+                self._known = statistics.median(timed(self._memory.sum) for _ in range(_RUNS)), {}
         return self._known
 
+    @functools.cached_property
+    def _memory(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """So much that once it is read nothing else is left in the processor's caches. How long that takes says how fast the machine is
+        at that moment: others that share it make it up to a third slower for seconds or minutes."""
+        return np.ones(2 * hardware.cache_bytes() // 8)
+
     def _keep(self, key: str, seconds: tuple[float, float]) -> None:
-        self.rows[key] = seconds
+        reading, rows = self._contents
+        rows[key] = seconds
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(self.rows, indent=1) + "\n")
+        part.write_text(json.dumps({"reading": reading, "rows": rows}, indent=1) + "\n")
         os.replace(part, self.file)
 
     def _measure(self, layer: Layer, passes: Sequence[Pass]) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
             self.lower(sample(layer, passes), Path(folder))
             model = self.open(Path(folder), threads=self.threads)
-            return _median(model, layer, 1, _RUNS, _evicted()), _median(model, layer, PROMPT, _RUNS // 4)
+            return self._median(model, layer, 1, _RUNS), self._median(model, layer, PROMPT, _RUNS // 4)
 
-
-def _median(model: Any, layer: Layer, tokens: int, runs: int, before: Callable[[], Any] = bool) -> float:
-    """Seconds of one of the copies; what comes ``before`` each run is not counted."""
-    x = np.random.default_rng(0).standard_normal((1, tokens, layer.columns)).astype(np.float32)
-    times = []
-    for _ in range(_WARM + runs):
-        before()
-        times.append(timed(lambda: model.run(x=x)))
-    return statistics.median(times[_WARM:]) / COPIES
-
-
-def _evicted() -> Callable[[], Any]:
-    """Reads so much memory that nothing else is left in the processor's caches."""
-    return np.ones(2 * hardware.cache_bytes() // 8).sum
+    def _median(self, model: Any, layer: Layer, tokens: int, runs: int) -> float:
+        """Seconds of one of the copies, if the machine is as fast as when the table was begun."""
+        x = np.random.default_rng(0).standard_normal((1, tokens, layer.columns)).astype(np.float32)
+        ratios = []
+        for _ in range(_WARM + runs):
+            reading = timed(self._memory.sum)
+            ratios.append(timed(lambda: model.run(x=x)) / reading)
+        return statistics.median(ratios[_WARM:]) * self._contents[0] / COPIES
 
 
 def sample(layer: Layer, passes: Sequence[Pass]) -> Graph:

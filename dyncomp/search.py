@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dyncomp.calibrate import calibrate, fingerprint
+from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import DyncompError, RequestError, SearchError
 from dyncomp.evaluate import evaluate, is_pairs
 from dyncomp.graph import Graph
@@ -37,12 +38,15 @@ from dyncomp.workspace import Workspace
 
 SELECTION = 8
 """Calibration windows, or images, that the candidates' loss is measured on; nothing is fitted to them."""
-QUICK = 8_192
+QUICK = 4_096
 """Calibration tokens of a quick look."""
-CLOSE = 0.75
-"""A candidate is fitted when the table of latencies gives it this much of the speed that is wanted: the table knows layers, not models."""
+CLOSE = 0.95
+"""A candidate is fitted when the table of latencies gives it this much of the speed that is wanted: it is right to about 5 %."""
 HOPELESS = 3.0
-"""A quick look that loses this many times the limit is not followed up: more text has never won back as much."""
+"""A quick look that loses this many times the limit is not followed up, for more text has never won back as much; nor are more windows
+looked at when the first lose so much."""
+FIRST = 2
+"""Windows that may show that a candidate is hopeless."""
 MIXED = 0.7
 """Of the limit that a mix of precisions is chosen by."""
 EXPERTS = 48
@@ -183,23 +187,24 @@ class Search:
 
     def _candidates(self) -> Iterator[tuple[str, list[Pass]]]:
         rounded = [p for p in _with(PRECISIONS["int4"], method="rtn") if isinstance(p, Quantize)]
-        yield "int8", [*PRECISIONS["int8"]]
         yield "int4, rounded", [*rounded]
         if not self._reached("int4, rounded"):
             yield "int4", [*PRECISIONS["int4"]]
-        if not self._reached("int4, rounded") and not self._reached("int4") and self._reached("int8"):
+        small = self._reached("int4, rounded") or self._reached("int4")
+        if not small or self.goal.max_loss is None or self.task not in WRITES:  # weights of 8 bits are never read faster than of 4
+            yield "int8", [*PRECISIONS["int8"]]
+        if not small and self._reached("int8"):
             yield "mixed", self._mixed()
-        if self._reached("int4, rounded"):
-            yield "int4, head too", _with(rounded, head_bits=4)
-        elif self._reached("int4"):
-            yield "int4, head too", _with(PRECISIONS["int4"], head_bits=4)
+        if small:
+            best = rounded if self._reached("int4, rounded") else PRECISIONS["int4"]
+            yield "int4, head too", _with(best, head_bits=4)
         quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
         last = quantize_of(quantize)
         block, label = (last.block, f", {last.label}") if last is not None else (1, "")
         for active in SPARSE if quantize else ():  # only kernels for quantized weights gain by it
             name = f"{active:.0%} of the inputs{label}"
             yield name, [Sparsify(active=active), *quantize]
-            if self._loses_too_much(name):
+            if self._loses_too_much(name) or self._stays_slow(name, SPARSE[-1] / active):
                 break
         # Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well.
         refitted = quantize if last is None or last.method == "gptq" else _with(PRECISIONS[last.label], head_bits=last.head_bits)
@@ -208,12 +213,12 @@ class Search:
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
             name = f"{active:.0%} of {experts} experts{label}"
             yield name, [*parse_passes(spec), *refitted]
-            if self._loses_too_much(name):
+            if self._loses_too_much(name) or self._stays_slow(name, ACTIVE[-1] / active):
                 break  # fewer neurons lose more
         for active in ACTIVE if find_regions(self.dense).ffns else ():
             name = f"{active:.0%} of the neurons, static{label}"
             yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *refitted]
-            if self._loses_too_much(name):
+            if self._loses_too_much(name) or self._stays_slow(name, ACTIVE[-1] / active):
                 break
 
     def _mixed(self) -> list[Pass]:
@@ -229,6 +234,15 @@ class Search:
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)
 
+    def _stays_slow(self, name: str, least: float) -> bool:
+        """Whether a candidate is so slow by the table that with ``least`` times as much to compute it still were not fast enough."""
+        (trial,) = (t for t in self.trials if t.name == name)
+        return trial.loss is None and not self._hopeful((trial.predicted or 0.0) / least)
+
+    def _hopeful(self, speed: float) -> bool:
+        wanted = self.goal.speedup if self.goal.speedup is not None else 1.0 if self.best is None else self.best.speed or 1.0
+        return speed >= CLOSE * wanted
+
     def _loses_too_much(self, name: str) -> bool:
         (trial,) = (t for t in self.trials if t.name == name)
         return (
@@ -239,8 +253,8 @@ class Search:
         start = time.perf_counter()
         trial = Trial(name, [p.spec for p in passes], None, 0.0)
         if len(quantization_of(passes)) == len(passes) or (self._fast_enough(trial, passes) and self._good_enough(trial, passes)):
-            graph, records = self._converted(passes, None)
-            trial.quick, trial.loss = False, self._loss(graph)
+            graph, records = self._converted(passes, self.ctx.need_calibration("the search"))
+            trial.quick, trial.loss = False, self._loss(graph, self.goal.max_loss)
             if self.goal.speedup is not None or self.goal.meets(trial):
                 self._time(trial, graph)
                 if self._wins(trial):
@@ -261,7 +275,7 @@ class Search:
             return True
         speed, token = (1.0, old) if best is None else (best.speed or 1.0, best.token_seconds or old)
         trial.predicted = speed * token / max(token + new - old, 1e-2 * token)
-        return trial.predicted >= CLOSE * (speed if self.goal.speedup is None else self.goal.speedup)
+        return self._hopeful(trial.predicted)
 
     @functools.cached_property
     def _layers(self) -> Mapping[Layer, int]:
@@ -271,30 +285,50 @@ class Search:
         """Whether a candidate is worth its fitting: what it loses when fitted to little text, without delay and in float."""
         quantization = quantization_of(passes)
         fitted = [dataclasses.replace(p, budgets="uniform") if isinstance(p, Sparsify) else p for p in passes if p not in quantization]
-        graph, _ = self._converted(fitted, QUICK)
-        trial.quick, trial.loss = True, self._loss(graph)
-        return self.goal.max_loss is None or trial.loss <= HOPELESS * self.goal.max_loss
+        graph, _ = self._converted(fitted, self._quick)
+        allowed = None if self.goal.max_loss is None else HOPELESS * self.goal.max_loss
+        trial.quick, trial.loss = True, self._loss(graph, allowed)
+        return allowed is None or trial.loss <= allowed
 
-    def _converted(self, passes: list[Pass], tokens: int | None) -> tuple[Graph, list[PassRecord]]:
-        """The dense graph after ``passes``, fitted to all calibration text or to some tokens of it."""
+    @functools.cached_property
+    def _quick(self) -> Calibration:
+        """The beginning of the calibration text."""
+        calibration = self.ctx.need_calibration("the search")
+        if calibration.tokens <= QUICK:
+            return calibration
+        first = calibration.first(QUICK)
+        return dataclasses.replace(calibration, batches=first, fingerprint=fingerprint(self.fingerprint, first), statistics={})
+
+    def _converted(self, passes: list[Pass], calibration: Calibration) -> tuple[Graph, list[PassRecord]]:
+        """The dense graph after ``passes``, fitted to ``calibration``."""
         release_memory()
-        ctx = self.ctx
-        calibration = ctx.need_calibration("the search")
-        if tokens is not None and tokens < calibration.tokens:
-            first = calibration.first(tokens)
-            known = fingerprint(self.fingerprint, first)
-            ctx = dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=first, fingerprint=known, statistics={}))
         if any(p.reads_statistics for p in passes):
-            calibrate(self.dense, find_regions(self.dense).ffns, ctx.need_calibration("the search"), progress=ctx.progress)
+            calibrate(self.dense, find_regions(self.dense).ffns, calibration, progress=self.ctx.progress)
         graph = self.dense.copy()
-        return graph, Pipeline(passes).run(graph, ctx)
+        return graph, Pipeline(passes).run(graph, dataclasses.replace(self.ctx, calibration=calibration))
 
-    def _loss(self, graph: Graph) -> float:
+    def _loss(self, graph: Graph, allowed: float | None) -> float:
+        """As in :class:`Goal`, over all windows; over the first of them where it is :data:`HOPELESS` times what is allowed."""
         if self.task not in WRITES:
             return 1 - evaluate({"dense": self.dense, "converted": graph}, self.selection, task=self.task).cosine["converted"]
-        if not hasattr(self, "_dense_nll"):
-            self._dense_nll = float(evaluate({"dense": self.dense}, self.selection, task=self.task).nll["dense"].mean())
-        return math.exp(float(evaluate({"dense": graph}, self.selection, task=self.task).nll["dense"].mean()) - self._dense_nll) - 1
+        first, rest = self._selections
+        losses = self._nll(graph, first) - self._dense_nll[: len(first)]
+        if len(rest) and (allowed is None or math.expm1(float(losses.mean())) <= HOPELESS * allowed):
+            losses = torch.cat([losses, self._nll(graph, rest) - self._dense_nll[len(first) :]])
+        return math.expm1(float(losses.mean()))
+
+    def _nll(self, graph: Graph, rows: Tensor) -> Tensor:
+        return evaluate({"dense": graph}, rows, task=self.task).nll["dense"]
+
+    @functools.cached_property
+    def _dense_nll(self) -> Tensor:
+        return torch.cat([self._nll(self.dense, part) for part in self._selections if len(part)])
+
+    @property
+    def _selections(self) -> tuple[Tensor, Tensor]:
+        """The first windows, and the rest. Pairs are weighted by their lengths, and stay together."""
+        first = len(self.selection) if is_pairs(self.selection) else FIRST
+        return self.selection[:first], self.selection[first:]
 
     def _time(self, trial: Trial, graph: Graph) -> None:
         folder = self._artifact(trial.name)

@@ -34,7 +34,6 @@ class PruneStatic(Pass):
     """
 
     name: ClassVar[str] = "prune-static"
-    reads_statistics: ClassVar[bool] = True
 
     active: float = 0.75
     """Fraction of all FFN neurons that remains, FFNs kept dense included."""
@@ -84,15 +83,17 @@ class PruneStatic(Pass):
         weights = ffn.weights(graph)
         inputs = [x.movedim(ffn.ups[0].axis, -1) for x in inputs]
         blocks = [x.reshape(-1, ffn.d_model) for x in inputs]
-        mean, square = _moments(ffn, weights, blocks, ctx)
+        hidden = [_hidden(x, weights, ffn) for x in blocks]
+        mean, square = _moments(ffn, hidden, ctx)
         score = (square - mean.square()) * weights.w_down.square().sum(0)
         keep = score.topk(count).indices.sort().values
         dropped = torch.ones(ffn.d_ff, dtype=torch.bool).index_fill(0, keep, False).nonzero().flatten()
         order = torch.cat([keep, dropped])  # kept neurons first: both parts are then plain slices
         weights, mean = _reorder(weights, ffn, order), mean[order]
+        for index, h in enumerate(hidden):
+            hidden[index] = h[:, order]
         down, rest = weights.w_down[:, :count], weights.w_down[:, count:]
         bias = rest @ mean[count:]
-        hidden = [_hidden(x, weights, ffn) for x in blocks]
         if self.refit:
             problem = LeastSquares(count, ffn.d_out)
             for h in hidden:
@@ -117,16 +118,15 @@ def _reorder(weights: FFNWeights, ffn: FFN, order: Tensor) -> FFNWeights:
     return FFNWeights(w_up, b_up, weights.w_down[:, order].contiguous(), weights.b_down)
 
 
-def _moments(ffn: FFN, weights: FFNWeights, blocks: list[Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
+def _moments(ffn: FFN, hidden: list[Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
     """Mean and mean square of the hidden activations: from the calibration statistics, or computed where there are none."""
     if ctx.calibration is not None and ffn.name in ctx.calibration.statistics:
         statistics = ctx.calibration.statistics[ffn.name]
         return statistics.mean, statistics.square
     total = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
-    for x in blocks:
-        h = _hidden(x, weights, ffn).float()
-        total += torch.stack([h.sum(0), h.square().sum(0)])
-    mean, square = (total / sum(map(len, blocks))).float()
+    for h in hidden:
+        total += torch.stack([h.float().sum(0), h.float().square().sum(0)])
+    mean, square = (total / sum(map(len, hidden))).float()
     return mean, square
 
 

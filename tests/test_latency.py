@@ -61,7 +61,7 @@ def test_rows_are_measured_once_and_kept(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("dyncomp.hardware.cache_bytes", lambda: 1 << 20)
     one, prompt = table.seconds(FFN, [])
     assert 0 < one < prompt
-    assert list(json.loads(table.file.read_bytes())) == [f"{FFN}; dense"]
+    assert list(json.loads(table.file.read_bytes())["rows"]) == [f"{FFN}; dense"]
     assert table.per_token({FFN: 3}, [], decoding=True) == pytest.approx(3 * one)
     monkeypatch.setattr(type(table), "_measure", lambda *arguments: pytest.fail("measured again"))
     again = latency_table(threads=1)

@@ -7,6 +7,7 @@ import math
 import os
 
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import own_cache
 from tiny_checkpoint import write_checkpoint, write_text
@@ -50,7 +51,7 @@ def convert(folder, out: str, *arguments: str) -> dict:
 
 
 def test_the_fastest_within_the_limit_is_taken(place, monkeypatch) -> None:
-    speeds = {"int8": 2.0, "int4, rounded": 3.0}
+    speeds = {"int4, rounded": 3.0, "int4, head too": 3.5}
     timed = []
 
     def measure(self: search.Search, trial: Trial, graph) -> None:
@@ -61,11 +62,11 @@ def test_the_fastest_within_the_limit_is_taken(place, monkeypatch) -> None:
 
     monkeypatch.setattr(search.Search, "_time", measure)
     report = convert(place, "fast", "--max-loss", "50%", "--trials", "2")
-    assert timed == ["int8", "int4, rounded"]
+    assert timed == ["int4, rounded", "int4, head too"]
     found = report["search"]
-    assert found["chosen"] == "int4, rounded"
+    assert found["chosen"] == "int4, head too"
     assert all(abs(t["loss"]) < 0.5 for t in found["trials"])
-    assert report["passes"] == ["quantize{bits=4 symmetric=false}"]
+    assert report["passes"] == ["quantize{bits=4 symmetric=false head-bits=4}"]
     assert len(report["parity"]) == 1
     opened = bundle.open_bundle(place / "fast")
     assert opened.graph().precision == "int4"
@@ -91,25 +92,25 @@ def test_an_interrupted_search_continues_with_the_next_candidate(place, monkeypa
     with pytest.raises(KeyboardInterrupt):
         _rewrite(request, no_progress, str)
     done = _rewrite(request, no_progress, str)
-    assert tried == ["int8", "int4, rounded", "int4, rounded"]
+    assert tried == ["int4, rounded", "int4, head too", "int4, head too"]
     trials = done.report["search"]["trials"]
-    assert [t["name"] for t in trials] == ["int8", "int4, rounded"]
-    assert done.report["search"]["chosen"] == "int8"  # equally fast: the first
+    assert [t["name"] for t in trials] == ["int4, rounded", "int4, head too"]
+    assert done.report["search"]["chosen"] == "int4, rounded"  # equally fast: the first
     assert done.report["passes"] == trials[0]["passes"]
-    assert done.models["converted"].precision == "int8"
+    assert done.models["converted"].precision == "int4"
 
 
 def test_nothing_within_the_limit_is_an_error_that_names_the_closest(place, monkeypatch) -> None:
     losses = iter([0.5, 0.25, 0.75])
-    monkeypatch.setattr(search.Search, "_loss", lambda self, graph: next(losses))
-    with pytest.raises(SearchError, match=r"no candidate reaches at most \+10.00% loss; closest: int4, rounded: \+25.00% loss"):
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph, allowed: next(losses))
+    with pytest.raises(SearchError, match=r"no candidate reaches at most \+10.00% loss; closest: int4: \+25.00% loss"):
         convert(place, "none", "--max-loss", "10%", "--trials", "3")
     assert not (place / "none").exists()
 
 
 def test_precisions_are_mixed_where_only_int8_is_good_enough(place, monkeypatch) -> None:
-    losses = iter([0.0, 0.5, 0.5, 0.04])
-    monkeypatch.setattr(search.Search, "_loss", lambda self, graph: next(losses))
+    losses = iter([0.5, 0.5, 0.0, 0.04])
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph, allowed: next(losses))
     monkeypatch.setattr(
         search.Search, "_time", lambda self, trial, graph: vars(trial).update(speed=1.0 + len(self.trials), prefill=1.0, bytes=1)
     )
@@ -117,10 +118,10 @@ def test_precisions_are_mixed_where_only_int8_is_good_enough(place, monkeypatch)
     goal = Goal(max_loss=0.05, trials=4)
     request = ConvertRequest(model="model", out=place / "mixed", goal=goal, calibrate="text.txt", tokens=2048, windows=2)
     done = _rewrite(request, no_progress, str)
-    assert [t["name"] for t in done.report["search"]["trials"]] == ["int8", "int4, rounded", "int4", "mixed"]
+    assert [t["name"] for t in done.report["search"]["trials"]] == ["int4, rounded", "int4", "int8", "mixed"]
     assert done.report["search"]["chosen"] == "mixed"
     assert done.models["converted"].precision == "mixed"
-    assert [t["passes"][0] for t in done.report["search"]["trials"][2:]] == ["awq{symmetric=false}"] * 2
+    assert [t["passes"][0] for t in done.report["search"]["trials"]][1::2] == ["awq{symmetric=false}"] * 2
     assert done.report["precisions"]["loss"] <= search.MIXED * math.log1p(0.05)
 
 
@@ -138,7 +139,7 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
     done = _rewrite(request, no_progress, lines.append)
     names = [t["name"] for t in done.report["search"]["trials"]]
     assert names == [
-        "int8", "int4, rounded", "int4, head too", "75% of the inputs, int4", "65% of the inputs, int4",
+        "int4, rounded", "int4, head too", "75% of the inputs, int4", "65% of the inputs, int4",
         "90% of 2 experts, int4", "75% of 2 experts, int4", "90% of the neurons, static, int4", "75% of the neurons, static, int4",
     ]  # fmt: skip
     assert done.report["search"]["chosen"] == names[-1]
@@ -152,7 +153,7 @@ def test_routing_is_tried_on_top_of_the_best_precision(place, monkeypatch) -> No
 
 
 def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypatch) -> None:
-    speeds, fitted, asked = {"int8": 2.0, "65% of the inputs, int4": 5.0}, [], []
+    speeds, fitted, asked = {"65% of the inputs, int4": 5.0}, [], []
     original = search.Search._converted
 
     def measure(self: search.Search, trial: Trial, graph) -> None:
@@ -160,17 +161,18 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
 
     def look_up(self: LatencyTable, layer: Layer, passes) -> tuple[float, float]:
         asked.append(layer)
-        return {"sparsify": 3.0, "sparsify{active=0.65}": 1.0}.get(passes[0].spec, 2.0), 1.0
+        return {"sparsify": 2.2, "sparsify{active=0.65}": 1.0}.get(passes[0].spec, 2.0), 1.0
 
-    def note(self: search.Search, passes, tokens):
-        fitted.append((passes[0].spec, tokens))
-        return original(self, passes, tokens)
+    def note(self: search.Search, passes, calibration):
+        fitted.append((passes[0].spec, calibration.tokens))
+        return original(self, passes, calibration)
 
     monkeypatch.setattr(search.Search, "_time", measure)
     monkeypatch.setattr(search.Search, "_converted", note)
     monkeypatch.setattr(LatencyTable, "seconds", look_up)
+    monkeypatch.setattr(search, "QUICK", 1024)
     monkeypatch.chdir(place)
-    goal = Goal(max_loss=5.0, trials=5)
+    goal = Goal(max_loss=5.0, trials=4)
     request = ConvertRequest(model="model", out=place / "slower", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
     found = _rewrite(request, no_progress, str).report["search"]
     assert found["chosen"] == "65% of the inputs, int4"
@@ -179,14 +181,48 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     assert {a.neurons > 0 for a in asked} == {True, False}
     assert slow["loss"] is None
     assert slow["speed"] is None
-    assert slow["predicted"] == pytest.approx(4.0 * 22 / (22 + layers.total()))
+    assert slow["predicted"] == pytest.approx(4.0 * 22 / (22 + 0.2 * layers.total()))
     assert fast["predicted"] == pytest.approx(4.0 * 22 / (22 - layers.total()))
     assert (fast["quick"], fast["speed"]) == (False, 5.0)
     assert not any(spec.startswith("sparsify") and "0.65" not in spec for spec, _ in fitted)
-    assert ("sparsify{active=0.65 budgets=uniform}", search.QUICK) in fitted
+    assert fitted[-2:] == [("sparsify{active=0.65 budgets=uniform}", 1024), ("sparsify{active=0.65}", 3072)]
     cells = [list(column.cells) for column in search_table(found, "causal-lm").columns]
     assert cells[2][-2] == f"~{slow['predicted']:.2f}"
     assert cells[-1][-2] == "slower, by the table of latencies"
+
+
+def unstarted(**fields) -> search.Search:
+    """A search that has what is given, and nothing else."""
+    made = object.__new__(search.Search)
+    vars(made).update(goal=Goal(max_loss=0.01), task="causal-lm", **fields)
+    return made
+
+
+@pytest.mark.parametrize(("predicted", "stays"), [(2.0, True), (3.2, True), (3.4, False)])
+def test_what_stays_slow_with_less_to_compute_is_not_looked_up(predicted: float, stays: bool) -> None:
+    trial = Trial("75%", [], None, 1.0, predicted=predicted)
+    made = unstarted(trials=[trial], best=Trial("dense", [], 0.0, 1.0, speed=4.0))
+    assert made._stays_slow("75%", 0.65 / 0.75) == stays
+    trial.loss = 0.001
+    assert not made._stays_slow("75%", 0.65 / 0.75)
+
+
+@pytest.mark.parametrize(("rise", "windows"), [(0.5, 2), (0.015, 8)])
+def test_a_hopeless_loss_is_measured_on_the_first_windows_only(rise: float, windows: int) -> None:
+    seen, selection = [], torch.zeros(8, 4, dtype=torch.int64)
+
+    def nll(graph, rows):
+        seen.append(len(rows))
+        return torch.full((len(rows),), 3.0 + (graph or 0.0))
+
+    made = unstarted(selection=selection, dense=None, _nll=nll)
+    assert len(made._dense_nll) == len(selection)
+    seen.clear()
+    assert made._loss(math.log1p(rise), allowed=0.01) == pytest.approx(rise, rel=1e-4)
+    assert sum(seen) == windows
+    seen.clear()
+    made._loss(math.log1p(rise), allowed=None)  # all that a speed costs
+    assert sum(seen) == len(selection)
 
 
 def test_goals() -> None:
