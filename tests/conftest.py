@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +11,9 @@ import pytest
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; read when torch loads
 import torch
-from torch.onnx._internal.exporter import _registration
 
 torch.set_num_threads(1)  # tiny models; and the machine is shared
 gc.set_threshold(20_000, 20, 20)  # tracing makes objects by the hundred thousand that stay: looking at them less often saves a twentieth
-
-# torch.onnx.export reads the sources of its 497 translations again every time it is called, for a second; once is enough here
-_translations = _registration.onnxscript_apis
-_registration.onnxscript_apis = types.SimpleNamespace(get_torchlib_ops=functools.cache(lambda: _translations.get_torchlib_ops()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

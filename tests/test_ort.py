@@ -11,6 +11,7 @@ import pytest
 import torch
 from dyncomp.backends.native import available
 from dyncomp.backends.ort.decoder import OrtDecoder, decoder_for
+from dyncomp.backends.ort.exporter import made_once
 from dyncomp.backends.ort.lower import Lowered, lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
@@ -390,6 +391,23 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="linalg_eig"):
         lower(graph, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Mixed(nn.Module):
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        return x * n + n / 2 + (x > 0)  # operands are cast
+
+
+def test_the_exporter_writes_the_same_without_what_it_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"x": torch.randn(3, 4), "n": torch.arange(4)}
+    graph = trace(Mixed(), inputs, {"x": {0: "batch"}})
+    assert made_once(), "this version of PyTorch has none of the functions replaced"
+    lower(graph, tmp_path / "fast")
+    monkeypatch.setattr("dyncomp.backends.ort.lower.made_once", tuple)
+    lower(graph, tmp_path / "slow")
+    assert (tmp_path / "fast" / "model.onnx").read_bytes() == (tmp_path / "slow" / "model.onnx").read_bytes()
+    found = OrtModel(tmp_path / "fast", threads=1).run(**{name: value.numpy() for name, value in inputs.items()})
+    assert_close(torch.as_tensor(found["output"]), graph(**inputs), rel=1e-6)
 
 
 # ---- a real model --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from dyncomp.backends.native.select import select_quantized_ffns, select_quantiz
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.attention import select_attention
+from dyncomp.backends.ort.exporter import made_once
 from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe
@@ -36,6 +37,7 @@ from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import find_routed
 from dyncomp.regions.norm import fuse_rms_norms
+from dyncomp.replaced import replaced
 from dyncomp.trace import undisturbed
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -139,7 +141,7 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
 
 def _export(graph: Graph) -> Any:
     """The graph as an ``onnx_ir.Model``."""
-    with _quiet(), torch.no_grad(), undisturbed():
+    with _quiet(), torch.no_grad(), undisturbed(), replaced(*made_once()):
         try:
             exported = torch.onnx.export(
                 exported_program(graph), dynamo=True, verbose=False, opset_version=_OPSET, optimize=False, external_data=True,

@@ -20,6 +20,7 @@ from dyncomp.models.gguf_file import ARRAY, STRING, GgufFile, Value, read_gguf
 from dyncomp.models.huggingface import from_pretrained, load_architecture
 from dyncomp.models.loaded import LoadedModel, first_line
 from dyncomp.models.wrap import is_causal_lm, wrap
+from dyncomp.replaced import replaced
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype = torch.float32, kind: str = "gguf") -> LoadedModel:
@@ -157,16 +158,9 @@ def _header_read_once(file: GgufFile) -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as loader
 
     reader = functools.cache(lambda: _Reader(file))
-    replaced = (
+    with replaced(
         (gguf, "GGUFReader", lambda *_: reader()),
         (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
         (loader, "tqdm", lambda items, **_: items),
-    )
-    originals = [getattr(owner, attribute) for owner, attribute, _ in replaced]
-    try:
-        for owner, attribute, value in replaced:
-            setattr(owner, attribute, value)
+    ):
         yield
-    finally:
-        for (owner, attribute, _), value in zip(replaced, originals, strict=True):
-            setattr(owner, attribute, value)
