@@ -26,6 +26,7 @@ from dyncomp.graph import Graph, TensorSpec
 from dyncomp.models.loaded import LoadedModel
 from dyncomp.regions import mixture
 from dyncomp.regions.mixture import lift_mixtures
+from dyncomp.replaced import replaced
 from dyncomp.serialize import read_structure, write_structure
 from dyncomp.stacks import computes, find_stacks, repeat, shortened
 
@@ -72,7 +73,7 @@ def _export(
 ) -> Graph:  # fmt: skip
     dynamic_shapes = {name: dict.fromkeys(dynamic_dims.get(name, {}), torch.export.Dim.AUTO) or None for name in example_inputs}
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_stack_traces(), undisturbed():
+        with torch.no_grad(), warnings.catch_warnings(), _quickly(), undisturbed():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), dict(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
@@ -83,19 +84,12 @@ def _export(
     return from_exported(program, dynamic_dims, output_name=output_name, info=info)
 
 
-@contextlib.contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Nodes are known by their modules; where in its code each was made takes a sixth of the tracing to find out."""
-    config = importlib.import_module("torch.fx.config")
-    before = getattr(config, "do_not_emit_stack_traces", None)
-    if before is None:  # an older torch
-        yield
-        return
-    try:
-        config.do_not_emit_stack_traces = True  # type: ignore[attr-defined]
-        yield
-    finally:
-        config.do_not_emit_stack_traces = before  # type: ignore[attr-defined]
+def _quickly() -> contextlib.AbstractContextManager[None]:
+    """Nodes are known by their modules: where in its code each was made takes a sixth of the tracing to find out. And a fake tensor of
+    symbolic sizes takes as long to keep for an operation that is met again as to make: a third."""
+    settings = (("torch.fx.config", "do_not_emit_stack_traces", True), ("torch._dynamo.config", "fake_tensor_cache_enabled", False))
+    known = ((importlib.import_module(owner), name, value) for owner, name, value in settings)
+    return replaced(*(setting for setting in known if hasattr(*setting[:2])))  # other versions of torch have other ones
 
 
 @contextlib.contextmanager
