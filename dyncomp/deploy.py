@@ -34,6 +34,7 @@ from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
 from dyncomp.runtime.session import DecoderSession
+from dyncomp.sweep import release_memory
 
 
 class Artifact(Protocol):
@@ -163,6 +164,7 @@ def dense_artifact(
             graph = graph.copy()
             quantize.run(graph, Context())
         lower_artifact(graph, part, progress, backend=backend)
+        release_memory()
         (part / "done").touch()
         os.replace(part, folder)
     return folder
@@ -244,6 +246,7 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
     """
     task = str(graph.info["task"])
     lower_artifact(graph, folder)
+    release_memory()
     before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
     rate = "decode_tokens_per_s" if task in WRITES else "prefill_tokens_per_s"
     prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"] if task in WRITES else None

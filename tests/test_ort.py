@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dyncomp.passes.routers import FAMILIES, RouterOptions, install
 from helpers import assert_close, relative_error
 from test_attention import eager
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._core import TorchTensor
 
 from bench.tiny import FFN, enliven, tokens, trace_tiny
 from dyncomp import cost
@@ -408,6 +410,20 @@ def test_the_exporter_writes_the_same_without_what_it_repeats(tmp_path: Path, mo
     assert (tmp_path / "fast" / "model.onnx").read_bytes() == (tmp_path / "slow" / "model.onnx").read_bytes()
     found = OrtModel(tmp_path / "fast", threads=1).run(**{name: value.numpy() for name, value in inputs.items()})
     assert_close(torch.as_tensor(found["output"]), graph(**inputs), rel=1e-6)
+
+
+def test_nothing_keeps_the_weights_that_were_lowered(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    graph = trace(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)), {"input": x}, {"input": {0: "batch"}})
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(o, TorchTensor) for o in gc.get_objects())
+
+    lower(graph, tmp_path / "first")  # constants of the library are made
+    before = held()
+    lower(graph, tmp_path / "second")
+    assert held() == before == 0
 
 
 # ---- a real model --------------------------------------------------------------------------------------------------
