@@ -31,6 +31,7 @@ from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass
 from dyncomp.regions import find_regions
 from dyncomp.runtime.bench import timed
+from dyncomp.sweep import release_memory
 from dyncomp.trace import trace
 
 COPIES = 12
@@ -150,6 +151,7 @@ class LatencyTable:
     def _measure(self, layer: Layer, passes: Sequence[Pass]) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
             self.lower(sample(layer, passes), Path(folder))
+            release_memory()  # of this row's layers and the last one's
             model = self.open(Path(folder), threads=self.threads)
             return self._median(model, layer, 1, _RUNS), self._median(model, layer, PROMPT, _RUNS // 4)
 
