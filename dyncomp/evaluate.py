@@ -21,8 +21,8 @@ from dyncomp.regions.class_token import has_class_token
 from dyncomp.regions.depth import Skip, find_skips
 from dyncomp.regions.tokens import token_input, written_tokens
 from dyncomp.routing import spread
+from dyncomp.rows import Rows, is_pairs, read_of, row_lengths, shortened, split_rows, tensors_of, written_lengths, written_of
 from dyncomp.sweep import Sweep
-from dyncomp.text import ABSENT
 
 _POSITIONS = 128
 COLLAPSED = 0.05
@@ -77,6 +77,7 @@ class Quality:
             model (encoders).
         probe: model -> accuracy of a linear probe of its embeddings (encoders, where examples have labels).
         probe_dense: model -> accuracy of the dense model's linear probe on its embeddings: of a classifier that is not fitted again.
+        wer: model -> word error rate of what it writes, greedily (of recordings; see :mod:`dyncomp.transcribe`).
         by_item: figure (``kl``, ``agreement``, ``cosine`` by window or image, ``retrieval`` by passage or image, probes by image) ->
             model -> its value for each [items].
         load: model -> expert use by routed FFN.
@@ -92,6 +93,7 @@ class Quality:
     retrieval: dict[str, float] = field(default_factory=dict)
     probe: dict[str, float] = field(default_factory=dict)
     probe_dense: dict[str, float] = field(default_factory=dict)
+    wer: dict[str, float] = field(default_factory=dict)
     by_item: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     load: dict[str, dict[str, RoutingLoad]] = field(default_factory=dict)
     computed: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -105,13 +107,14 @@ class Quality:
         return self.perplexity(model) / self.perplexity("dense") - 1
 
     def intervals(self) -> dict[str, dict[str, list[float]]]:
-        """Figure -> model -> [low, high] (see :mod:`dyncomp.bootstrap`); ``increase`` and ``probe_change`` are paired with the dense
-        model by item."""
+        """Figure -> model -> [low, high] (see :mod:`dyncomp.bootstrap`); ``increase``, ``wer_change`` and ``probe_change`` are
+        paired with the dense model by item."""
         found: dict[str, dict[str, list[float] | None]] = {
             "increase": {m: interval(v - self.nll["dense"], exponential=True) for m, v in self.nll.items() if m != "dense"}
         }
-        if probes := self.by_item.get("probe"):
-            found["probe_change"] = {m: interval(v - probes["dense"]) for m, v in probes.items() if m != "dense"}
+        for figure in ("probe", "wer"):
+            if known := self.by_item.get(figure):
+                found[f"{figure}_change"] = {m: interval(v - known["dense"]) for m, v in known.items() if m != "dense"}
         found |= {figure: {m: interval(v) for m, v in models.items()} for figure, models in self.by_item.items()}
         return {f: kept for f, models in found.items() if (kept := {m: v for m, v in models.items() if v is not None})}
 
@@ -123,7 +126,7 @@ class Quality:
 
 def evaluate(
     models: dict[str, Graph],
-    examples: Examples | Tensor,
+    examples: Examples | Rows,
     *,
     task: str,
     batch: int = 1,
@@ -139,10 +142,10 @@ def evaluate(
             labels).
         batch: examples at once.
     """
-    examples = Examples(examples) if isinstance(examples, Tensor) else examples
+    examples = examples if isinstance(examples, Examples) else Examples(examples)
     rows, writes = examples.rows, task in WRITES
     parts = split_rows(rows, batch)
-    lengths = _lengths(rows)[:, -1] if is_pairs(rows) else torch.full((len(rows),), rows.shape[1])
+    lengths = row_lengths(rows)
     quality = Quality(len(rows), round(float(lengths.double().mean())))
     nll: dict[str, list[Tensor]] = {name: [] for name in models}
     seen: dict[str, dict[str, list[Tensor]]] = {figure: {name: [] for name in models} for figure in ("kl", "agreement", "cosine")}
@@ -151,7 +154,7 @@ def evaluate(
     done = 0
     with torch.no_grad():
         for part in parts:
-            weight = _lengths(part)[0, -1] / lengths.double().mean() if is_pairs(rows) else 1.0
+            weight = row_lengths(part)[0] / lengths.double().mean() if is_pairs(rows) else 1.0
             expected: _Reference | None = None
             for name in sorted(models, key=lambda n: n != "dense"):
                 output = next(runs[name].outputs)
@@ -190,11 +193,11 @@ def _compare(quality: Quality, models: dict[str, Graph], embedded: dict[str, Ten
         return
     others = [name for name in embedded if name != "dense"]
     quality.by_item["cosine"] = {name: (embedded[name] * embedded["dense"]).sum(-1) for name in others}
-    if examples.rows.is_floating_point():
+    if tensors_of(examples.rows)[0].is_floating_point():
         quality.window_tokens = example_tokens(models["dense"]) or 1
         items = embedded
     else:
-        passages = _passages(examples.rows)
+        passages = _passages(read_of(examples.rows))
         items = {n: torch.cat([embedding(g, g(**model_inputs(g, part))) for part in passages.split(16)]) for n, g in models.items()}
     quality.by_item["retrieval"] = _retrieval(items)
     if examples.labels is not None:
@@ -292,7 +295,7 @@ def _passages(windows: Tensor) -> Tensor:
 class _Run:
     """Runs one model, batch after batch as :attr:`outputs` are asked for, and notes the gates of every routed FFN and skip on the way."""
 
-    def __init__(self, graph: Graph, parts: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, parts: Sequence[Rows]) -> None:
         noted: dict[fx.Node, list[Tensor]] = {}
         self.gates = {region.name: noted.setdefault(region.gates, []) for region in _gated(graph)}
         self._graph, self._first = graph, class_token_counts(graph)
@@ -307,7 +310,7 @@ class _Run:
         return embedding(self._graph, output, first=self._first)
 
 
-def model_inputs(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
+def model_inputs(graph: Graph, rows: Rows) -> dict[str, Tensor]:
     """The graph's inputs for rows of its main one, the first: full windows of token ids, images. Masks are of ones, token types of zeros.
 
     Of pairs, which must have the same lengths, the decoder takes what is written after ``graph.info["begin"]``.
@@ -316,10 +319,10 @@ def model_inputs(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
         RequestError: the graph takes something else besides.
     """
     decoder: dict[str, Tensor] = {}
+    read: Tensor = read_of(rows)
     if is_pairs(rows):
-        (read, wrote), begin = _lengths(rows)[0].tolist(), torch.tensor(graph.info.get("begin", ()), dtype=rows.dtype)
-        decoder[graph.inputs[token_input(graph) or 0].name] = torch.cat([begin.expand(len(rows), -1), rows[:, 1, :wrote]], 1)
-        rows = rows[:, 0, :read]
+        begin, wrote = torch.tensor(graph.info.get("begin", ()), dtype=torch.int64), int(written_lengths(rows)[0])
+        decoder[graph.inputs[token_input(graph) or 0].name] = torch.cat([begin.expand(len(rows), -1), written_of(rows)[:, :wrote]], 1)
     main, *rest = (spec for spec in graph.inputs if spec.name not in decoder)
     known = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
     if unknown := [spec.name for spec in rest if spec.name not in known]:
@@ -327,35 +330,17 @@ def model_inputs(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
             f"the model takes {', '.join(unknown)} besides {main.name}: calibration and evaluation run models of one input",
             hint="write a factory (module:function) whose module takes one",
         )
-    return {main.name: rows} | {spec.name: known[spec.name](rows) for spec in rest} | decoder
+    return {main.name: read} | {spec.name: known[spec.name](read) for spec in rest} | decoder
 
 
-def batches(graph: Graph, rows: Tensor, *, batch: int = 4) -> list[dict[str, Tensor]]:
+def batches(graph: Graph, rows: Rows, *, batch: int = 4) -> list[dict[str, Tensor]]:
     """Rows as graph inputs, at most ``batch`` at a time."""
     return [model_inputs(graph, part) for part in split_rows(rows, batch)]
 
 
-def is_pairs(rows: Tensor) -> bool:
-    """Whether rows are pairs of what is read and what is written: token ids [n, 2, length]."""
-    return rows.dim() == 3 and not rows.is_floating_point()
-
-
-def split_rows(rows: Tensor, size: int) -> list[Tensor]:
-    """At most ``size`` rows at a time, in order; of pairs, only neighbours of the same lengths."""
-    if not is_pairs(rows):
-        return list(rows.split(size))
-    _, counts = torch.unique_consecutive(_lengths(rows), dim=0, return_counts=True)
-    return [part for alike in rows.split(counts.tolist()) for part in alike.split(size)]
-
-
-def _lengths(pairs: Tensor) -> Tensor:
-    """[n, 2]: tokens that are read, and written."""
-    return (pairs != ABSENT).sum(-1)
-
-
-def glimpse(graph: Graph, rows: Tensor) -> dict[str, Tensor]:
-    """The least that says whether two graphs compute the same: an image, or the beginning of a window."""
-    return model_inputs(graph, rows[:1] if rows.is_floating_point() else rows[:1, ..., :64])
+def glimpse(graph: Graph, rows: Rows) -> dict[str, Tensor]:
+    """The least that says whether two graphs compute the same: an image, a recording, or the beginning of a window."""
+    return model_inputs(graph, shortened(rows[:1], 64))
 
 
 def _gated(graph: Graph) -> list[RoutedFFN | Skip]:

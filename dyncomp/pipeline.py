@@ -23,6 +23,7 @@ from torch import Tensor
 from dyncomp.errors import DyncompError, PassError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.regions.refusal import Refusal
+from dyncomp.rows import Rows
 from dyncomp.sweep import release_memory
 
 if typing.TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Context:
         progress: called as work proceeds.
         seed: for everything random.
         dense: the graph before any pass, for passes that follow it.
-        text: [n, ...] windows of tokens or images to train on, for passes with ``reads_text``.
+        text: windows of tokens, images or recordings to train on, for passes with ``reads_text``.
         folder: where such a pass keeps checkpoints, so that it continues after an interruption; None keeps none.
         running: the pass at work, for messages.
     """
@@ -56,7 +57,7 @@ class Context:
     progress: Progress = no_progress
     seed: int = 0
     dense: Graph | None = None
-    text: Tensor | None = None
+    text: Rows | None = None
     folder: Path | None = None
     running: Pass | None = None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import DyncompError, RequestError, SearchError
-from dyncomp.evaluate import evaluate, is_pairs
+from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
 from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models.loaded import WRITES
@@ -32,12 +32,12 @@ from dyncomp.passes.quantize import PRECISIONS, quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, parse_passes
 from dyncomp.recipe import most_experts
 from dyncomp.regions import find_regions
+from dyncomp.rows import Rows, SpeechRows, is_pairs, written_lengths
 from dyncomp.sweep import release_memory
-from dyncomp.text import ABSENT
 from dyncomp.workspace import Workspace
 
 SELECTION = 8
-"""Calibration windows, or images, that the candidates' loss is measured on; nothing is fitted to them."""
+"""Calibration windows, images, or recordings, that the candidates' loss is measured on; nothing is fitted to them."""
 QUICK = 4_096
 """Calibration tokens of a quick look."""
 CLOSE = 0.95
@@ -153,7 +153,7 @@ class Search:
 
     dense: Graph
     ctx: Context
-    selection: Tensor
+    selection: Rows
     task: str
     fingerprint: str
     goal: Goal
@@ -317,7 +317,7 @@ class Search:
             losses = torch.cat([losses, self._nll(graph, rest) - self._dense_nll[len(first) :]])
         return math.expm1(float(losses.mean()))
 
-    def _nll(self, graph: Graph, rows: Tensor) -> Tensor:
+    def _nll(self, graph: Graph, rows: Rows) -> Tensor:
         return evaluate({"dense": graph}, rows, task=self.task).nll["dense"]
 
     @functools.cached_property
@@ -325,7 +325,7 @@ class Search:
         return torch.cat([self._nll(self.dense, part) for part in self._selections if len(part)])
 
     @property
-    def _selections(self) -> tuple[Tensor, Tensor]:
+    def _selections(self) -> tuple[Rows, Rows]:
         """The first windows, and the rest. Pairs are weighted by their lengths, and stay together."""
         first = len(self.selection) if is_pairs(self.selection) else FIRST
         return self.selection[:first], self.selection[first:]
@@ -369,15 +369,16 @@ def _with(passes: Iterable[Pass], **options: Any) -> list[Pass]:
     return [dataclasses.replace(p, **options) if isinstance(p, Quantize) else p for p in passes]
 
 
-def selection_size(rows: Tensor, tokens: int) -> int:
-    """How many of the last rows the loss is measured on: :data:`SELECTION`, or as many pairs as have the tokens of so many windows.
+def selection_size(rows: Rows, tokens: int) -> int:
+    """How many of the last rows the loss is measured on: :data:`SELECTION`, or as many pairs of texts as have the tokens of so many
+    windows.
 
     Args:
         tokens: of a window.
     """
-    if not is_pairs(rows):
+    if isinstance(rows, SpeechRows) or not is_pairs(rows):
         return SELECTION
-    written = (rows[:, 1] != ABSENT).sum(-1).flip(0).cumsum(0)
+    written = written_lengths(rows).flip(0).cumsum(0)
     return int((written < SELECTION * tokens).sum()) + 1
 
 

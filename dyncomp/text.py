@@ -26,6 +26,7 @@ from torch import Tensor
 from dyncomp.cache import cache_folder
 from dyncomp.errors import TextError
 from dyncomp.models.extras import package_folder
+from dyncomp.rows import ABSENT
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def load_text(source: str | None = None) -> Corpus:
         MissingExtraError: the package that ships a packaged corpus is not installed.
     """
     name = source or "wikipedia"
-    if name in _PACKAGED:
-        return Corpus(name, tuple(_PACKAGED[name]()))
+    if name in PACKAGED:
+        return Corpus(name, tuple(PACKAGED[name]()))
     path = Path(name).expanduser()
     if not path.exists():
         raise TextError(f"no text {name!r}: no such file, and no packaged text of that name", hint=_HINT)
     if path.is_dir():
         raise TextError(f"{path} is a directory, not a text file", hint=_HINT)
-    documents = _read_strings(path, "text") if path.suffix == ".jsonl" else re.split(r"\n(?:[ \t]*\n){2,}", _read_utf8(path))
+    documents = _read_strings(path, "text") if path.suffix == ".jsonl" else re.split(r"\n(?:[ \t]*\n){2,}", read_utf8(path))
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
         raise TextError(f"{path} is empty: there is nothing to calibrate or evaluate on", hint=_HINT)
@@ -96,7 +97,7 @@ def load_pairs(source: str | None = None) -> Pairs | Corpus:
     path = Path(source or "").expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         return load_text(source)
-    first = next(iter(_read_records(path)), (0, {}))[1]
+    first = next(iter(read_records(path)), (0, {}))[1]
     if not {"source", "target"} & first.keys():
         return load_text(source)
     return Pairs(str(source), tuple(zip(*(_read_strings(path, key) for key in ("source", "target")), strict=True)))
@@ -210,7 +211,7 @@ def pairs(
     """
     most = length - len(begin)  # tokens that are written
     if isinstance(corpus, Pairs):
-        return _tokenized(corpus, tokenizer, list(begin[1:]), (length, most), tokens, seed)
+        return _tokenized(corpus, tokenizer, list(begin), (length, most), tokens, seed)
     before, after = _frame(tokenizer)
     read = length - len(before) - len(after)
     if min(read, most) < 1:
@@ -223,10 +224,6 @@ def pairs(
     return rows
 
 
-ABSENT = -1
-"""Stands where a pair has no token."""
-
-
 def _tokenized(corpus: Pairs, tokenizer: Any, begin: list[int], limits: tuple[int, int], tokens: int | None, seed: int) -> Tensor:
     order = torch.randperm(len(corpus.documents), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: list[list[list[int]]] = []
@@ -236,16 +233,38 @@ def _tokenized(corpus: Pairs, tokenizer: Any, begin: list[int], limits: tuple[in
             break
         source, target = corpus.documents[index]
         read = tokenizer(source, truncation=True, max_length=limits[0])["input_ids"]
-        written = tokenizer(text_target=target, truncation=True, max_length=limits[1] + len(begin))["input_ids"]
-        if begin and written[: len(begin)] == begin:  # what every text begins with is given
-            written = written[len(begin) :]
-        if read and written:
-            rows.append([read, written[: limits[1]]])
-            left -= len(rows[-1][1])
+        ids = _target(tokenizer, target, begin, limits[1])
+        if read and ids:
+            rows.append([read, ids])
+            left -= len(ids)
     if not rows:
         raise TextError(f"{corpus.name!r} has no pair of which both sides have tokens", hint=_HINT)
     longest = max(len(ids) for row in rows for ids in row)
     return torch.tensor([[ids + [ABSENT] * (longest - len(ids)) for ids in row] for row in rows])
+
+
+def written(said: Sequence[str], tokenizer: Any, *, begin: Sequence[int], length: int) -> Tensor:
+    """What a decoder writes that is to write each of the texts ``said``.
+
+    Each begins with a space, as the texts did that models of speech were trained on: a tokenizer of bytes tells words by it.
+
+    Args:
+        begin: the tokens that the decoder begins with; they are not part of what is written.
+        length: the most tokens, with ``begin``; texts are cut there.
+
+    Returns:
+        int64 ``[n, longest]``, :data:`ABSENT` after each end.
+    """
+    rows = [_target(tokenizer, f" {text.strip()}", list(begin), length - len(begin)) for text in said]
+    longest = max(map(len, rows))
+    return torch.tensor([ids + [ABSENT] * (longest - len(ids)) for ids in rows])
+
+
+def _target(tokenizer: Any, text: str, begin: list[int], most: int) -> list[int]:
+    """The tokens of a text that is written, with the special ones but those that every text begins with, which are given."""
+    whole = tokenizer(text_target=text, verbose=False)["input_ids"]
+    given = next((len(known) for known in (begin, begin[1:]) if whole[: len(known)] == known), 0)
+    return list(tokenizer(text_target=text, truncation=True, max_length=most + given)["input_ids"])[given:]
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -305,7 +324,7 @@ def _halves(corpus: Corpus, held_out: float) -> tuple[str, str]:
     )
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -319,9 +338,9 @@ def _read_utf8(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) of each line that is not empty."""
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -333,7 +352,7 @@ def _read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_strings(path: Path, key: str) -> list[str]:
     strings = []
-    for number, record in _read_records(path):
+    for number, record in read_records(path):
         if not isinstance(record.get(key), str):
             raise TextError(f'{path}, line {number}: no string under the key "{key}"', hint=_OBJECTS)
         strings.append(record[key])
@@ -383,9 +402,9 @@ def labelled_news() -> Iterator[tuple[str, str]]:
 
 _SHORTEST_ARTICLE = 1000  # characters of prose
 _SHORTEST_KEPT = 200_000  # characters of a text whose tokens are kept
-_PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
+PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
 _OBJECTS = 'one object a line: {"text": "…"}, or for pairs {"source": "…", "target": "…"}'
-_HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(_PACKAGED)}"
+_HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(PACKAGED)}"
 
 # Sections with lists of sources instead of prose; everything after the first of them is one.
 _BACK_MATTER = re.compile(

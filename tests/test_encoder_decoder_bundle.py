@@ -22,14 +22,15 @@ from bench.tiny import tokens, trace_tiny
 from dyncomp.bundle import open_bundle
 from dyncomp.deploy import with_cache
 from dyncomp.errors import BackendError, BundleError, ModelError, RequestError, TextError
-from dyncomp.evaluate import evaluate, is_pairs, model_inputs, split_rows
+from dyncomp.evaluate import evaluate, model_inputs
 from dyncomp.examples import reader_of
 from dyncomp.models import load_model
 from dyncomp.models.factory import describe
 from dyncomp.models.loaded import Decoding
 from dyncomp.models.wrap import wrap
+from dyncomp.rows import ABSENT, is_pairs, split_rows
 from dyncomp.search import SELECTION, selection_size
-from dyncomp.text import ABSENT, Corpus, Pairs, load_pairs, pairs, split
+from dyncomp.text import Corpus, Pairs, load_pairs, pairs, split
 from dyncomp.trace import trace_model
 
 PROMPT = "The river runs under a stone"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.errors import PassError
-from dyncomp.evaluate import model_inputs, split_rows
+from dyncomp.evaluate import model_inputs
 from dyncomp.examples import example_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
@@ -30,6 +30,7 @@ from dyncomp.pipeline import Progress, no_progress
 from dyncomp.regions import find_regions, find_routed
 from dyncomp.regions.router import find_scores, selection_bias
 from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
+from dyncomp.rows import Rows, row_lengths, split_rows, tensors_of
 
 _TIMED = 2
 
@@ -79,12 +80,12 @@ class Trainer:
 
     Args:
         graph: gets the trained weights at the end; nothing else in it changes.
-        windows: [n, ...] token ids or images to train on. held_out: those that choose the best state.
+        windows: what to train on. held_out: those that choose the best state.
         folder: for checkpoints; None keeps none.
     """
 
     def __init__(
-        self, graph: Graph, dense: Graph, windows: Tensor, held_out: Tensor, settings: Settings, *, seed: int = 0,
+        self, graph: Graph, dense: Graph, windows: Rows, held_out: Rows, settings: Settings, *, seed: int = 0,
         folder: Path | None = None, progress: Progress = no_progress,
     ) -> None:  # fmt: skip
         self.settings, self._windows, self._held_out, self._seed = settings, windows, held_out, seed
@@ -131,7 +132,7 @@ class Trainer:
                     state.save(self._folder, self._key, self._at, self._snapshot(best))
         self.weights.load(best)
         changed = self.weights.merge()
-        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or self._windows.shape[-1])
+        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or int(row_lengths(self._windows).max()))
         return Healed(
             self._at.steps, self._at.best, tokens, time.perf_counter() - started, time.process_time() - cpu, self._at.curve, changed
         )
@@ -172,7 +173,7 @@ class Trainer:
         ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])
         return load, thresholds
 
-    def _loss(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _loss(self, ids: Rows) -> tuple[Tensor, list[Tensor]]:
         """(loss, gates of every router)"""
         s = self.settings
         ours, theirs = self._streams
@@ -206,8 +207,8 @@ class Trainer:
                 bias -= self.settings.hold * threshold
             bias += bias_step(used[router.shared :][-len(bias) :], self.settings.balance_rate)
 
-    def _batch(self, step: int) -> Tensor:
-        """[batch, length]: every window once an epoch, in an order that depends on seed and epoch only."""
+    def _batch(self, step: int) -> Rows:
+        """As many rows as a batch has: every window once an epoch, in an order that depends on seed and epoch only."""
         count, first = len(self._windows), step * self.settings.batch
         rows = []
         for index in range(first, first + self.settings.batch):
@@ -220,7 +221,7 @@ class Trainer:
     def _evaluate(self) -> float:
         """Mean loss on the held-out windows, without the terms that only guide training."""
         total = torch.zeros(1, dtype=torch.float64)
-        for ids in self._held_out[ranks.rank() :: ranks.world()].split(1):
+        for ids in split_rows(self._held_out[ranks.rank() :: ranks.world()], 1):
             wanted, _ = self.teacher(model_inputs(self.teacher.graph, ids))
             output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)
             total += output_loss(output, wanted, self.task).double()
@@ -275,7 +276,7 @@ class Trainer:
     def _identity(self) -> str:
         """Of everything a run's result depends on: the options, the text, and the weights it begins with."""
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.settings), self._seed]).encode())
-        for part in (self._windows, self._held_out, *(p.detach() for p in self.weights.parameters().values())):
+        for part in (*tensors_of(self._windows), *tensors_of(self._held_out), *(p.detach() for p in self.weights.parameters().values())):
             digest.update(part.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
