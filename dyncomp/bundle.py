@@ -125,7 +125,7 @@ class Bundle:
         return load_tokenizer(folder)
 
     def processor(self) -> Any | None:
-        """The image processor, or None when the model came without one."""
+        """The image processor or feature extractor, or None when the model came without one."""
         folder = self.path / "processor"
         return load_processor(folder) if folder.is_dir() else None
 

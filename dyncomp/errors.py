@@ -49,6 +49,10 @@ class TextError(RequestError):
     """A text to calibrate or evaluate on is missing, empty or too short."""
 
 
+class SoundError(RequestError):
+    """Recordings to calibrate, evaluate or transcribe are missing, damaged, too long or too few, or text cannot be spoken."""
+
+
 class ImageError(RequestError):
     """Images to calibrate or evaluate on are missing, damaged or too few."""
 

@@ -52,7 +52,7 @@ def tiny() -> Arrays:
     """One layer of encoder and decoder, 16 wide."""
     random, d, f = np.random.default_rng(0), 16, 32
     shapes: dict[str, tuple[int, ...]] = {"encoder/conv1/weight": (d, 8, 3), "encoder/conv2/weight": (d, d, 3), "encoder/conv1/bias": (d,),
-              "encoder/conv2/bias": (d,), "encoder/position_encodings/encodings": (6, d), "decoder/position_encodings/encodings": (20, d),
+              "encoder/conv2/bias": (d,), "encoder/position_encodings/encodings": (50, d), "decoder/position_encodings/encodings": (20, d),
               "decoder/embeddings/weight": (12, d)}  # fmt: skip
     for part in ("encoder", "decoder"):
         linears = {"self_attention/linear_0": (3 * d, d), "self_attention/linear_1": (d, d), "ffn/linear_0": (f, d), "ffn/linear_1": (d, f)}

@@ -85,7 +85,7 @@ def load_whisper(folder: Path, *, name: str, dtype: torch.dtype = torch.float32,
         MissingExtraError: transformers is not installed.
     """
     require("transformers", needed_for="loading a Whisper model")
-    from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     tensors = read_tensors(folder / MODEL)
     try:
@@ -109,7 +109,9 @@ def load_whisper(folder: Path, *, name: str, dtype: torch.dtype = torch.float32,
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     model.tie_weights()
     decoding = Decoding(tuple(begin), tuple(settings["suppress_ids"]), tuple(settings["suppress_ids_begin"]))
-    return wrap(model, name=name, kind=kind, tokenizer=tokenizer, causal=False, decoding=decoding)
+    seconds = config.max_source_positions // 50  # a position is two frames of 10 ms; everything else is the same in every Whisper
+    processor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    return wrap(model, name=name, kind=kind, tokenizer=tokenizer, causal=False, processor=processor, decoding=decoding)
 
 
 def _special(tokenizer: Any, *tokens: str) -> list[int]:

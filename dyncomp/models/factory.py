@@ -26,8 +26,8 @@ def load_factory(source: str, *, dtype: torch.dtype = torch.float32) -> LoadedMo
     """Call ``module:function`` (found as from the working directory) and check what it returns.
 
     The function takes no arguments and returns one of: a tuple of a module and its example inputs; a dict with the keys
-    ``module``, ``example_inputs`` and optionally ``dynamic_dims``, ``task``, ``tokenizer``, ``processor`` (of images), ``output_name``,
-    ``context_length``, ``config``, ``decoding`` (of an encoder–decoder: a :class:`~dyncomp.models.loaded.Decoding`); a
+    ``module``, ``example_inputs`` and optionally ``dynamic_dims``, ``task``, ``tokenizer``, ``processor`` (of images or sound),
+    ``output_name``, ``context_length``, ``config``, ``decoding`` (of an encoder–decoder: a :class:`~dyncomp.models.loaded.Decoding`); a
     :class:`LoadedModel`; or a Hugging Face model alone. Example inputs are a dict of
     tensors by argument name, or a tuple in the order of ``forward``. Without ``dynamic_dims``, dimension 0 of every input
     is the batch, and dimension 1 of integer inputs (and of others of the same size) the sequence.

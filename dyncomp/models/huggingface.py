@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from dyncomp.models.wrap import auto_class, is_causal_lm, wrap
 HUB_TIMEOUT = 5.0  # seconds to wait for a hub's first answer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = (PROCESSOR, "processor_config.json")  # the other is what transformers 5 writes beside a tokenizer
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -202,29 +204,33 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def _processor(model: nn.Module, folder: Path | None) -> Any | None:
-    """The processor of a model that takes images."""
-    return load_processor(folder) if folder is not None and getattr(model, "main_input_name", None) == "pixel_values" else None
+    """The processor of a model that takes images or sound."""
+    takes = getattr(model, "main_input_name", None) in ("pixel_values", "input_features")
+    return load_processor(folder) if folder is not None and takes else None
 
 
 def load_processor(folder: Path) -> Any | None:
-    """The image processor in a directory, or None when it holds none.
+    """The image processor, or feature extractor of sound, in a directory; None when it holds none.
 
     Raises:
         ModelError: it cannot be loaded.
-        MissingExtraError: pillow is not installed.
+        MissingExtraError: pillow is not installed (images).
     """
-    if not (folder / PROCESSOR).is_file():
+    file = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
+    if file is None:
         return None
-    require("PIL", needed_for="preparing images")
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
+    what, auto = "the image processor", "image_processing_auto.AutoImageProcessor"
+    if "sampling_rate" in file.read_text(errors="replace"):
+        what, auto = "the feature extractor", "feature_extraction_auto.AutoFeatureExtractor"
+    else:
+        require("PIL", needed_for="preparing images")
+    module, _, name = auto.partition(".")
+    kind = getattr(importlib.import_module(f"transformers.models.auto.{module}"), name)
     with quiet():
         try:
-            return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(
-                f"the image processor in {folder} cannot be loaded: {first_line(error)}", hint=f"copy {PROCESSOR} again"
-            ) from error
+            raise ModelError(f"{what} in {folder} cannot be loaded: {first_line(error)}", hint=f"copy {file.name} again") from error
 
 
 def _probe_hub(model_id: str) -> str | None:

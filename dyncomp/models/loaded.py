@@ -58,7 +58,7 @@ class LoadedModel:
     output_name: str  # "logits" | "last_hidden_state" | "output"
     context_length: int | None = None  # tokens
     config: dict[str, Any] = field(default_factory=dict)  # plain JSON: the architecture, without where it came from
-    processor: Any | None = None  # an image processor of transformers
+    processor: Any | None = None  # an image processor or feature extractor of transformers
     decoding: Decoding | None = None  # of an encoder–decoder
 
     @cached_property

@@ -115,7 +115,7 @@ def wrap(
 
     Args:
         model: a ``PreTrainedModel``; with a vocabulary head when ``causal``. May be on the meta device.
-        processor: of images; their size is what it makes, else what the configuration says.
+        processor: of images, their size is what it makes, else what the configuration says; or of sound.
         decoding: of an encoder–decoder; by default what its configuration says.
         check: run the forward pass once where the class alone does not say that it works.
 
@@ -142,7 +142,10 @@ def wrap(
     elif main_input == "input_features" and getattr(config, "is_encoder_decoder", False) and _has_head(model):
         _compute_everything(model)
         module, task, output = EncoderDecoder(model, "logits"), "seq2seq", "logits"
-        inputs = {"input_features": _features(config, next(model.parameters()), name), "decoder_input_ids": _tokens(config, device)[:, :-4]}
+        inputs = {
+            "input_features": _features(config, next(model.parameters()), name, processor),
+            "decoder_input_ids": _tokens(config, device)[:, :-4],
+        }
         dynamic = {"input_features": {0: "batch"}, "decoder_input_ids": dict(TARGET)}
     elif main_input != "input_ids":
         raise ModelError(
@@ -163,7 +166,7 @@ def wrap(
         dynamic = {"input_ids": dict(TOKENS), "attention_mask": dict(TOKENS)}
     context = _context_length(config)
     if task == "seq2seq":
-        decoding, context = decoding or _decoding(model), context or WRITTEN
+        decoding, context = decoding or _decoding(model, tokenizer), context or WRITTEN
     loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, context, facts, processor, decoding)
     return check_forward(loaded) if check and not causal else loaded
 
@@ -178,8 +181,11 @@ def _options(model: nn.Module) -> dict[str, Any]:
     return options
 
 
-def _decoding(model: Any) -> Decoding | None:
-    """What the configurations say of how texts begin and what they never hold; None where they name no token to begin with."""
+def _decoding(model: Any, tokenizer: Any | None) -> Decoding | None:
+    """What the configurations say of how texts begin and what they never hold; None where they name no token to begin with.
+
+    A tokenizer that puts that token and others before a text (Whisper's: the language, the task, no time stamps) says the others.
+    """
 
     def setting(name: str) -> Any:
         found = (getattr(where, name, None) for where in (getattr(model, "generation_config", None), model.config))
@@ -191,7 +197,12 @@ def _decoding(model: Any) -> Decoding | None:
         return None
     forced = setting("forced_bos_token_id")
     never = [*(setting("suppress_tokens") or ()), *(words[0] for words in setting("bad_words_ids") or () if len(words) == 1)]
-    begin = (int(start),) if forced is None else (int(start), int(forced))
+    begin: tuple[int, ...] = (int(start),) if forced is None else (int(start), int(forced))
+    framed = [] if tokenizer is None else list(tokenizer(text_target="a")["input_ids"])
+    bare = [] if tokenizer is None else list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if framed[:1] == [start] and framed != bare and framed[1:] != bare:
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 1)
+        begin = tuple(map(int, framed[:at]))
     return Decoding(begin, tuple(never), tuple(setting("begin_suppress_tokens") or ()))
 
 
@@ -235,14 +246,26 @@ def _prepared_size(processor: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _features(config: Any, like: Tensor, name: str) -> Tensor:
-    """Log-mel features of the one length that the encoder's positions fit: it halves the frames."""
+def _features(config: Any, like: Tensor, name: str, processor: Any | None) -> Tensor:
+    """Log-mel features of the one length that the encoder's positions fit: it halves the frames.
+
+    Raises:
+        ModelError: the configuration does not say it, or the feature extractor makes another.
+    """
     bins, positions = (getattr(config, key, None) for key in ("num_mel_bins", "max_source_positions"))
     if bins is None or positions is None:
         raise ModelError(
             f"{name}: the configuration of this {config.model_type!r} model does not say its mel bins and positions", hint=_BY_FACTORY
         )
     shape = (EXAMPLE_BATCH, int(bins), 2 * int(positions))
+    if processor is not None:
+        silence = np.zeros(processor.sampling_rate, np.float32)
+        made = processor(silence, sampling_rate=processor.sampling_rate, return_tensors="np")[processor.model_input_names[0]]
+        if made.shape[1:] != shape[1:]:
+            raise ModelError(
+                f"{name}: its feature extractor makes mel bins and frames {list(made.shape[1:])}, its encoder takes {list(shape[1:])}",
+                hint="give the model the preprocessor_config.json that it was trained with",
+            )
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
