@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,12 +74,26 @@ class Converted:
         Raises:
             RequestError: the model does not generate text, or came without a tokenizer.
         """
+        return self._writer().generate([prompt], Sampling(max_tokens=max_tokens, **sampling))[0].text
+
+    def transcribe(self, *sounds: str | Path | tuple[np.ndarray[Any, Any], int], max_tokens: int = 256, **sampling: Any) -> list[str]:
+        """What a model that hears writes for each sound: a .wav file, or (samples, float32 of one channel; samples a second).
+
+        Raises:
+            RequestError: the model takes no sound.
+            SoundError: a file is damaged, or a sound longer than the model hears at a time.
+        """
+        from dyncomp.deploy import hear
+
+        sources = hear(self.bundle, sounds)
+        return [c.text.strip() for c in self._writer().generate(sources, Sampling(max_tokens=max_tokens, **sampling))]
+
+    def _writer(self) -> Any:
         if self._generator is None:
             from dyncomp.deploy import open_generator
 
             self._generator = open_generator(self.bundle, self.backend)
-        requests: Any = [prompt]
-        return self._generator.generate(requests, Sampling(max_tokens=max_tokens, **sampling))[0].text
+        return self._generator
 
     def save(self, out: str | Path) -> None:
         """Copy the bundle to ``out``, which must not exist."""
@@ -95,7 +110,7 @@ def convert_model(
 
     Args:
         model: a name or path, as on the command line; a model of transformers; any module with ``example_inputs``.
-        tokenizer: for text to calibrate on, with a module; a name brings its own. processor: the same for images.
+        tokenizer: for text to calibrate on, with a module; a name brings its own. processor: the same for images or sound.
         example_inputs: of a module that does not say what it takes: tensors by argument name.
         out: folder of the bundle; a temporary one without.
         show: progress.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dyncomp import __version__, bundle
 from dyncomp.backends.native.build import begin
@@ -37,6 +36,7 @@ from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make
 from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
+from dyncomp.rows import Rows, tensors_of
 from dyncomp.search import Found, Goal, Search, selection_size
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
@@ -62,11 +62,11 @@ class ConvertRequest:
         quantize: ``int8``, ``int4`` or ``mixed``: the weights' precision; None is what the recipe says.
         kv_cache: ``int8`` keeps keys and values of past tokens so; None is what the recipe says.
         goal: what to search for in place of a recipe; None is :data:`DEFAULT_GOAL`.
-        calibrate: text (a packaged name or a file) or images (a packaged name or a folder) to calibrate on; a part is held out for
-            evaluation.
+        calibrate: text (a packaged name or a file), images (a packaged name or a folder) or recordings (a file or a folder) to
+            calibrate on; a part is held out for evaluation.
         other: another source to evaluate on as well; None for none, ``"default"`` for the packaged one.
-        tokens: calibration tokens; an image is as many as the model makes of it.
-        windows: evaluation windows of each text, or images; None is 16 windows or 256 images.
+        tokens: calibration tokens; an image, or a recording, is as many as the model makes of it. None is 40 960, or 96 recordings.
+        windows: evaluation windows of each text, images or recordings; None is 16 windows, 256 images or 32 recordings.
         backend: ``ort``, ``tvm`` or ``torch`` (no artifact: the graph itself is run).
         threads: of the latency figures; None is every core.
         seed: of everything random.
@@ -87,7 +87,7 @@ class ConvertRequest:
     goal: Goal | None = None
     calibrate: str | None = None
     other: str | None = "default"
-    tokens: int = 40_960
+    tokens: int | None = None
     windows: int | None = None
     backend: str = "ort"
     threads: int | None = None
@@ -129,7 +129,7 @@ class ConvertRequest:
             raise RequestError(f"--experts {self.experts}: a routed FFN needs at least 2 experts")
         if self.backend not in BACKENDS:
             raise RequestError(f"unknown backend {self.backend!r}", hint=f"backends: {', '.join(BACKENDS)}")
-        if self.tokens < 512 or (self.windows is not None and self.windows < 1):
+        if (self.tokens is not None and self.tokens < 512) or (self.windows is not None and self.windows < 1):
             raise RequestError("too little to calibrate and evaluate on: --tokens must be at least 512 and --windows at least 1")
         bundle.check_destination(self.out)
         if self.backend == "ort":  # say so now, not after minutes of work
@@ -250,11 +250,11 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     selection = 0 if goal is None else selection_size(rows, reader.tokens)
     if goal is not None and len(rows) <= selection:
         raise RequestError(
-            f"a search keeps {selection} windows, pairs or images of those to calibrate on to itself, and there are no more",
+            f"a search keeps {selection} windows, pairs, images or recordings of those to calibrate on to itself, and there are no more",
             hint="raise --tokens",
         )
     wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
-    data = [rows, *examples.evaluation_data(), *([] if examples.training is None else [examples.training])]
+    data = [*tensors_of(rows), *examples.evaluation_data(), *([] if examples.training is None else tensors_of(examples.training))]
     start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
     calibration = calibration_of(loaded, dense, rows[: len(rows) - selection])
@@ -284,7 +284,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         if origin is not None:
             plain["before"] = origin.graph()
         release_memory()
-        return measure_quality(models | plain, examples.evaluation, loaded.task, progress)
+        return measure_quality(models | plain, examples.evaluation, loaded.task, progress, loaded=loaded)
 
     earlier = [] if origin is None else origin.manifest.passes
     specs = [*(p.spec for p in earlier), *(r.spec for r in work.records)]
@@ -325,7 +325,7 @@ def _check_lowering(request: ConvertRequest, dense: Graph) -> None:
 
 
 def _search(
-    request: ConvertRequest, goal: Goal, loaded: LoadedModel, ctx: Context, selection: Tensor, work: Workspace, say: Callable[[str], None]
+    request: ConvertRequest, goal: Goal, loaded: LoadedModel, ctx: Context, selection: Rows, work: Workspace, say: Callable[[str], None]
 ) -> Found:
     from dyncomp.deploy import compare, dense_artifact, latency_table
 

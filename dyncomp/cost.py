@@ -20,11 +20,14 @@ from dyncomp.errors import RequestError
 from dyncomp.flops import FLOPS, Sizes
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
+from dyncomp.models.loaded import WRITES
 from dyncomp.regions import Attention, Linear, Regions, find_linears, find_regions
 from dyncomp.regions.depth import Skip, find_skips
 from dyncomp.regions.linear import Names
 from dyncomp.regions.partial import ShapeOnly
 
+WRITTEN = 64
+"""Tokens that a model is taken to write for a recording."""
 OTHER = "other"
 HEAD = "head"
 
@@ -61,7 +64,7 @@ def count(
     graph: Graph,
     *,
     batch: int = 1,
-    sequence: int = 512,
+    sequence: int | None = None,
     active: Mapping[str, float] | None = None,
     regions: Regions | None = None,
 ) -> Cost:
@@ -69,8 +72,8 @@ def count(
 
     Args:
         graph: dense or routed, on any device.
-        batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension. Attention costs grow with it;
-            the causal half is not taken off.
+        batch: size of the dimension of that name; ``sequence``: of every other dynamic dimension, by default 512, or :data:`WRITTEN`
+            tokens for a recording. Attention costs grow with it; the causal half is not taken off.
         active: mean fraction, 0 to 1, of the experts that ran, per :class:`~dyncomp.regions.RoutedFFN` name, of the inputs that
             counted, per weight of a ``dyncomp::sparse_linear``, and of the tokens that did not skip, per
             :class:`~dyncomp.regions.depth.Skip` name; 1 where absent, for trained experts what their router opens.
@@ -78,7 +81,7 @@ def count(
 
     Returns:
         Operations per token, that is per element of the first input if it holds token ids, otherwise per combination of its
-        dynamic dimensions (per image, for a vision model with a dynamic batch only).
+        dynamic dimensions (per image or recording, where only the batch is dynamic): see :func:`flops_unit`.
 
     Raises:
         RequestError: ``active`` names neither, or is not a fraction.
@@ -101,7 +104,7 @@ def count(
     fraction |= {n: active.get(s.name, 1.0) for n, s in gated.items()}
     owner = {node: name for name, member in members.items() for node in member.nodes}
     flops = dict.fromkeys([*members, OTHER], 0.0)
-    size = Sizes(graph, batch, sequence)
+    size = Sizes(graph, batch, sequence or (WRITTEN if _hears(graph) else 512))
     skipped = ShapeOnly(graph)
     for node in graph.module.graph.nodes:
         if node.op == "call_function" and node.target in FLOPS and node not in skipped:
@@ -120,6 +123,17 @@ def count(
         round(sum(r.flops_per_token for r in by_region.values())),
         by_region,
     )
+
+
+def flops_unit(graph: Graph) -> str:
+    """What operations are counted for."""
+    if _hears(graph):
+        return f"recording and {WRITTEN} written tokens"
+    return {"image-encoder": "image", "seq2seq": "token read and written"}.get(str(graph.info.get("task")), "token")
+
+
+def _hears(graph: Graph) -> bool:
+    return graph.info.get("task") in WRITES and graph.inputs[0].dtype.is_floating_point
 
 
 # ---- which node and which weight belongs to which region -----------------------------------------------------------

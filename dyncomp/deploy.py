@@ -34,7 +34,9 @@ from dyncomp.regions.refusal import Refusal
 from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
 from dyncomp.runtime.session import DecoderSession
+from dyncomp.sound import features
 from dyncomp.sweep import release_memory
+from dyncomp.wav import Samples, read_wav
 
 
 class Artifact(Protocol):
@@ -209,20 +211,29 @@ def measure(
 
     Args:
         artifacts: (``dense`` or ``converted``, folder) of each.
-        prefill_tokens: of the prompt that is timed; an encoder–decoder's encoder reads it.
+        prefill_tokens: of the prompt that is timed; an encoder–decoder's encoder reads it, or hears a recording instead:
+            ``recordings_per_s``.
     """
     used = backend_of(backend)
     models = [(variant, used.open(folder, threads=threads)) for variant, folder in artifacts]
     if task not in WRITES:
         return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch, engine=f"dyncomp-{backend}")
-    whole = Reading if task == "seq2seq" else lambda session: session
-    variants = [Variant(whole(used.session(model)), variant, model.precision) for variant, model in models]
+
+    def whole(model: Any) -> Any:
+        session = used.session(model)
+        return Reading(session, model.encoder.config["inputs"][0]) if task == "seq2seq" else session
+
+    variants = [Variant(whole(model), variant, model.precision) for variant, model in models]
     context = min(v.session.context_length or 1 << 30 for v in variants)
-    tokens = max(1, min(prefill_tokens, context - 1))
+    hears = any(isinstance(v.session, Reading) and v.session.hears for v in variants)
+    tokens = 1 if hears else max(1, min(prefill_tokens, context - 1))
     decode = max(8, min(96, (context - 64) // 2))
     vocabulary = int(variants[0].session.prefill(np.zeros((1, 1), np.int64), np.ones(1, np.int64), 1).shape[-1])
     start = min(64, tokens, context // 4)
-    return bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
+    found = bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
+    for entry in found if hears else ():
+        entry |= {"recordings_per_s": entry["prefill_tokens_per_s"], "prefill_tokens_per_s": None, "prefill_tokens": None}
+    return found
 
 
 def dense_artifacts(
@@ -241,15 +252,16 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
     """Lower ``graph`` into ``folder`` and time it beside the dense artifact.
 
     Returns:
-        ``speed``: of decoding (decoders) or of a forward pass (encoders), times the dense model's; ``prefill``: the same for a prompt,
-        None for encoders; ``token_seconds``: behind ``speed``, of one token of the graph.
+        ``speed``: of decoding (decoders) or of a forward pass (encoders), times the dense model's; ``prefill``: the same for a prompt
+        or a recording, None for encoders; ``token_seconds``: behind ``speed``, of one token of the graph.
     """
     task = str(graph.info["task"])
     lower_artifact(graph, folder)
     release_memory()
     before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
+    key = "recordings_per_s" if "recordings_per_s" in before else "prefill_tokens_per_s"
     rate = "decode_tokens_per_s" if task in WRITES else "prefill_tokens_per_s"
-    prefill = after["prefill_tokens_per_s"] / before["prefill_tokens_per_s"] if task in WRITES else None
+    prefill = after[key] / before[key] if task in WRITES else None
     return {"speed": after[rate] / before[rate], "prefill": prefill, "token_seconds": 1 / after[rate]}
 
 
@@ -305,7 +317,7 @@ def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads
         BundleError: it has no artifact for the backend.
     """
     processor = opened.processor()
-    if processor is None:
+    if processor is None or hasattr(processor, "sampling_rate"):
         raise RequestError(f"{opened.path} holds a model that takes no images ({opened.manifest.source.task})", hint="give --prompt TEXT")
     rows, graph = torch.stack([prepare(processor, read_image(file)) for file in files]), opened.graph()
     if threads is not None:
@@ -317,6 +329,26 @@ def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads
         return embedding(graph, torch.from_numpy(model.run(**model_inputs(graph, rows))[graph.outputs[0]]))
 
 
+def hear(opened: Bundle, sounds: Sequence[str | Path | tuple[Samples, int]]) -> list[dict[str, Samples]]:
+    """What a bundle's model takes of sounds, .wav files or (samples, samples a second): sources for its generator.
+
+    Raises:
+        RequestError: the bundle's model takes no sound.
+        SoundError: a file is damaged, or longer than the model hears at a time.
+    """
+    processor = opened.processor()
+    if not hasattr(processor, "sampling_rate"):
+        what = f"{opened.path} holds a model that takes no sound ({opened.manifest.source.task})"
+        raise RequestError(what, hint="give --prompt TEXT, or --image FILE to models of images")
+    name = opened.graph().inputs[0].name
+    found = []
+    for index, sound in enumerate(sounds):
+        samples, rate = sound if isinstance(sound, tuple) else read_wav(Path(sound))
+        where = f"the sound number {index + 1}" if isinstance(sound, tuple) else str(sound)
+        found.append({name: features(processor, samples, rate, name=where).numpy()})
+    return found
+
+
 def open_generator(opened: Bundle, backend: str, *, threads: int | None = None) -> Generator | Seq2SeqGenerator:
     """What completes texts with a bundle, or of an encoder–decoder what writes for each text that it reads.
 
@@ -325,7 +357,7 @@ def open_generator(opened: Bundle, backend: str, *, threads: int | None = None) 
         BundleError: it has no artifact for the backend.
     """
     if (tokenizer := opened.tokenizer()) is None:
-        hint = "give --image FILE" if opened.processor() is not None else None
+        hint = "give --image FILE" if hasattr(opened.processor(), "size") else None
         raise RequestError(f"{opened.path} has no tokenizer: it cannot take text", hint=hint)
     session: Any = open_session(opened, backend, threads=threads)
     if (rules := opened.manifest.source.decoding) is None:

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from dyncomp.bundle import Bundle
 from dyncomp.calibrate import Calibration, fingerprint
-from dyncomp.cost import count
+from dyncomp.cost import count, flops_unit
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import Quality, batches, evaluate, load_summary
 from dyncomp.examples import Examples, example_tokens, prepare_examples, reader_of
@@ -21,8 +19,10 @@ from dyncomp.passes import DropDepth, Heal, PruneStatic
 from dyncomp.passes.quantize import quantization_of
 from dyncomp.pipeline import Context, Pass, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
+from dyncomp.rows import Rows
 from dyncomp.tasks import load_task, run_task
 from dyncomp.trace import trace_model
+from dyncomp.transcribe import compare_transcripts
 
 BASELINE_TOKENS = 16_384
 """Calibration tokens of the baselines that ``evaluate`` makes."""
@@ -101,11 +101,13 @@ def path_share(graph: Graph, routed: RoutedFFN) -> float:
 
 
 def measure_quality(
-    models: dict[str, Graph], collections: Mapping[str, Examples], task: str, progress: Progress = no_progress
-) -> dict[str, Any]:
+    models: dict[str, Graph], collections: Mapping[str, Examples], task: str, progress: Progress = no_progress, *,
+    loaded: LoadedModel | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Every model on the examples of every collection: its name -> figures, under the report's keys.
 
-    ``intervals`` holds figure -> model -> [low, high] at 95 %, by bootstrap over windows or images (``retrieval``: over passages).
+    ``intervals`` holds figure -> model -> [low, high] at 95 %, by bootstrap over windows, images or recordings (``retrieval``: over
+    passages).
     """
     figures = {}
     for name, examples in collections.items():
@@ -113,7 +115,10 @@ def measure_quality(
         def tick(_: str, done: int, total: int, name: str = name) -> None:
             progress(f"evaluate {name}", done, total)
 
-        figures[name] = quality_figures(evaluate(models, examples, task=task, progress=tick), models["converted"])
+        quality = evaluate(models, examples, task=task, progress=tick)
+        if examples.said and loaded is not None:
+            compare_transcripts(quality, models, examples, loaded, progress=tick)
+        figures[name] = quality_figures(quality, models["converted"])
     return figures
 
 
@@ -154,10 +159,10 @@ def evaluate_bundle(
         passes = parse_passes(", ".join(entry.spec for entry in opened.manifest.passes))
         models |= baselines(models["dense"], models["converted"], quantization_of(passes), ctx)
     answers = {t.name: run_task(models, t, loaded.tokenizer, length=reader.tokens, progress=progress) for t in questions}
-    return measure_quality(models, examples, loaded.task, progress), answers
+    return measure_quality(models, examples, loaded.task, progress, loaded=loaded), answers
 
 
-def calibration_of(loaded: LoadedModel, dense: Graph, rows: Tensor) -> Calibration:
+def calibration_of(loaded: LoadedModel, dense: Graph, rows: Rows) -> Calibration:
     """Rows of the main input as what passes are fitted to."""
     data = batches(dense, rows)
     return Calibration(data, fingerprint(loaded.fingerprint, data), example_tokens=example_tokens(dense))
@@ -176,6 +181,8 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
         figures["retrieval"] = quality.retrieval
     if quality.probe:
         figures["probe"], figures["probe_dense"] = quality.probe, quality.probe_dense
+    if quality.wer:
+        figures["wer"] = quality.wer
     figures["intervals"] = quality.intervals()
     loads = quality.load.get("converted", {})
     computed = quality.computed.get("converted", {})
@@ -204,4 +211,5 @@ def cost_figures(dense: Graph, converted: Graph, quality: dict[str, Any]) -> dic
     active |= next(iter(quality.values())).get("active_by_region") or {}
     cost, before = count(converted, active=active), count(dense)
     keys = ("parameters", "active_parameters", "flops_per_token")
-    return {k: getattr(cost, k) for k in keys} | {"dense": {k: getattr(before, k) for k in keys}}
+    counts = {k: getattr(cost, k) for k in keys} | {"dense": {k: getattr(before, k) for k in keys}}
+    return counts | {"flops_unit": flops_unit(dense)}

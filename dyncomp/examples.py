@@ -1,7 +1,7 @@
 """What a model is calibrated and evaluated on: rows of its main input, read from whatever it takes.
 
-A decoder or a text encoder takes windows of tokens, an encoder–decoder pairs of them, an image encoder takes pixels. Which of them is a
-:class:`Reader`; behind it everything is a row, and nothing else in dyncomp asks what the rows are.
+A decoder or a text encoder takes windows of tokens, an encoder–decoder pairs of them, or of sound and text, an image encoder takes
+pixels. Which of them is a :class:`Reader`; behind it everything is a row (:mod:`dyncomp.rows`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dyncomp import images, text
+from dyncomp import images, sound, text
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
+from dyncomp.models.loaded import WRITES
+from dyncomp.regions import find_regions
+from dyncomp.rows import Rows, SpeechRows, tensors_of
+
+CALIBRATION = 40_960
+"""Tokens to calibrate on."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +29,22 @@ class Examples:
     """Rows that a model runs on.
 
     Args:
-        rows: [n, ...] its main input: token ids [n, length], pixels [n, channels, height, width]; of an encoder–decoder [n, 2, length],
-            what is read and what is written, as :func:`dyncomp.text.pairs` makes them.
+        rows: [n, ...] its main input, and what it writes: see :data:`dyncomp.rows.Rows`.
         labels: [n] which class each belongs to, where somebody says.
+        said: [n] what is said in each, of recordings.
     """
 
-    rows: Tensor
+    rows: Rows
     labels: Tensor | None = None
+    said: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class Collection(Protocol):
-    """Documents or pictures under one name: :class:`dyncomp.text.Corpus`, :class:`dyncomp.images.Album`."""
+    """Documents, pictures or recordings under one name: :class:`dyncomp.text.Corpus`, :class:`dyncomp.images.Album`,
+    :class:`dyncomp.sound.Recordings`."""
 
     name: str
     documents: tuple[Any, ...]
@@ -52,6 +60,7 @@ class Reader(Protocol):
         tokens: of each example, as the model sees it.
         other: the packaged collection that is evaluated on besides what is calibrated on.
         count: examples of each collection to evaluate on, where nobody says how many.
+        calibration: tokens to calibrate on, where nobody says how many.
     """
 
     @property
@@ -60,6 +69,8 @@ class Reader(Protocol):
     def other(self) -> str: ...
     @property
     def count(self) -> int: ...
+    @property
+    def calibration(self) -> int: ...
 
     def load(self, source: str | None) -> Any:
         """A collection: packaged, or the user's; None is the packaged one to calibrate on."""
@@ -79,6 +90,7 @@ class TextReader:
     tokens: int
     other: str = "news"
     count: int = 16
+    calibration: int = CALIBRATION
 
     def load(self, source: str | None) -> text.Corpus:
         return text.load_text(source)
@@ -103,6 +115,7 @@ class PairReader:
     begin: tuple[int, ...]
     other: str = "news"
     count: int = 16
+    calibration: int = CALIBRATION
 
     def load(self, source: str | None) -> text.Pairs | text.Corpus:
         return text.load_pairs(source)
@@ -123,6 +136,7 @@ class ImageReader:
     tokens: int
     other: str = "digits"
     count: int = 256
+    calibration: int = CALIBRATION
 
     def load(self, source: str | None) -> images.Album:
         return images.load_images(source)
@@ -134,6 +148,41 @@ class ImageReader:
         return Examples(*images.pixels(collection, self.processor, count=count, seed=seed))
 
 
+@dataclass(frozen=True)
+class SpeechReader:
+    """Recordings, or passages of a text that are spoken, and what is said in each; ``tokens`` is what the encoder makes of one.
+
+    ``begin`` is what the decoder begins with, ``longest`` how many tokens it may write, with these.
+    """
+
+    tokenizer: Any
+    processor: Any
+    tokens: int
+    begin: tuple[int, ...]
+    longest: int
+    other: str = "news"
+    count: int = 32
+
+    @property
+    def calibration(self) -> int:
+        return RECORDINGS * self.tokens
+
+    def load(self, source: str | None) -> sound.Recordings | text.Corpus:
+        return sound.load_sound(source)
+
+    def split(self, collection: Any, *, seed: int) -> tuple[Any, Any]:
+        divide = sound.split if isinstance(collection, sound.Recordings) else text.split
+        return divide(collection, seed=seed)
+
+    def draw(self, collection: sound.Recordings | text.Corpus, *, count: int | None = None, seed: int) -> Examples:
+        heard, said = sound.heard(collection, self.processor, count=count, seed=seed)
+        return Examples(SpeechRows(heard, text.written(said, self.tokenizer, begin=self.begin, length=self.longest)), said=said)
+
+
+RECORDINGS = 96
+"""To calibrate on: each is many tokens to an encoder, and few to a decoder."""
+
+
 def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
     """How examples for a model are read.
 
@@ -141,27 +190,31 @@ def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
         graph: the dense one.
 
     Raises:
-        RequestError: the model came without what makes text or images into its input, or takes neither.
+        RequestError: the model came without what makes text, sound or images into its input, or takes neither text, nor sound, nor images.
     """
     main = graph.inputs[0]
-    if loaded.task == "seq2seq" and main.dtype.is_floating_point:
-        raise RequestError(
-            f"{loaded.name} is an encoder–decoder that reads {main}, not text: nothing reads pairs of sound and text to calibrate it",
-            hint="from Python: dyncomp.calibrate.calibrate on inputs of your own, then the passes (see docs/architecture.md)",
-        )
-    if not main.dtype.is_floating_point:
+    hears = loaded.task == "seq2seq" and main.dtype.is_floating_point
+    if not main.dtype.is_floating_point or hears:
         if loaded.tokenizer is None:
             raise RequestError(
                 f"{loaded.name} came without a tokenizer, so no text can calibrate it", hint="convert from a directory or file that has one"
             )
-        if loaded.task == "seq2seq":
-            if loaded.decoding is None:
-                raise RequestError(
-                    f"{loaded.name} does not say which token its texts begin with",
-                    hint="set decoder_start_token_id in its config.json or generation_config.json (in a factory: decoding)",
-                )
-            return PairReader(loaded.tokenizer, window_length(loaded.task, loaded.context_length), loaded.decoding.begin)
-        return TextReader(loaded.tokenizer, window_length(loaded.task, loaded.context_length))
+        length = window_length(loaded.task, loaded.context_length)
+        if loaded.task != "seq2seq":
+            return TextReader(loaded.tokenizer, length)
+        if loaded.decoding is None:
+            raise RequestError(
+                f"{loaded.name} does not say which token its texts begin with",
+                hint="set decoder_start_token_id in its config.json or generation_config.json (in a factory: decoding)",
+            )
+        if not hears:
+            return PairReader(loaded.tokenizer, length, loaded.decoding.begin)
+        if not hasattr(loaded.processor, "sampling_rate"):
+            raise RequestError(
+                f"{loaded.name} reads {main} and came without a feature extractor, so no sound can calibrate it",
+                hint="convert from a directory that has a preprocessor_config.json (in a factory: processor)",
+            )
+        return SpeechReader(loaded.tokenizer, loaded.processor, encoder_tokens(graph), loaded.decoding.begin, length)
     if len(main.shape) != 4:
         raise RequestError(
             f"{loaded.name} takes {main.name!r} of {len(main.shape)} dimensions, neither text nor images: nothing can calibrate it"
@@ -181,31 +234,37 @@ def window_length(task: str, context_length: int | None) -> int:
 
 
 def example_tokens(graph: Graph) -> int | None:
-    """How many tokens a graph makes of each example; None where its input is tokens already, as many as there are ids.
+    """How many tokens a graph makes of each example; None where its input, or a decoder's, is tokens already, as many as there are ids.
 
     Read from the output [batch, tokens, width]; one where it has no such dimension.
     """
-    if not graph.inputs[0].dtype.is_floating_point:
+    if not graph.inputs[0].dtype.is_floating_point or graph.info.get("task") in WRITES:
         return None
     shape = graph.shape(graph.output_nodes[0]) or ()
     return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 1
+
+
+def encoder_tokens(graph: Graph) -> int:
+    """How many tokens an encoder of fixed size makes of what it takes: those that its first FFN sees; one where it has none."""
+    shapes = (graph.shape(ffn.output) or () for ffn in find_regions(graph).ffns)
+    return next((shape[1] for shape in shapes if len(shape) == 3 and isinstance(shape[1], int)), 1)
 
 
 @dataclass
 class Prepared:
     """Examples: to calibrate on, to evaluate on by name of the collection, and to train on."""
 
-    calibration: Tensor
+    calibration: Rows
     evaluation: dict[str, Examples] = dataclasses.field(default_factory=dict)
-    training: Tensor | None = None
+    training: Rows | None = None
 
     def evaluation_data(self) -> list[Tensor]:
         """Everything that figures depend on."""
-        return [t for e in self.evaluation.values() for t in (e.rows, e.labels) if t is not None]
+        return [t for e in self.evaluation.values() for t in (*tensors_of(e.rows), e.labels) if t is not None]
 
 
 def prepare_examples(
-    reader: Reader, calibrate: str | None, other: str | None, *, tokens: int, count: int | None, seed: int, training: bool = False,
+    reader: Reader, calibrate: str | None, other: str | None, *, tokens: int | None, count: int | None, seed: int, training: bool = False,
     source: str | None = None,
 ) -> Prepared:  # fmt: skip
     """Load, split and draw examples.
@@ -213,7 +272,7 @@ def prepare_examples(
     Args:
         calibrate: what to calibrate on; a part of its documents is held out for evaluation.
         other: another collection to evaluate on as well, or None; ``"default"`` is the reader's packaged one.
-        tokens: calibration tokens.
+        tokens: calibration tokens; None is the reader's number.
         count: evaluation examples of each collection; None is the reader's number.
         training: examples to train on are wanted, of ``source`` or else of what is calibrated on; none of a document that is
             evaluated on.
@@ -222,6 +281,7 @@ def prepare_examples(
         RequestError: a collection is unsuitable.
     """
     count = reader.count if count is None else count
+    tokens = reader.calibration if tokens is None else tokens
     other = reader.other if other == "default" else other
     whole = reader.load(calibrate)
     calibration, held_out = reader.split(whole, seed=seed)

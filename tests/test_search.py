@@ -247,7 +247,7 @@ def test_goals_that_make_no_sense(goal: Goal) -> None:
 
 
 def test_too_little_text_to_keep_some_apart(place) -> None:
-    with pytest.raises(RequestError, match="keeps 8 windows, pairs or images of those to calibrate on to itself"):
+    with pytest.raises(RequestError, match="keeps 8 windows, pairs, images or recordings of those to calibrate on to itself"):
         convert(place, "short", "--tokens", "1024")
     assert not list(place.glob("short*"))
 

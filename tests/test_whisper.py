@@ -22,7 +22,7 @@ from helpers import assert_close
 
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.deploy import backend_of, lower_artifact
-from dyncomp.errors import MissingExtraError, ModelError, RequestError
+from dyncomp.errors import MissingExtraError, ModelError
 from dyncomp.examples import reader_of
 from dyncomp.models import load_model
 from dyncomp.models.ctranslate2 import load_whisper, read_tensors
@@ -124,8 +124,7 @@ def test_the_packaged_model_writes_what_was_said(tmp_path: Path) -> None:
     module, features, said = loaded.module, *recording()
     model, config = module.model, module.model.config
     dense = trace_model(loaded)
-    with pytest.raises(RequestError, match="nothing reads pairs of sound and text"):
-        reader_of(loaded, dense)
+    assert reader_of(loaded, dense).tokens == 1500
     begin, never, never_first = (list(tokens) for tokens in dataclasses.astuple(loaded.decoding))
     graph, data = dense.copy(), [{"input_features": features, "decoder_input_ids": torch.tensor([begin])}]
     calibration = Calibration(data, "speech")

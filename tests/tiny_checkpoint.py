@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from bench.tiny import enliven
 
@@ -58,6 +67,28 @@ def write_encoder_decoder(folder: Path, seed: int = 4) -> Path:
     tokenizer = _tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", pair="$A $B <eos>", special_tokens=[("<eos>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def write_whisper(folder: Path, seed: int = 2) -> Path:
+    """A Whisper of one layer on each side, 32 features, 64 hidden neurons; it hears 1 s at 16 kHz and may write 64 tokens."""
+    begin, plain = "<|startoftranscript|>", "<|notimestamps|>"
+    tokenizer = _tokenizer()
+    tokenizer.add_special_tokens([begin, plain])
+    ids = [(token, tokenizer.token_to_id(token)) for token in (begin, plain, "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} {plain} $A <eos>", special_tokens=ids)
+    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
+             {"layers": 1, "attention_heads": 2, "ffn_dim": 64}.items()}  # fmt: skip
+    config = WhisperConfig(
+        vocab_size=322, d_model=32, num_mel_bins=8, max_source_positions=50, max_target_positions=64, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0, decoder_start_token_id=ids[0][1], begin_suppress_tokens=[0], suppress_tokens=[ids[0][1], ids[1][1]], **sizes,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(config)
+    enliven(model, seed)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>").save_pretrained(folder)
     return folder
 
 

@@ -24,8 +24,8 @@ from dyncomp.cli import options
     "--quantize", metavar="PRECISION", help="Weights in int8, int4 (AWQ, GPTQ), or mixed, by region. [default: as the recipe says]"
 )
 @click.option("--kv-cache", metavar="PRECISION", help="Keys and values of past tokens in int8, with a named recipe. [default: float]")
-@click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
-@click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
+@click.option("--calibrate", metavar="TEXT|IMAGES|SOUND", help=options.CALIBRATE)
+@click.option("--tokens", type=int, help=options.TOKENS)
 @click.option("--windows", type=int, help=options.WINDOWS)
 @click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, tvm, or torch (the graph itself, no artifact).")
 @click.option(
@@ -55,8 +55,8 @@ def command(json_: bool, **choices: Any) -> None:
     --kv-cache int8 (in a recipe, quantize-cache) keeps keys and values as int8 codes with a scale for each token and head, about a
     quarter of the bytes; quality is that of the rounded ones. dyncomp's ONNX Runtime kernels only: not --backend tvm.
 
-    Quality is measured on text or images held out from the calibration and on another source, beside the dense model and beside static
-    pruning at the same cost. An interrupted run continues where it was.
+    Quality is measured on text, images or recordings held out from the calibration and on another source, beside the dense model and
+    beside static pruning at the same cost. An interrupted run continues where it was.
     """
     from dyncomp.convert import DEFAULT_GOAL, ConvertRequest, convert
     from dyncomp.report.progress import ProgressReporter

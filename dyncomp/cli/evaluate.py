@@ -12,11 +12,14 @@ from dyncomp.cli import options
 @click.command("evaluate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--text", "--images", "sources", multiple=True, metavar="TEXT|IMAGES",
+    "--text", "--images", "--audio", "sources", multiple=True, metavar="TEXT|IMAGES|SOUND",
     help="What to evaluate on: wikipedia, news, or a file (of encoder–decoders also pairs, see convert); of models of images photos, "
-    "digits, or a folder of images, in sub-folders by what they show for linear probes; may be repeated. [default: news; digits]",
+    "digits, or a folder of images, in sub-folders by what they show for linear probes; of models of sound "
+    "recordings, or a text to be spoken (see convert); may be repeated. [default: news; digits]",
 )  # fmt: skip
-@click.option("--windows", type=click.IntRange(min=1), help="At most this many windows or images of each. [default: 16; 256]")
+@click.option(
+    "--windows", type=click.IntRange(min=1), help="At most this many windows, images or recordings of each. [default: 16; 256; 32]"
+)
 @click.option(
     "--task",
     "tasks",
@@ -31,10 +34,11 @@ from dyncomp.cli import options
 def command(
     bundle: Path, sources: tuple[str, ...], windows: int | None, tasks: tuple[str, ...], items: int, baselines: bool, seed: int, json_: bool
 ) -> None:
-    """Quality of BUNDLE beside its dense model, on the same windows of any text or the same images, and on questions with
-    known answers.
+    """Quality of BUNDLE beside its dense model, on the same windows of any text, the same images or recordings, and on
+    questions with known answers. Of recordings also the word error rate of what is written, compared in lower case and without
+    punctuation.
 
-    Intervals are of 95 %, by bootstrap over windows, images or questions, paired with the dense model.
+    Intervals are of 95 %, by bootstrap over windows, images, recordings or questions, paired with the dense model.
     The dense model is loaded again from where the bundle says it came from, and must be the same one.
     """
     from dyncomp.bundle import open_bundle

@@ -16,8 +16,9 @@ from dyncomp.cli import options
 @click.option(
     "--text",
     "--images",
+    "--audio",
     "text",
-    metavar="TEXT|IMAGES",
+    metavar="TEXT|IMAGES|SOUND",
     help="What to train on, as --calibrate takes it. [default: what is calibrated on, less what is held out]",
 )
 @click.option("--minutes", type=float, help="Time for training: as many steps as fit, found once by timing. [default: 10]")
@@ -25,8 +26,8 @@ from dyncomp.cli import options
 @click.option(
     "--option", "choices", multiple=True, metavar="NAME=VALUE", help="Another option of the pass heal, as lr=1e-4; may be repeated."
 )
-@click.option("--calibrate", metavar="TEXT|IMAGES", help=options.CALIBRATE)
-@click.option("--tokens", type=int, default=40_960, show_default=True, help=options.TOKENS)
+@click.option("--calibrate", metavar="TEXT|IMAGES|SOUND", help=options.CALIBRATE)
+@click.option("--tokens", type=int, help=options.TOKENS)
 @click.option("--windows", type=int, help=options.WINDOWS)
 @click.option("--backend", default="ort", show_default=True, help="What to lower to: ort, or torch (the graph itself, no artifact).")
 @options.threads

@@ -21,7 +21,7 @@ from dyncomp.cli import options
 @click.option(
     "--windows", type=click.IntRange(min=1), default=4, show_default=True, help="With --routers: windows or images to measure on."
 )
-@click.option("--calibrate", metavar="TEXT|IMAGES", help=f"With --routers: {options.CALIBRATE}")
+@click.option("--calibrate", metavar="TEXT|IMAGES|SOUND", help=f"With --routers: {options.CALIBRATE}")
 @click.option(
     "--depth",
     is_flag=True,

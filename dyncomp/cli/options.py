@@ -44,7 +44,9 @@ def print_json(value: Any) -> None:
 CALIBRATE = (
     "What to calibrate on, a part of it held out: wikipedia, news, or a .txt/.jsonl file (for encoder–decoders also of "
     'pairs, {"source": …, "target": …} a line; else they read one half of a text and write the other); of models of images photos, '
-    "digits, or a folder of images. [default: wikipedia; photos]"
+    "digits, or a folder of images; of models of sound a .jsonl file of recordings, "
+    '{"audio": "a.wav", "text": …} a line, a folder of a.wav beside a.txt, or a text, which eSpeak NG speaks. '
+    "[default: wikipedia; photos]"
 )
-TOKENS = "Calibration tokens; an image is as many as the model makes of it."
-WINDOWS = "Evaluation windows of each text, or images. [default: 16 windows, 256 images]"
+TOKENS = "Calibration tokens; an image or a recording is as many as the model makes of it. [default: 40960, or 96 recordings]"
+WINDOWS = "Evaluation windows of each text, images, or recordings. [default: 16 windows, 256 images, 32 recordings]"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", "prompts", multiple=True, help="Text to complete, or of an encoder–decoder to read; may be repeated.")
 @click.option("--input", "file", type=click.Path(path_type=Path), help="A file with one prompt a line.")
 @click.option("--image", "pictures", multiple=True, type=click.Path(path_type=Path), help="An image to embed; may be repeated.")
+@click.option("--audio", "sounds", multiple=True, type=click.Path(path_type=Path), help="A .wav file to transcribe; may be repeated.")
 @click.option("--chat", is_flag=True, help="Take each prompt as a user's message, through the tokenizer's chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 @options.seed
 @options.as_json
 def command(
-    bundle: Path, prompts: tuple[str, ...], file: Path | None, pictures: tuple[Path, ...], backend: str, device: str, slots: int,
-    speculate: bool, draft: Path | None, threads: int | None, json_: bool, chat: bool,
+    bundle: Path, prompts: tuple[str, ...], file: Path | None, pictures: tuple[Path, ...], sounds: tuple[Path, ...], backend: str,
+    device: str, slots: int, speculate: bool, draft: Path | None, threads: int | None, json_: bool, chat: bool,
     **sampling: Any,
 ) -> None:  # fmt: skip
-    """Complete prompts with BUNDLE; one prompt streams as it is generated. Models of images give embeddings (--image).
+    """Complete prompts with BUNDLE; one prompt streams as it is generated. Models of images give embeddings (--image), models of sound
+    transcripts (--audio).
 
     Several prompts run together, each joining and leaving between two tokens; each gives what it would give alone. An encoder–decoder
     reads a prompt once and writes a text for it; several prompts follow each other, those of one length together.
@@ -53,28 +55,34 @@ def command(
     how often guesses are right; when they do not pay they are turned off for a while. A report on standard error says how it went.
     """
     from dyncomp.bundle import open_bundle
-    from dyncomp.deploy import open_generator, require_device
+    from dyncomp.deploy import hear, open_generator, require_device
     from dyncomp.errors import RequestError
     from dyncomp.runtime.generate import Seq2SeqGenerator
     from dyncomp.runtime.sampling import Sampling
 
     require_device(device, bundle)
     texts = list(prompts) + (_lines(file) if file is not None else [])
+    if bool(texts) + bool(pictures) + bool(sounds) > 1:
+        what = "--image asks for embeddings, --audio for transcripts, --prompt and --input for text that follows a text"
+        raise RequestError(what, hint="give one of them")
     if pictures:
-        if texts:
-            raise RequestError("--image asks for embeddings, --prompt and --input for text", hint="give one of them")
         _embed(bundle, pictures, backend, threads, json_=json_)
         return
-    if not texts:
-        raise RequestError("there is nothing to complete", hint="give --prompt TEXT, --input FILE or --image FILE")
+    if not (texts or sounds):
+        raise RequestError("there is nothing to complete", hint="give --prompt TEXT, --input FILE, --image FILE or --audio FILE")
     speculation: Speculation | None = None
     choice = Sampling(**sampling)
+    opened = open_bundle(bundle)
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
-    generator: Any = open_generator(open_bundle(bundle), backend, threads=threads)
+    if sounds:
+        texts, requests = list(map(str, sounds)), hear(opened, sounds)
+    generator: Any = open_generator(opened, backend, threads=threads)
     reads = isinstance(generator, Seq2SeqGenerator)
     if reads and (chat or speculate or draft is not None):
         option = "--chat" if chat else "--speculate" if speculate else "--draft"
         raise RequestError(f"{option}: {bundle} holds an encoder–decoder, which does not continue a text", hint="leave it out")
+    if reads and not sounds and opened.processor() is not None:
+        raise RequestError(f"{bundle} holds a model that hears, and does not read text", hint="give --audio FILE")
     if speculate or draft is not None:
         drafting = None if draft is None else _draft(draft, generator.tokenizer, backend, threads)
         generator.session = speculation = _speculation(generator.session, len(requests), drafting)

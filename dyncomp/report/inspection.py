@@ -12,10 +12,10 @@ import torch
 from rich.table import Table
 
 from dyncomp.bundle import Bundle
-from dyncomp.cost import count
+from dyncomp.cost import count, flops_unit
 from dyncomp.graph import Graph
 from dyncomp.regions import Regions, find_routed
-from dyncomp.report.tables import describe_mix, flops_unit, quality_table, search_table, table
+from dyncomp.report.tables import describe_mix, quality_table, search_table, table
 
 
 def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def regions_as_dict(graph: Graph, regions: Regions) -> dict[str, Any]:
         "task": graph.info.get("task"),
         "parameters": cost.parameters,
         "flops_per_token": cost.flops_per_token,
+        "flops_unit": flops_unit(graph),
         "ffns": [
             {
                 "name": f.name, "activation": f.activation, "gated": f.gated, "layout": f.layout, "d_model": f.d_model, "d_ff": f.d_ff,
@@ -51,7 +52,7 @@ def regions_tables(graph: Graph, regions: Regions) -> list[Table | str]:
     """The same for people; equal neighbours share a row."""
     facts = regions_as_dict(graph, regions)
     inputs = ", ".join(map(str, graph.inputs))
-    size = f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['flops_per_token'] / 1e6:.1f} MFLOPs per {flops_unit(facts['task'])}"
+    size = f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['flops_per_token'] / 1e6:.1f} MFLOPs per {facts['flops_unit']}"
     items: list[Table | str] = [
         f"{facts['model']}: {facts['task']}, {size}",
         f"graph: {len(graph.nodes)} nodes, ({inputs}) -> ({', '.join(graph.outputs)})",

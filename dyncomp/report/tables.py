@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +46,8 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
         size = f"{figures['windows']} x {figures['window_tokens']} tokens"
         result.add_column(f"{text}\n{size}\n{'perplexity' if causal else 'cosine to dense'}", justify="right")
         probes = ("linear probe", "dense's probe") if "probe" in figures else ()
-        for name in ("KL, nats", "same next token") if causal else ("same neighbours", *probes):
+        heard = ("word errors",) if "wer" in figures else ()
+        for name in ("KL, nats", "same next token", *heard) if causal else ("same neighbours", *probes):
             result.add_column(f"\n\n{name}", justify="right")
     first = next(iter(quality.values()))
     for variant in [v for v in _VARIANTS if v in first.get("perplexity", first.get("cosine", {})) or v == "dense"]:
@@ -72,8 +73,18 @@ def quality_table(quality: dict[str, dict[str, Any]], task: str) -> Table:
                 cells += ["", ""]
             else:
                 cells += [f"{figures['kl'][variant]:.3f}{spread('kl', '.3f')}", f"{figures['agreement'][variant]:.1%}"]
+            if rates := figures.get("wer"):
+                cells.append(_word_errors(rates, variant, spread))
         result.add_row(*cells)
     return result
+
+
+def _word_errors(rates: dict[str, float], variant: str, spread: Callable[[str, str], str]) -> str:
+    if variant not in rates:
+        return ""
+    if variant == "dense":
+        return f"{rates[variant]:.1%}{spread('wer', '.1%')}"
+    return f"{rates[variant]:.1%} ({rates[variant] - rates['dense']:+.1%}{spread('wer_change', '+.1%')})"
 
 
 def between(ends: list[float] | None, form: str) -> str:
@@ -134,7 +145,7 @@ def search_table(search: dict[str, Any], task: str) -> Table:
 
 def cost_table(report: dict[str, Any]) -> Table:
     """Parameters and FLOPs per token or image, counted from the graph."""
-    unit = flops_unit(report.get("task"))
+    unit = report.get("flops_unit", "token")
     result = table("cost", "", ">parameters", ">active per token", f">MFLOPs per {unit}", ">active FFN neurons")
     dense = report["dense"]
     result.add_row(
@@ -151,21 +162,14 @@ def cost_table(report: dict[str, Any]) -> Table:
     return result
 
 
-def flops_unit(task: str | None) -> str:
-    """What operations are counted for; see :func:`dyncomp.cost.count`."""
-    return {"image-encoder": "image", "seq2seq": "token read and written"}.get(task or "", "token")
-
-
 def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
     """Tokens per second, with the ratio to the dense model of the same engine."""
     entries = list(entries)
     first = entries[0]
     prompt = f"prefill {first['prefill_tokens']} tokens/s"
-    rates = (
-        {"images_per_s": "images/s"}
-        if "images_per_s" in first
-        else {"decode_tokens_per_s": "decode tokens/s", "prefill_tokens_per_s": prompt}
-    )
+    rates = {"images_per_s": "images/s"} if "images_per_s" in first else {"decode_tokens_per_s": "decode tokens/s"}
+    if "decode_tokens_per_s" in rates:
+        rates |= {"recordings_per_s": "recordings heard/s"} if "recordings_per_s" in first else {"prefill_tokens_per_s": prompt}
     columns = [column for label in rates.values() for column in (f">{label}", ">x dense")]
     result = table(f"speed, {first['threads']} threads, batch {first['batch']}", "engine", "variant", "precision", *columns)
     for entry in entries:
@@ -173,7 +177,7 @@ def bench_table(entries: Iterable[dict[str, Any]]) -> Table:
         cells = []
         for key in rates:
             value = entry.get(key)
-            cells.append("" if value is None else f"{value:.1f}")
+            cells.append("" if value is None else f"{value:.2f}" if key == "recordings_per_s" else f"{value:.1f}")
             cells.append("" if value is None or dense is None or not dense.get(key) else f"{value / dense[key]:.2f}")
         result.add_row(entry["engine"], entry["variant"], entry["precision"], *cells)
     return result
@@ -198,11 +202,10 @@ def notes(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}"
         )
-    if report.get("task") == "seq2seq":
-        lines.append(
-            "perplexity: per written token, the right ones before it given; of text, half of a window is read and the other half written"
-        )
     first = next(iter(report["quality"].values()))
+    if report.get("task") == "seq2seq":
+        halves = "; of text, half of a window is read and the other half written"
+        lines.append(f"perplexity: per written token, the right ones before it given{'' if 'wer' in first else halves}")
     increase, cosine = first.get("increase", {}), first.get("cosine", {})
     worse = increase and increase.get("static_pruned", 9e9) <= increase["converted"]
     worse = worse or (cosine and cosine.get("static_pruned", -1) >= cosine["converted"])

@@ -28,15 +28,26 @@ class Variant:
 
 
 class Reading:
-    """An encoder–decoder as a :class:`~dyncomp.runtime.session.DecoderSession`: its prompt is what the encoder reads."""
+    """An encoder–decoder as a :class:`~dyncomp.runtime.session.DecoderSession`: its prompt is what the encoder reads, or noise of the one
+    size that it hears.
 
-    def __init__(self, session: Seq2SeqSession) -> None:
+    Args:
+        takes: the encoder's first input, as ``config.json`` describes it.
+    """
+
+    def __init__(self, session: Seq2SeqSession, takes: Mapping[str, Any]) -> None:
         self.engine, self.cached, self.threads = session.engine, session.cached, session.threads
         self.context_length, self.step, self.reset = session.context_length, session.step, session.reset
         self._session = session
+        self.hears = str(takes["dtype"]).startswith("float")
+        self._name, self._shape = takes["name"], [size for size in takes["shape"] if not isinstance(size, str)]
 
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
-        self._session.encode(**{name: np.ones_like(ids) if name == "attention_mask" else ids for name in self._session.reads})
+        if self.hears:
+            heard = np.random.default_rng(0).standard_normal((len(ids), *self._shape), np.float32)
+            self._session.encode(**{self._name: heard})
+        else:
+            self._session.encode(**{name: np.ones_like(ids) if name == "attention_mask" else ids for name in self._session.reads})
         return self._session.prefill(np.zeros((len(ids), 1), np.int64), np.ones(len(ids), np.int64), room)
 
 
