@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyncomp.backends.native.sparse import gather_below
 from dyncomp.calibrate import Calibration, calibrate, fingerprint
 from dyncomp.errors import DyncompError, RequestError, SearchError
 from dyncomp.evaluate import evaluate
@@ -52,7 +53,7 @@ MIXED = 0.7
 EXPERTS = 48
 ACTIVE = (0.9, 0.75)
 SPARSE = (0.75, 0.65)
-"""Fractions of inputs; with more of them the kernel that skips the others is slower than the dense one."""
+"""Fractions of inputs."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ class Search:
         quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
         last = quantize_of(quantize)
         block, label = (last.block, f", {last.label}") if last is not None else (1, "")
-        for active in SPARSE if quantize else ():  # only kernels for quantized weights gain by it
+        gathered = 0.0 if last is None else max(gather_below(bits) for bits in last.mixed or (last.bits,) if bits <= 8)
+        for active in (a for a in SPARSE if a <= gathered):  # only where kernels gain by it
             name = f"{active:.0%} of the inputs{label}"
             yield name, [Sparsify(active=active), *quantize]
             if self._loses_too_much(name) or self._stays_slow(name, SPARSE[-1] / active):

@@ -24,6 +24,7 @@ from dyncomp.cost import count
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import evaluate
 from dyncomp.evidence import baselines, cost_figures, measure_quality
+from dyncomp.examples import Examples
 from dyncomp.graph import Graph
 from dyncomp.ops import append_cache, cached_attention, gated_linear, key_mask, routed_ffn, sequence_scores
 from dyncomp.pipeline import Context, Pipeline
@@ -361,7 +362,7 @@ def test_the_evidence_has_baselines_of_the_same_cost() -> None:
     plain = baselines(ctx.dense, graph, (), ctx)
     assert len(find_regions(plain["layers_dropped"]).attentions) == 1
     ids = torch.cat([b["input_ids"] for b in ctx.calibration.batches])  # type: ignore[union-attr]
-    quality = measure_quality({"dense": ctx.dense, "converted": graph} | plain, {"held out": ids}, "causal-lm")
+    quality = measure_quality({"dense": ctx.dense, "converted": graph} | plain, {"held out": Examples(ids)}, "causal-lm")
     figures = quality["held out"]
     assert set(figures["increase"]) == {"converted", "layers_dropped", "static_pruned"}
     routers = len(figures["skipped_by_gate"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import dyncomp.passes  # noqa: F401  (registers the passes)
 import pytest
 import torch
+from dyncomp.backends.native import sparse
 from dyncomp.backends.native.build import available
 from helpers import assert_close, relative_error
 from torch import Tensor
@@ -17,6 +19,7 @@ from dyncomp.cost import count
 from dyncomp.errors import RequestError
 from dyncomp.evidence import calibrated_share, static_baseline
 from dyncomp.graph import Graph
+from dyncomp.hardware import detect
 from dyncomp.interpret import sparse_nodes
 from dyncomp.pipeline import Context, PassResult, Pipeline, parse_passes
 from dyncomp.regions import find_regions
@@ -184,12 +187,21 @@ def test_with_a_cache_it_gives_the_same(quantize: str) -> None:
     assert all(float(graph.tensor(n.args[3]).max()) > 0 for n in sparse_nodes(graph))  # put back after the comparison without them
 
 
+@pytest.mark.parametrize(("vector", "bits", "gathers"), [("avx512_vnni", 4, True), ("avx2", 4, False), ("avx2", 8, False)])
+def test_half_of_the_inputs_are_gathered_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vector: str, bits: int, gathers: bool
+) -> None:
+    monkeypatch.setattr(sparse, "detect", lambda: dataclasses.replace(detect(), vector=(vector,)))
+    assert (sparse.gather_below.__wrapped__(bits) >= 0.5) == gathers
+
+
 @pytest.mark.parametrize("native", [pytest.param(True, marks=pytest.mark.skipif(not available(), reason="no compiler")), False])
 @pytest.mark.parametrize(
     "spec", ["sparsify{active=60%}, quantize", "sparsify{active=95%}, quantize{bits=4}", "sparsify{where=ffn active=60%}"]
 )
-def test_lowered_to_onnx_it_gives_the_same(tmp_path: Path, spec: str, native: bool) -> None:
+def test_lowered_to_onnx_it_gives_the_same(tmp_path: Path, spec: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sparse, "gather_below", lambda bits: 0.85)  # on every machine
     import json
 
     from dyncomp.backends.ort.lower import lower

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dyncomp.backends.native import ACTIVATION_CODES, pack_input_scales, pack_in
 from torch import fx
 
 from dyncomp.graph import Builder, Graph
+from dyncomp.hardware import detect
 from dyncomp.interpret import activation_terms, sparse_nodes
 from dyncomp.quantized import Quantized, join
 from dyncomp.regions import FFN, find_sparse_ffns, replace_ffn
@@ -20,10 +22,20 @@ from dyncomp.regions.linear import Linear
 aten = torch.ops.aten
 _NONE = -1
 
-GATHER_BELOW = 0.85
-"""Active fraction up to which skipping inputs is taken to be faster than the dense kernel, which reads its weights in order. For one
-token, weights from memory, AVX-512, 8 and 4 bits, 1 and 2 threads the two cross between 0.75 (576 outputs) and 1 (3072 outputs). Above
-it the dense kernel runs."""
+_GATHER_BELOW = {"avx512_vnni": {8: 0.85, 4: 0.85}, "": {8: 0.35, 4: 0.0}}
+
+
+@functools.cache
+def gather_below(bits: int) -> float:
+    """Active fraction up to which skipping inputs is taken to be faster than the dense kernel, which reads its weights in order. Above it
+    the dense kernel runs.
+
+    Measured for one token, weights from memory, 1 and 2 threads. With AVX-512 the two cross between 0.75 (576 outputs) and 1 (3072
+    outputs). With AVX2 gathering is 1.0 to 1.5 times as fast at 0.25 and 0.8 to 1 times at 0.5 in 8 bits, and in 4 bits, where arithmetic
+    takes longer than memory, 1 times at 0.25 and half as fast at 0.75.
+    """
+    vector = detect().vector
+    return next(below for name, below in _GATHER_BELOW.items() if not name or name in vector)[bits]
 
 
 def select_sparse_ffns(graph: Graph, ops: Any) -> None:
@@ -41,8 +53,8 @@ def select_sparse_ffns(graph: Graph, ops: Any) -> None:
 
 
 def select_sparse_linears(graph: Graph, ops: Any | None) -> None:
-    """What is left: the native operator, if there is one, where it pays (see :data:`GATHER_BELOW`), otherwise zeros in the input of a plain
-    linear layer."""
+    """What is left: the native operator, if there is one, where it pays (see :func:`gather_below`), otherwise zeros in the input of a
+    plain linear layer."""
     for node in sparse_nodes(graph):
         x, weight, bias, thresholds = node.args
         assert isinstance(weight, fx.Node)
@@ -69,12 +81,12 @@ def sparse_kernels(graph: Graph, gathering: int) -> dict[str, Any]:
     return {
         "layers": len(sparse_nodes(graph)),
         "gathering_operators": gathering,
-        "gather_below": GATHER_BELOW,
+        "gather_below": {f"int{bits}": gather_below(bits) for bits in (8, 4)},
     }
 
 
 def _pays(graph: Graph, name: str) -> bool:
-    return bool(active_inputs(graph, name) <= GATHER_BELOW)
+    return active_inputs(graph, name) <= gather_below(graph.quantized[name].bits)
 
 
 def active_inputs(graph: Graph, name: str) -> float:
