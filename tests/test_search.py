@@ -171,7 +171,7 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     monkeypatch.setattr(search.Search, "_time", measure)
     monkeypatch.setattr(search.Search, "_converted", note)
     monkeypatch.setattr(LatencyTable, "seconds", look_up)
-    monkeypatch.setattr(search, "QUICK", 1024)
+    monkeypatch.setattr(search, "LOOKS", ((512, 9.0), (1024, 3.0), (4096, 1.0)))
     monkeypatch.setattr(search, "gather_below", lambda bits: 1.0)
     monkeypatch.chdir(place)
     goal = Goal(max_loss=5.0, trials=4)
@@ -187,7 +187,8 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     assert fast["predicted"] == pytest.approx(4.0 * 22 / (22 - layers.total()))
     assert (fast["quick"], fast["speed"]) == (False, 5.0)
     assert not any(spec.startswith("sparsify") and "0.65" not in spec for spec, _ in fitted)
-    assert fitted[-2:] == [("sparsify{active=0.65 budgets=uniform}", 1024), ("sparsify{active=0.65}", 3072)]
+    look = "sparsify{active=0.65 budgets=uniform}"
+    assert fitted[-3:] == [(look, 512), (look, 1024), ("sparsify{active=0.65}", 3072)]
     cells = [list(column.cells) for column in search_table(found, "causal-lm").columns]
     assert cells[2][-2] == f"~{slow['predicted']:.2f}"
     assert cells[-1][-2] == "slower, by the table of latencies"
