@@ -205,7 +205,7 @@ class Search:
         for active in (a for a in SPARSE if a <= gathered):  # only where kernels gain by it
             name = f"{active:.0%} of the inputs{label}"
             yield name, [Sparsify(active=active), *quantize]
-            if self._loses_too_much(name) or self._stays_slow(name, SPARSE[-1] / active):
+            if self._no_less(name, SPARSE[-1] / active):
                 break
         # Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well.
         refitted = quantize if last is None or last.method == "gptq" else _with(PRECISIONS[last.label], head_bits=last.head_bits)
@@ -214,12 +214,12 @@ class Search:
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
             name = f"{active:.0%} of {experts} experts{label}"
             yield name, [*parse_passes(spec), *refitted]
-            if self._loses_too_much(name) or self._stays_slow(name, ACTIVE[-1] / active):
+            if self._no_less(name, ACTIVE[-1] / active):
                 break  # fewer neurons lose more
         for active in ACTIVE if find_regions(self.dense).ffns else ():
             name = f"{active:.0%} of the neurons, static{label}"
             yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *refitted]
-            if self._loses_too_much(name) or self._stays_slow(name, ACTIVE[-1] / active):
+            if self._no_less(name, ACTIVE[-1] / active):
                 break
 
     def _mixed(self) -> list[Pass]:
@@ -234,6 +234,10 @@ class Search:
 
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)
+
+    def _no_less(self, name: str, least: float) -> bool:
+        """Whether candidates that compute less than this one need not be tried; at least ``least`` times as much as it."""
+        return self._loses_too_much(name) or self._stays_slow(name, least)
 
     def _stays_slow(self, name: str, least: float) -> bool:
         """Whether a candidate is so slow by the table that with ``least`` times as much to compute it still were not fast enough."""

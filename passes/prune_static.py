@@ -124,8 +124,8 @@ def _moments(ffn: FFN, hidden: list[Tensor], ctx: Context) -> tuple[Tensor, Tens
         statistics = ctx.calibration.statistics[ffn.name]
         return statistics.mean, statistics.square
     total = torch.zeros(2, ffn.d_ff, dtype=torch.float64)
-    for h in hidden:
-        total += torch.stack([h.float().sum(0), h.float().square().sum(0)])
+    for h in map(torch.Tensor.float, hidden):
+        total += torch.stack([h.sum(0), h.square().sum(0)])
     mean, square = (total / sum(map(len, hidden))).float()
     return mean, square
 
