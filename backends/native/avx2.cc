@@ -23,6 +23,7 @@ struct Weights4 {
   I low, high;
 };
 constexpr int kOffset8 = 128, kTiles = 1, kTokens = 4, kRows = 6, kColumns = 1;
+constexpr int64_t kEarly = 2048;
 constexpr bool kSplit = false;
 
 inline V operator+(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

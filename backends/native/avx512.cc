@@ -16,6 +16,7 @@ struct Weights4 {
   __m512i low, high;
 };
 constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6, kRows = 6, kColumns = 4;
+constexpr int64_t kEarly = 0;
 constexpr bool kSplit = true;
 
 inline V set(float x) { return _mm512_set1_ps(x); }

@@ -5,6 +5,8 @@
 //   kSplit       whether there is load4_unshifted, whose upper codes are 16 times too large
 //   kOffset8     what Weights8 has subtracted from the codes (0, or 128 where products are of signed numbers)
 //   kTiles, kTokens   tiles of rows and tokens that share a pass over the weights: as many as the registers hold sums for
+//   kEarly      how many bytes before it reads them a product for one or two tokens asks for weights, which come from memory and in order:
+//                the processor's own prefetching begins anew with every page. 0 where that was not found to help
 //   kRows, kColumns   the same for products of floats: rows, and vectors of 16 columns
 //   total        the sum of the 16 floats of a V
 // No library function is called here: this is compiled with flags that other code must not see.
@@ -53,6 +55,11 @@ void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows,
       if (OFFSETS) offset[r] = load_half(offsets[r] + g * kTile);
     }
     for (int64_t end = b + share; b < end; b++, at += bytes) {
+      if constexpr (M <= 2 && kEarly > 0) {
+        UNROLL for (int r = 0; r < R; r++) {
+          UNROLL for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes[r] + at + kEarly + i, 0, 3);
+        }
+      }
       I c[R][M], high[split ? R : 1][split ? M : 1];
       UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int t = 0; t < M; t++) {

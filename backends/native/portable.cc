@@ -17,6 +17,7 @@ struct Weights4 {
   const uint8_t* codes;
 };
 constexpr int kOffset8 = 0, kTiles = 1, kTokens = 4, kRows = 3, kColumns = 1;
+constexpr int64_t kEarly = 0;
 constexpr bool kSplit = false;
 
 inline V set(float x) { return V{} + x; }
