@@ -37,7 +37,7 @@ from dyncomp.recipe import Recipe, load_recipe
 from dyncomp.regions import find_regions, require_ffns
 from dyncomp.regions.refusal import Refusal
 from dyncomp.rows import Rows, tensors_of
-from dyncomp.search import Found, Goal, Search, selection_size
+from dyncomp.search import Found, Goal, Search, artifact_bytes, selection_size
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
@@ -110,7 +110,7 @@ class ConvertRequest:
         """
         if self.goal is not None and self.searched is None:
             raise RequestError(
-                "--max-loss, --speedup, --minutes and --trials search for a recipe, and one is named",
+                "--max-loss, --speedup, --max-memory, --minutes and --trials search for a recipe, and one is named",
                 hint="leave out --recipe, --active, --experts and --quantize, or the search",
             )
         if self.kv_cache is not None:
@@ -253,7 +253,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
             f"a search keeps {selection} windows, pairs, images or recordings of those to calibrate on to itself, and there are no more",
             hint="raise --tokens",
         )
-    wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, request.threads]
+    wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, goal.max_memory, request.threads]
     data = [*tensors_of(rows), *examples.evaluation_data(), *([] if examples.training is None else tensors_of(examples.training))]
     start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
@@ -335,8 +335,9 @@ def _search(
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
         return compare(dense, graph, folder, threads=request.threads)
 
+    constant = artifact_bytes(dense) - ctx.dense.weight_bytes()
     table = latency_table(request.threads)
-    return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, table, say).run()
+    return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, table, say, constant).run()
 
 
 def _floating(graph: Graph) -> Graph:

@@ -50,6 +50,7 @@ class Artifact(Protocol):
     @property
     def precision(self) -> str: ...
     def run(self, **inputs: Any) -> dict[str, Any]: ...
+    def placement(self) -> dict[str, dict[str, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ CACHE_TOLERANCE = 2e-2
 
 
 def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, backend: str = "ort") -> dict[str, Any]:
-    """Hold the artifact against its graph; the result belongs into the report.
+    """Hold the artifact against its graph; the result belongs into the report, with ``placement``: what runs where, and ``notes`` on
+    what runs otherwise than a user would think.
 
     Raises:
         PassError: they differ by more than :data:`TOLERANCE`: the artifact must not be used.
@@ -189,13 +191,14 @@ def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, ba
     allowed, used = TOLERANCE[lowered.precision], backend_of(backend)
     if "bits" in (lowered.info.get("kv_cache") or {}):
         allowed = max(allowed, CACHE_TOLERANCE)
-    entry = parity(lowered, used.open(folder, threads=threads), used.session, backend=backend, good=allowed)
+    model = used.open(folder, threads=threads)
+    entry = parity(lowered, model, used.session, backend=backend, good=allowed)
     if not entry["relative_error"] <= allowed:
         raise PassError(
             f"the {used.label} artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed {allowed:g}",
             hint="this is a defect: please report the model and the recipe",
         )
-    return entry
+    return entry | {"placement": model.placement(), "notes": model.config.get("notes", [])}
 
 
 def measure(

@@ -48,6 +48,8 @@ FIRST, HOPELESS = 2, 3.0
 """Windows that show that a candidate is hopeless: where they lose this many times what is allowed, the others are not run."""
 MIXED = 0.7
 """Of the limit that a mix of precisions is chosen by."""
+FILLED = 0.995
+"""Of ``max_memory``, for a mix of precisions: tensors in a file begin at multiples of some bytes."""
 EXPERTS = 48
 ACTIVE = (0.9, 0.75)
 SPARSE = (0.75, 0.65)
@@ -56,17 +58,20 @@ SPARSE = (0.75, 0.65)
 
 @dataclass(frozen=True)
 class Goal:
-    """What to search for: the fastest within ``max_loss``, or the best that is ``speedup`` times as fast as the dense model.
+    """What to search for: the fastest within ``max_loss``, the best that is ``speedup`` times as fast as the dense model, or the best
+    within ``max_memory``, which may also be asked for beside one of the others.
 
     Args:
         max_loss: relative rise of the perplexity (decoders), or 1 - cosine to the dense embeddings (encoders).
         speedup: of decoding (decoders) or of a forward pass (encoders) over the dense fp32 model.
+        max_memory: bytes of the artifact's weights and tables; keys and values of past tokens come on top.
         minutes: no candidate begins later.
         trials: no more candidates than this.
     """
 
     max_loss: float | None = None
     speedup: float | None = None
+    max_memory: int | None = None
     minutes: float = 15.0
     trials: int | None = None
 
@@ -80,23 +85,35 @@ class Goal:
             raise RequestError(f"--max-loss {self.max_loss:.0%} is out of range", hint="for example 1%")
         if self.speedup is not None and not 0 < self.speedup < 1000:
             raise RequestError(f"--speedup {self.speedup:g} is out of range", hint="for example 1.5")
+        if self.max_memory is not None and self.max_memory <= 0:
+            raise RequestError(f"--max-memory {self.max_memory}: no model takes so little", hint="for example 100MB")
+        if self.max_loss is None and self.speedup is None and self.max_memory is None:
+            raise RequestError("a search needs a goal", hint="give max_loss, speedup or max_memory")
         if self.minutes <= 0 or (self.trials is not None and self.trials < 1):
             raise RequestError("a search needs time: --minutes must be positive and --trials at least 1")
 
     def meets(self, trial: Trial) -> bool:
         """Whether a trial reaches the goal; the speed is compared by the caller when the goal is a loss."""
+        if not self.fits(trial.bytes):
+            return False
         if self.speedup is not None:
             return trial.speed is not None and trial.speed >= self.speedup
-        return not trial.quick and trial.loss is not None and trial.loss <= (self.max_loss or 0.0)
+        return not trial.quick and trial.loss is not None and (self.max_loss is None or trial.loss <= self.max_loss)
+
+    def fits(self, size: int | None) -> bool:
+        """Whether so many bytes, if that is known, are within ``max_memory``."""
+        return self.max_memory is None or size is None or size <= self.max_memory
 
     def better(self, trial: Trial, than: Trial) -> bool:
         """Of two that meet the goal."""
-        if self.speedup is not None:
+        if self.max_loss is None:
             return trial.loss is not None and (than.loss is None or trial.loss < than.loss)
         return (trial.speed or 0) > (than.speed or 0)
 
     def __str__(self) -> str:
-        return f"at least {self.speedup:g} x dense" if self.speedup is not None else f"at most {self.max_loss:+.2%} loss"
+        limits = [] if self.speedup is None else [f"at least {self.speedup:g} x dense"]
+        limits += [] if self.max_loss is None else [f"at most {self.max_loss:+.2%} loss"]
+        return ", ".join([*limits, *([] if self.max_memory is None else [f"at most {self.max_memory / 1e6:.3g} MB"])])
 
 
 @dataclass
@@ -104,13 +121,13 @@ class Trial:
     """One candidate and what was measured of it.
 
     Args:
-        loss: as in :class:`Goal`; None where it was not measured, for the speed was too low.
+        loss: as in :class:`Goal`; None where it was not measured, for the speed was too low, or there were too many bytes.
         quick: a quick look decided: the loss is that after fitting to little text, without quantization.
         predicted: speed by the table of latencies, times the dense fp32 model; None where nothing had to be fitted.
         speed: as measured; None where it was not, for the loss was too high.
         prefill: the same for a prompt of 512 tokens (decoders).
         token_seconds: of one token, where ``speed`` is measured.
-        bytes: of the artifact.
+        bytes: of the artifact's weights and tables; before it is made, what they should take.
     """
 
     name: str
@@ -147,6 +164,7 @@ class Search:
         selection: windows or images that nothing is fitted to.
         measure: artifact of a graph -> its speed relative to the dense model (see :func:`dyncomp.deploy.compare`).
         table: of latencies on this machine.
+        constant: bytes of an artifact besides the weights.
         work: keeps finished trials.
     """
 
@@ -160,6 +178,7 @@ class Search:
     measure: Callable[[Graph, Path], dict[str, Any]]
     table: LatencyTable
     say: Callable[[str], None]
+    constant: int = 0
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     _beginnings: dict[int, Calibration] = field(default_factory=dict)  # of the calibration text, by tokens
@@ -181,46 +200,84 @@ class Search:
             self.say(describe(trial))
             self._prefer(trial)
         if self.best is None:
-            raise SearchError(self._nothing(), hint="allow more loss (--max-loss), or name a recipe (--recipe)")
+            more = "loss (--max-loss)" if self.goal.max_memory is None else "memory (--max-memory)"
+            raise SearchError(self._nothing(), hint=f"allow more {more}, or name a recipe (--recipe)")
         graph, records = self.work.resume(self.dense)
         return Found(graph, records, parse_passes(", ".join(self.best.passes)), self._artifact(self.best.name), self.trials, self.best)
 
     def _candidates(self) -> Iterator[tuple[str, list[Pass]]]:
+        yield from self._precisions()
+        quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
+        last = quantize_of(quantize)
+        if self.goal.max_memory is None or last is not None:
+            if self.goal.max_loss is None and self.goal.speedup is None:
+                return  # what computes less takes as much memory, and loses more
+            yield from self._with_choices(quantize)
+        elif self.best is None:  # no precision is small enough alone
+            quantize = (*_with(PRECISIONS["int4"], head_bits=4),)
+        yield from self._pruned(quantize)
+
+    def _precisions(self) -> Iterator[tuple[str, list[Pass]]]:
         rounded = [p for p in _with(PRECISIONS["int4"], method="rtn") if isinstance(p, Quantize)]
         yield "int4, rounded", [*rounded]
         if not self._reached("int4, rounded"):
             yield "int4", [*PRECISIONS["int4"]]
         small = self._reached("int4, rounded") or self._reached("int4")
         if not small or self.goal.max_loss is None or self.task not in WRITES:  # weights of 8 bits are never read faster than of 4
-            yield "int8", [*PRECISIONS["int8"]]
+            if self._fits(PRECISIONS["int8"]):
+                yield "int8", [*PRECISIONS["int8"]]
+            elif self._fits(rounded):
+                yield "mixed, as large as allowed", self._filling()
         if not small and self._reached("int8"):
             yield "mixed", self._mixed()
-        if small:
+        if small or not self._fits(rounded):
             best = rounded if self._reached("int4, rounded") else PRECISIONS["int4"]
             yield "int4, head too", _with(best, head_bits=4)
-        quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
+
+    def _with_choices(self, quantize: tuple[Pass, ...]) -> Iterator[tuple[str, list[Pass]]]:
+        """What chooses inputs or experts for each token, on top of a precision."""
         last = quantize_of(quantize)
-        block, label = (last.block, f", {last.label}") if last is not None else (1, "")
+        block, label = _block(last), _label(last)
         gathered = 0.0 if last is None else max(gather_below(bits) for bits in last.mixed or (last.bits,) if bits <= 8)
         for active in (a for a in SPARSE if a <= gathered):  # only where kernels gain by it
             name = f"{active:.0%} of the inputs{label}"
             yield name, [Sparsify(active=active), *quantize]
             if self._no_less(name, SPARSE[-1] / active):
                 break
-        # Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well.
-        refitted = quantize if last is None or last.method == "gptq" else _with(PRECISIONS[last.label], head_bits=last.head_bits)
         experts = self._experts(block)
         for active in ACTIVE if experts is not None else ():
             spec = f"carve-experts{{experts={experts} shared={(experts or 0) // 4}}}, fit-router{{active={active}}}, refit-down"
             name = f"{active:.0%} of {experts} experts{label}"
-            yield name, [*parse_passes(spec), *refitted]
+            yield name, [*parse_passes(spec), *_for_refitted(quantize)]
             if self._no_less(name, ACTIVE[-1] / active):
                 break  # fewer neurons lose more
+
+    def _pruned(self, quantize: tuple[Pass, ...]) -> Iterator[tuple[str, list[Pass]]]:
+        last = quantize_of(quantize)
         for active in ACTIVE if find_regions(self.dense).ffns else ():
-            name = f"{active:.0%} of the neurons, static{label}"
-            yield name, [*parse_passes(f"prune-static{{active={active} multiple={block}}}"), *refitted]
+            name = f"{active:.0%} of the neurons, static{_label(last)}"
+            yield name, [*parse_passes(f"prune-static{{active={active} multiple={_block(last)}}}"), *_for_refitted(quantize)]
             if self._no_less(name, ACTIVE[-1] / active):
                 break
+
+    def _fits(self, passes: Iterable[Pass]) -> bool:
+        return self.goal.max_memory is None or self.goal.fits(self._size(passes))
+
+    def _size(self, passes: Iterable[Pass]) -> int:
+        """Bytes of the artifact in this precision."""
+        graph = self.dense.copy()
+        Pipeline([p.uniform() for p in passes if isinstance(p, Quantize)]).run(graph, Context())
+        return graph.weight_bytes() + self.constant
+
+    def _filling(self) -> list[Pass]:
+        """Each region as large as ``max_memory`` allows, where that helps most."""
+        assert self.goal.max_memory is not None
+        small, large = (_with(PRECISIONS["mixed"], mixed=(), bits=bits, head_bits=bits) for bits in (4, 8))
+        (least, most), room = map(self._size, (small, large)), FILLED * self.goal.max_memory
+        share = (room - least) / (most - least)
+        (example,) = (p for p in PRECISIONS["mixed"] if isinstance(p, Quantize))
+        low, high = (example.stored(bits) for bits in (4, 8))
+        return _with(PRECISIONS["mixed"], mean=low + max(share, 0.0) * (high - low))
 
     def _mixed(self) -> list[Pass]:
         """Each region as small as a part of the loss limit allows, for losses are measured on few windows."""
@@ -258,9 +315,11 @@ class Search:
         trial = Trial(name, [p.spec for p in passes], None, 0.0)
         if len(quantization_of(passes)) == len(passes) or (self._fast_enough(trial, passes) and self._good_enough(trial, passes)):
             graph, records = self._converted(passes, self.ctx.need_calibration("the search"))
-            trial.quick, trial.loss = False, self._loss(graph, self.goal.max_loss)
-            if self.goal.speedup is not None or self.goal.meets(trial):
-                self._time(trial, graph)
+            trial.bytes = None if self.goal.max_memory is None else graph.weight_bytes() + self.constant
+            if self.goal.fits(trial.bytes):
+                trial.quick, trial.loss = False, self._loss(graph, self.goal.max_loss)
+                if self.goal.speedup is not None or self.goal.meets(trial):
+                    self._time(trial, graph)
                 if self._wins(trial):
                     self.work.records.clear()
                     self.work.keep(graph, records)
@@ -339,7 +398,7 @@ class Search:
         release_memory()
         measured = self.measure(graph, folder)
         trial.speed, trial.prefill, trial.token_seconds = measured["speed"], measured["prefill"], measured["token_seconds"]
-        trial.bytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        trial.bytes = artifact_bytes(folder)
 
     def _prefer(self, trial: Trial) -> None:
         """Take over a trial that reaches the goal best; artifacts of the others are removed."""
@@ -360,16 +419,38 @@ class Search:
     def _nothing(self) -> str:
         if not self.trials:
             return "no candidate was tried"
-        if self.goal.max_loss is not None:
-            closest = min(self.trials, key=lambda t: math.inf if t.loss is None else t.loss)
+        small = [t for t in self.trials if self.goal.fits(t.bytes)]
+        if not small:
+            closest = min(self.trials, key=lambda t: t.bytes or 0)
+        elif self.goal.max_loss is not None:
+            closest = min(small, key=lambda t: math.inf if t.loss is None else t.loss)
         else:
-            closest = max(self.trials, key=lambda t: t.speed or 0)
+            closest = max(small, key=lambda t: t.speed or 0)
         return f"no candidate reaches {self.goal}; closest: {describe(closest)}"
 
 
 def _with(passes: Iterable[Pass], **options: Any) -> list[Pass]:
     """The passes of a precision, the quantization among them with other options."""
     return [dataclasses.replace(p, **options) if isinstance(p, Quantize) else p for p in passes]
+
+
+def artifact_bytes(folder: Path) -> int:
+    """Of an artifact's weights and tables, an encoder's too; the graph and the kernels take little, and the same in every precision."""
+    return sum(f.stat().st_size for f in folder.rglob("*.data"))
+
+
+def _for_refitted(quantize: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well."""
+    last = quantize_of(quantize)
+    return quantize if last is None or last.method == "gptq" else (*_with(PRECISIONS[last.label], head_bits=last.head_bits),)
+
+
+def _block(quantize: Quantize | None) -> int:
+    return 1 if quantize is None else quantize.block
+
+
+def _label(quantize: Quantize | None) -> str:
+    return "" if quantize is None else f", {quantize.label}"
 
 
 def selection_size(rows: Rows, tokens: int) -> int:
@@ -387,6 +468,8 @@ def selection_size(rows: Rows, tokens: int) -> int:
 
 def describe(trial: Trial) -> str:
     """One line: what a trial lost and gained."""
+    if trial.loss is None and trial.bytes is not None:
+        return f"{trial.name}: {trial.bytes / 1e6:.3g} MB"
     if trial.loss is None:
         return f"{trial.name}: {trial.predicted or 0:.2f} x dense by the table of latencies"
     speed = "" if trial.speed is None else f", {trial.speed:.2f} x dense"

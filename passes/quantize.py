@@ -82,7 +82,7 @@ class Quantize(Pass):
         if (self.mean or self.max_loss != 0.01) and not self.mixed:
             raise RequestError("quantize: mean and max-loss choose among several precisions", hint="add mixed=4+8")
         if self.mixed and self.mean:
-            low, high = self._stored(min(self.mixed)), self._stored(max(self.mixed))
+            low, high = self.stored(min(self.mixed)), self.stored(max(self.mixed))
             if not low <= self.mean <= high:
                 raise RequestError(
                     f"quantize: mean={self.mean:g} is not between {low:g} and {high:g}, what the smallest and the largest precision take",
@@ -187,12 +187,12 @@ class Quantize(Pass):
             if not self.mean:
                 require_reachable(trials, units, choices, self.max_loss)
             losses = trials.each(units, choices, ctx.progress)
-            mix = choose(trials, units, losses, self._stored, mean=self.mean or None, limit=self.max_loss)
+            mix = choose(trials, units, losses, self.stored, mean=self.mean or None, limit=self.max_loss)
         _note_mix(graph, result, units, losses, mix)
         result.facts["windows"] = len(windows)
         return {name: mix.bits[unit.name] for unit in units for name in unit.weights}
 
-    def _stored(self, bits: int) -> float:
+    def stored(self, bits: int) -> float:
         """Bits of a weight as a file holds it."""
         return float(bits) if bits == FLOAT else bits + (16 if self.symmetric else 32) / self.block
 

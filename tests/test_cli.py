@@ -151,6 +151,8 @@ def test_inspect_shows_what_was_rewritten(place) -> None:
     assert "carve-experts{experts=8 shared=2}" in text
     assert "layers.1.mlp" in text
     assert "layers.0.mlp" in text
+    assert "placement: ort" in text
+    assert "CPUExecutionProvider" in text
     assert "routed_ffn" in run(place, "inspect", "out", "--graph")
     diff = run(place, "inspect", "out", "--diff")
     assert any(line.startswith("-") and "silu" in line for line in diff.splitlines())

@@ -24,7 +24,7 @@ from dyncomp.passes.precisions import Trials, Unit, allocate
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ort import carve
+from test_ort import Routed, carve
 from torch import Tensor
 
 from bench.tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
@@ -451,4 +451,43 @@ def test_without_a_compiler_onnx_runtimes_kernels_are_used(options: dict[str, ob
     assert not any(op.startswith("dyncomp.") for op in lowered.operators)
     model = OrtModel(tmp_path, threads=1)
     assert model.config["kernels"] == "onnxruntime"
+    own, *decoded = model.config["notes"]
+    assert own.startswith("experts and quantized weights run in ONNX Runtime's own operators: ")
+    assert [re.search(r"float32: (\d+) ", d).group(1) for d in decoded] == ["16" if offsets else "1"]  # type: ignore[union-attr]
     assert parity(graph, model, good=5e-2)["relative_error"] <= 5e-2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k", [0, 1])
+def test_without_a_compiler_quantized_experts_run_in_onnx_runtimes_operator(bits: int, k: int, tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    carve(graph, 2, k=k)
+    for routed in find_routed(graph):
+        for name in (routed.w_up, routed.w_down):
+            graph.add_quantized(name, round_to_nearest(graph.tensor(name).detach(), bits, 32))
+    graph.info["activations"] = "int8"
+    graph = cached(graph)
+    lowered = lower(graph, tmp_path, native=False)
+    assert lowered.operators["com.microsoft.QMoE"] == 2
+    model = OrtModel(tmp_path, threads=1)
+    assert model.placement()["CPUExecutionProvider"]["com.microsoft.QMoE"] == 2
+    assert len(model.config["notes"]) == 1
+    assert parity(graph, model, good=2e-2)["relative_error"] <= 2e-2
+
+
+@pytest.mark.parametrize(("activation", "gated", "bias"), [("silu", True, True), ("gelu_tanh", False, True), ("relu", False, False)])
+def test_quantized_experts_in_onnx_runtimes_operator(activation: str, gated: bool, bias: bool, tmp_path: Path) -> None:
+    """Every kind of gates, tokens without experts; gates that may be negative go another way, on decoded weights."""
+    module = Routed(activation, gated, bias, size=32, width=64)
+    x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1))
+    graph = trace(module, {"x": x}, {"x": {0: "batch", 1: "sequence"}})
+    for name in ("up", "down"):
+        graph.add_quantized(name, round_to_nearest(graph.tensor(name).detach(), 4, 32))
+    lowered = lower(graph, tmp_path, native=False)
+    assert lowered.operators["com.microsoft.QMoE"] == 4
+    model = OrtModel(tmp_path, threads=1)
+    with torch.no_grad():
+        expected = dict(zip(graph.outputs, graph(x), strict=True))
+    for part in (x, x[:1, :1]):
+        for name, actual in model.run(x=part).items():
+            assert_close(torch.as_tensor(actual), expected[name][: part.shape[0], : part.shape[1]], rel=2e-2)

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from click.testing import CliRunner
+from dyncomp.passes import Quantize
 from helpers import own_cache
 from tiny_checkpoint import write_checkpoint, write_text
 
@@ -18,7 +19,7 @@ from dyncomp.convert import ConvertRequest, _rewrite
 from dyncomp.errors import RequestError, SearchError
 from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models import load_model
-from dyncomp.pipeline import no_progress
+from dyncomp.pipeline import Context, Pipeline, no_progress
 from dyncomp.report.tables import search_table
 from dyncomp.search import Goal, Trial
 from dyncomp.trace import trace_model
@@ -192,6 +193,46 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     cells = [list(column.cells) for column in search_table(found, "causal-lm").columns]
     assert cells[2][-2] == f"~{slow['predicted']:.2f}"
     assert cells[-1][-2] == "slower, by the table of latencies"
+
+
+@pytest.fixture
+def sizes(place) -> dict[int, int]:
+    """Bits -> bytes of the tiny model's weights."""
+    found = {}
+    for bits in (4, 8):
+        graph = trace_model(load_model(str(place / "model")))
+        Pipeline([Quantize(bits=bits, head_bits=bits, symmetric=False)]).run(graph, Context())
+        found[bits] = graph.weight_bytes()
+    return found
+
+
+@pytest.mark.parametrize(("room", "names", "chosen"), [
+    (lambda s: 10 * s[8], ["int4, rounded", "int8", "int4, head too"], "int8"),
+    (lambda s: (s[4] + 2 * s[8]) // 3, ["int4, rounded", "mixed, as large as allowed", "int4, head too"], "mixed, as large as allowed"),
+])  # fmt: skip
+def test_the_best_that_fits_into_memory(room, names, chosen, place, sizes, monkeypatch) -> None:
+    losses = {"int4, rounded": 0.02, "int8": 0.001, "mixed, as large as allowed": 0.01, "int4, head too": 0.03}
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph, allowed: losses[names[len(self.trials)]])
+    limit = room(sizes)
+    found = convert(place, f"fits-{len(chosen)}", "--max-memory", f"{limit / 1000}kB")["search"]
+    assert [t["name"] for t in found["trials"]] == names
+    assert found["chosen"] == chosen
+    assert found["goal"] == f"at most {limit / 1e6:.3g} MB"
+    (best,) = (t for t in found["trials"] if t["name"] == chosen)
+    assert 1.05 * sizes[4] < best["bytes"] <= limit
+
+
+def test_nothing_fits_into_memory(place, sizes, monkeypatch) -> None:
+    """What is too large is not evaluated."""
+    lines = []
+    monkeypatch.setattr(search.Search, "_fast_enough", lambda self, trial, passes: vars(trial).update(predicted=9.0) or True)
+    monkeypatch.setattr(search.Search, "_loss", None)
+    monkeypatch.setattr(search, "describe", lambda trial: lines.append(trial.name) or "it")
+    with pytest.raises(SearchError, match=r"no candidate reaches at most 0.00464 MB; closest: it"):
+        convert(place, "tiny", "--max-memory", f"{sizes[4] // 4}")
+    assert lines[:-1] == ["int4, rounded", "int4", "int4, head too", *(f"{a}% of the neurons, static, int4" for a in (90, 75))]
+    assert lines[-1] == "int4, head too"
+    assert not (place / "tiny").exists()
 
 
 def unstarted(**fields) -> search.Search:

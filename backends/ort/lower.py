@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from dyncomp.backends.artifact import CONFIG, ENCODER, describe
-from dyncomp.backends.native import available
+from dyncomp.backends.native import available, unavailable_reason
 from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 from dyncomp.backends.ort import ops
@@ -24,7 +24,7 @@ from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.exporter import made_once
 from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
-from dyncomp.backends.ort.moe import select_moe
+from dyncomp.backends.ort.moe import select_moe, select_quantized_moe
 from dyncomp.backends.ort.native import DOMAIN, library
 from dyncomp.backends.ort.nbits import select_matmul_nbits
 from dyncomp.backends.ort.norm import select_norms
@@ -89,8 +89,10 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
         raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
     report("select", 0, 3)
     coded = any(s.dtype == torch.uint8 for s in graph.inputs)  # a KV cache
-    native = bool(graph.quantized or find_routed(graph) or coded) and (available() if native is None else native)
+    wanted = bool(graph.quantized or find_routed(graph) or coded)
+    native = wanted and (available() if native is None else native)
     selected = select(graph, native=native)
+    notes = _notes(selected, wanted=wanted, native=native)
     report("export", 1, 3)
     model = _export(selected)
     from dyncomp.backends.ort.finish import finish
@@ -108,14 +110,17 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     if ours:
         shutil.copyfile(library(), directory / LIBRARY)
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
-    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, ours), indent=1) + "\n")
+    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, ours, notes), indent=1) + "\n")
     report("write", 3, 3)
     files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY, ENCODER) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
 
 
 def select(graph: Graph, *, native: bool = False) -> Graph:
-    """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only."""
+    """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only.
+
+    ``info["decoded"]`` names the quantized weights that no operator takes.
+    """
     graph = graph.copy()
     fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
@@ -123,6 +128,9 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
     if native:
         select_sparse_ffns(graph, ops)
         select_quantized_ffns(graph, ops)
+    else:
+        select_quantized_moe(graph)
+    decoded = _quantized_weights(graph) & {name for r in find_routed(graph) for name in (r.w_up, r.w_down)}
     select_gated(graph)
     if native:
         select_routed_ffns(graph)
@@ -134,9 +142,15 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
         select_quantized_linears(graph, ops)
     else:
         select_matmul_nbits(graph)
+    graph.info["decoded"] = sorted(decoded | _quantized_weights(graph))
     select_linears(graph)
     graph.clean()
     return graph
+
+
+def _quantized_weights(graph: Graph) -> set[str]:
+    """Names of those that nodes read."""
+    return {name for name in graph.constants() if name in graph.quantized}
 
 
 def _export(graph: Graph) -> Any:
@@ -183,10 +197,23 @@ def _operator_name(node: Any) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
 
 
-def _config(graph: Graph, operators: dict[str, int], ours: bool) -> dict[str, Any]:
+def _notes(selected: Graph, *, wanted: bool, native: bool) -> list[str]:
+    """What is computed otherwise than a user would think, in sentences."""
+    notes = []
+    if wanted and not native:
+        reason = unavailable_reason() or "this lowering leaves dyncomp's kernels out"
+        notes.append(f"experts and quantized weights run in ONNX Runtime's own operators: {reason}")
+    if decoded := selected.info["decoded"]:
+        where = decoded[0] if len(decoded) == 1 else f"{decoded[0]} … {decoded[-1]}"
+        notes.append(f"quantized weights that no operator takes are decoded and computed in float32: {len(decoded)} ({where})")
+    return notes
+
+
+def _config(graph: Graph, operators: dict[str, int], ours: bool, notes: list[str]) -> dict[str, Any]:
     return {
         **describe(graph, SCHEMA),
         "kernels": "dyncomp" if ours else "onnxruntime",
+        "notes": notes,
         **({"sparse_linear": sparse_kernels(graph, operators.get(f"{DOMAIN}.SparseLinear", 0))} if sparse_nodes(graph) else {}),
         "operators": dict(sorted(operators.items())),
     }

@@ -1,8 +1,9 @@
-"""Routed FFNs -> the MoE operator with exact gates, or one conditional branch for each expert."""
+"""Routed FFNs -> the MoE or QMoE operator with exact gates, or one conditional branch for each expert."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn, threshold_gates, topk_gates
+from dyncomp.quantized import Quantized, pack_nibbles
 
 aten = torch.ops.aten
 _ROUTED, _THRESHOLD, _TOPK = routed_ffn._opoverload, threshold_gates._opoverload, topk_gates._opoverload
@@ -31,25 +33,40 @@ _AT_LEAST_ZERO = {
 _NEVER = -200.0  # a logit whose probability underflows to 0 beside any other
 
 
-def select_moe(graph: Graph) -> None:
-    """Lower every ``dyncomp.routed_ffn``, and the gates."""
+def select_quantized_moe(graph: Graph) -> None:
+    """Lower every ``dyncomp.routed_ffn`` on quantized weights that QMoE can compute."""
     for node in graph.nodes:
-        if node.target is not _ROUTED:
-            continue
-        gates, w_up, w_down, activation = node.args[1], node.args[2], node.args[4], node.args[5]
-        assert isinstance(gates, fx.Node)
-        gated = w_up.meta["val"].shape[1] != w_down.meta["val"].shape[2]  # type: ignore[union-attr]
-        square = w_down.meta["val"].shape[1] == w_up.meta["val"].shape[2]  # type: ignore[union-attr]
-        attributes = _OPERATOR.get((str(activation), bool(gated)))
-        if attributes is not None and square and non_negative(gates):
-            _select_operator(graph, node, attributes, bool(gated))
-        else:
-            _select_branches(graph, node, bool(gated))
+        if node.target is _ROUTED and (attributes := _attributes(node)) is not None:
+            _select_quantized(graph, node, attributes)
+    graph.clean()
+
+
+def select_moe(graph: Graph) -> None:
+    """Lower every ``dyncomp.routed_ffn`` that is left, and the gates."""
+    for node in graph.nodes:
+        if node.target is _ROUTED:
+            if (attributes := _attributes(node)) is not None:
+                _select_operator(graph, node, attributes)
+            else:
+                _select_branches(graph, node)
     for node in graph.nodes:
         if node.target is _THRESHOLD:
             node.target = threshold_plainly
         elif node.target is _TOPK:
             node.target = topk_plainly
+
+
+def _attributes(node: fx.Node) -> dict[str, Any] | None:
+    """Of MoE or QMoE; None where those cannot compute it."""
+    _, gates, w_up, _, w_down, activation = node.args
+    square = w_down.meta["val"].shape[1] == w_up.meta["val"].shape[2]  # type: ignore[union-attr]
+    assert isinstance(gates, fx.Node)
+    return _OPERATOR.get((str(activation), _gated(node))) if square and non_negative(gates) else None
+
+
+def _gated(node: fx.Node) -> bool:
+    _, _, w_up, _, w_down, _ = node.args
+    return bool(w_up.meta["val"].shape[1] != w_down.meta["val"].shape[2])  # type: ignore[union-attr]
 
 
 def non_negative(node: fx.Node) -> bool:
@@ -78,12 +95,42 @@ def non_negative(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
-def _select_operator(graph: Graph, node: fx.Node, attributes: dict[str, Any], gated: bool) -> None:
+def _select_quantized(graph: Graph, node: fx.Node, attributes: dict[str, Any]) -> None:
+    """Lower to QMoE, where the weights are in a format that it takes."""
+    x, gates, w_up, b_up, w_down, _ = node.args
+    up, down = (graph.quantized.get(str(w.target)) for w in (w_up, w_down))  # type: ignore[union-attr]
+    if up is None or down is None or up.format != down.format or up.offsets is not None:
+        return
+    assert isinstance(gates, fx.Node)
+    gated = _gated(node)
+    if gated and b_up is not None:
+        b_up = _interleaved(graph, b_up)  # type: ignore[arg-type]
+    parts = _stored(graph, str(w_up.target), up, gated=gated), _stored(graph, str(w_down.target), down, gated=False)  # type: ignore[union-attr]
+    settings = {"expert_weight_bits": up.bits, "block_size": up.block, **attributes}
+    k = int(gates.args[1]) if gates.target is _TOPK else int(gates.meta["val"].shape[-1])  # type: ignore[arg-type]
+    with graph.inserting(before=node) as b:
+        y = b.call(routed_by_weights, x, gates, parts[0], b_up, parts[1], k, tuple(settings.items()))
+    node.replace_all_uses_with(y)
+    graph.module.graph.erase_node(node)
+
+
+def _stored(graph: Graph, name: str, value: Quantized, *, gated: bool) -> tuple[fx.Node, fx.Node]:
+    """Codes and scales of the experts' weights [E, N, K] as QMoE wants them."""
+    codes, scales = value.codes, value.scales.float()
+    if gated:
+        codes, scales = _alternating(codes), _alternating(scales)
+    names = f"{name}_codes", f"{name}_scales"
+    graph.add_tensor(names[0], pack_nibbles(codes) if value.bits == 4 else codes, trainable=False)
+    graph.add_tensor(names[1], scales, trainable=False)
+    return graph.read(names[0]), graph.read(names[1])
+
+
+def _select_operator(graph: Graph, node: fx.Node, attributes: dict[str, Any]) -> None:
     x, gates, w_up, b_up, w_down, _ = node.args
     assert isinstance(gates, fx.Node)
     assert isinstance(w_down, fx.Node)
     experts = int(gates.meta["val"].shape[-1])
-    if gated:
+    if _gated(node):
         w_up, b_up = (_interleaved(graph, w) if w is not None else None for w in (w_up, b_up))  # type: ignore[arg-type]
     graph.add_tensor("never", torch.tensor([False]), trainable=False)
     settings = (x, w_up, b_up, graph.read("never"), tuple(attributes.items()))
@@ -102,12 +149,19 @@ def _select_operator(graph: Graph, node: fx.Node, attributes: dict[str, Any], ga
     graph.module.graph.erase_node(node)
 
 
-# In the functions below softmax(log g) = g / sum(g): the operator's result times the sum of the gates is exact for any
-# gates, and experts with g = 0 are skipped. The floor lets a token without experts run only the first, whose result is
-# then multiplied by 0: with every logit at minus infinity the operator would run them all.
 Attributes = tuple[tuple[str, Any], ...]
 
 
+def routed_by_weights(
+    x: Tensor, gates: Tensor, up: Sequence[Tensor], b_up: Tensor | None, down: Sequence[Tensor], k: int, attributes: Attributes
+) -> Tensor:
+    """For any gates that are not negative, over quantized weights."""
+    return ops.quantized_mixture_of_experts(x, gates.reshape(-1, gates.shape[-1]), up, b_up, down, k, dict(attributes))
+
+
+# In the functions below softmax(log g) = g / sum(g): the operator's result times the sum of the gates is exact for any
+# gates, and experts with g = 0 are skipped. The floor lets a token without experts run only the first, whose result is
+# then multiplied by 0: with every logit at minus infinity the operator would run them all.
 def routed_by_gates(
     gates: Tensor, floor: Tensor, w_down: Tensor, x: Tensor, w_up: Tensor, b_up: Tensor | None, never: Tensor, attributes: Attributes
 ) -> Tensor:
@@ -149,12 +203,15 @@ def _scaled(graph: Graph, weight: fx.Node, factor: int) -> fx.Node:
 def _interleaved(graph: Graph, weight: fx.Node) -> fx.Node:
     """[E, 2F, …] with the gate rows first -> gate and up rows in turn."""
     name = f"{weight.target}_interleaved"
-    tensor = graph.tensor(weight).detach()
-    graph.add_tensor(name, tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous())
+    graph.add_tensor(name, _alternating(graph.tensor(weight).detach()))
     return graph.read(name)
 
 
-def _select_branches(graph: Graph, node: fx.Node, gated: bool) -> None:
+def _alternating(rows: Tensor) -> Tensor:
+    return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _select_branches(graph: Graph, node: fx.Node) -> None:
     x, gates, w_up, b_up, w_down, activation = node.args
     up, down = (graph.tensor(w).detach() for w in (w_up, w_down))  # type: ignore[arg-type]
     bias = graph.tensor(b_up).detach() if b_up is not None else None  # type: ignore[arg-type]
@@ -166,7 +223,7 @@ def _select_branches(graph: Graph, node: fx.Node, gated: bool) -> None:
             graph.add_tensor(name, value.contiguous())
             weights.append(graph.read(name))
     with graph.inserting(before=node) as b:
-        y = b.call(routed_branches, x, gates, weights, activation, gated, bias is not None, int(down.shape[1]))
+        y = b.call(routed_branches, x, gates, weights, activation, _gated(node), bias is not None, int(down.shape[1]))
     node.replace_all_uses_with(y)
     graph.module.graph.erase_node(node)
 

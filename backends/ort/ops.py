@@ -124,6 +124,23 @@ def mixture_of_experts(
     return _one(f"{MICROSOFT}::MoE", [x, logits, w_up, b_up, w_down], {"k": k, "normalize_routing_weights": 0, **attributes}, x, x.shape)
 
 
+def quantized_mixture_of_experts(
+    x: Tensor, gates: Tensor, up: Sequence[Tensor], b_up: Tensor | None, down: Sequence[Tensor], k: int, attributes: dict[str, Any]
+) -> Tensor:
+    """The ``QMoE`` operator with the mixing weights given: ``sum over the k largest gates of gates[e] * FFN_e(x)``.
+
+    Symmetric weights only. ``accuracy_level`` 4, as of :func:`matmul_nbits`.
+
+    Args:
+        x: [T, d] or [B, S, d]. gates: [B * S, E], not negative: the operator drops those that are, and says nothing.
+        up: codes [E, F or 2F, d * bits / 8] and scales [E, F or 2F, d / block]. b_up: [E, F or 2F] or None.
+        down: codes [E, d, F * bits / 8] and scales [E, d, F / block].
+        attributes: the activation, ``expert_weight_bits`` and ``block_size``.
+    """
+    inputs = [x, gates, *up, b_up, *down, None, None, None, None, None, None, None, gates]
+    return _one(f"{MICROSOFT}::QMoE", inputs, {"k": k, "normalize_routing_weights": 0, "accuracy_level": 4, **attributes}, x, x.shape)
+
+
 def experts(x: Tensor, gates: Tensor, weights: Sequence[Tensor], activation: str, gated: bool, biased: bool, d_out: int) -> Tensor:
     """A stand-in that :mod:`dyncomp.backends.ort.experts` expands into one branch for each expert: [T, d], [T, E] -> [T, d_out].
 

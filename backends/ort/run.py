@@ -90,8 +90,8 @@ class OrtModel:
             raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Execution provider -> operator -> number of nodes it was given."""
-        found: dict[str, dict[str, int]] = {}
+        """Execution provider -> operator -> number of nodes it was given, an encoder's included."""
+        found: dict[str, dict[str, int]] = self.encoder.placement() if self.encoder is not None else {}
         for part in self.session.get_provider_graph_assignment_info():
             counts = collections.Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in part.get_nodes())
             known = found.setdefault(part.ep_name, {})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
 from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
-from dyncomp.backends.tvm.machine import require_machine
+from dyncomp.backends.tvm.machine import Machine, require_machine
 from dyncomp.backends.tvm.native import instruction_set
 from dyncomp.backends.tvm.require import require_runtime
 from torch import Tensor
@@ -103,9 +103,14 @@ class TvmModel:
             raise BackendError(f"TVM failed: {first_line(error)}") from error
         return list(found) if len(self.outputs) > 1 or isinstance(found, list | tuple) or hasattr(found, "__len__") else [found]
 
-    def placement(self) -> dict[str, int]:
-        """Compiled functions and how often a run calls them: our kernels by name, the rest as TVM named them."""
-        return dict(self.config["kernels"])
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Processor -> compiled function -> how often a run calls it: our kernels by name, the rest as TVM named them; an encoder's
+        included."""
+        found = self.encoder.placement() if self.encoder is not None else {}
+        known = found.setdefault(Machine(**self.config["machine"]).title, {})
+        for name, count in self.config["kernels"].items():
+            known[name] = known.get(name, 0) + count
+        return found
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from dyncomp.cli import options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
 @click.option("--max-loss", type=options.Fraction(), help="Search the fastest recipe that loses at most this. [default: 1%]")
 @click.option("--speedup", type=float, help="Search the best recipe that is this many times as fast as the dense model.")
+@click.option("--max-memory", type=options.Size(), help="Search among what takes at most this, as 100MB; alone, what loses least.")
 @click.option("--minutes", type=float, help="The search begins no candidate after this time. [default: 15]")
 @click.option("--trials", type=int, help="The search tries no more candidates than this.")
 @click.option("--recipe", help="No search: a recipe by name (experts, depth, static, mixtral-8x2, deepseek-v3, switch …) or a TOML file.")
@@ -41,8 +42,9 @@ def command(json_: bool, **choices: Any) -> None:
     """Convert MODEL: rewrite its graph, evaluate it beside the dense one, lower it, and write a bundle.
 
     Without a recipe, recipes are tried (precisions; experts; static pruning) and the fastest one within the loss limit is taken,
-    by measured loss and measured speed. With --recipe, --active, --experts or --quantize that recipe is applied (the default of
-    those is experts: carve, fit routers, refit).
+    by measured loss and measured speed. --max-memory limits the bytes of the artifact, its weights and tables (keys and values of past
+    tokens come on top), and chooses a precision for each region where that fills them best. With --recipe, --active, --experts or
+    --quantize that recipe is applied (the default of those is experts: carve, fit routers, refit).
 
     Pass options go into a recipe file, as passes = "skip-depth{active=87.5% kv=share gates=sequence}". Of tokens that skip an
     attention, kv=compute keeps keys and values, share reuses those of the attention before, absent hides them from later tokens;
@@ -63,9 +65,9 @@ def command(json_: bool, **choices: Any) -> None:
     from dyncomp.report.tables import print_report
     from dyncomp.search import Goal
 
-    limits = {name: choices.pop(name) for name in ("max_loss", "speedup", "minutes", "trials")}
+    limits = {name: choices.pop(name) for name in ("max_loss", "speedup", "max_memory", "minutes", "trials")}
     given = {name: value for name, value in limits.items() if value is not None}
-    if given and "speedup" not in given:
+    if given and not {"speedup", "max_memory"} & given.keys():
         given.setdefault("max_loss", DEFAULT_GOAL.max_loss)
     request = ConvertRequest(**choices, goal=Goal(**given) if given else None)
     with ProgressReporter() as progress:

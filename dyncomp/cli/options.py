@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import click
 
@@ -23,6 +24,21 @@ class Fraction(click.ParamType):
         if not value.endswith("%") and number > 1:
             self.fail(f"{value!r} is more than 1; did you mean {value}%?", param, ctx)
         return number
+
+
+class Size(click.ParamType):
+    """``100MB``, ``1.5GB``, ``64MiB`` or bytes."""
+
+    name = "size"
+    UNITS: ClassVar = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+        if found is None or found[1].count(".") > 1 or found[1] == "." or found[2].upper() not in self.UNITS:
+            self.fail(f"{value!r} is not a size such as 100MB or 1.5GB", param, ctx)
+        return round(float(found[1]) * self.UNITS[found[2].upper()])
 
 
 threads = click.option("--threads", type=click.IntRange(min=1), help="Threads for latency figures and inference. [default: every core]")

@@ -116,7 +116,17 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
     if kept:
         items.append(f"kept dense: {', '.join(kept)}")
     items.append(quality_table(report["quality"], manifest.source.task))
+    for entry in report.get("parity", []):
+        items += _placement(entry)
     return items + _refusals([*manifest.refusals, *(r for entry in manifest.passes for r in entry.refused)])
+
+
+def _placement(entry: dict[str, Any]) -> list[Table | str]:
+    """What runs where in an artifact; nothing of a bundle that an earlier dyncomp wrote."""
+    rows = table(f"placement: {entry['backend']}", "provider", ">nodes", "operators")
+    for provider, nodes in entry.get("placement", {}).items():
+        rows.add_row(provider, str(sum(nodes.values())), ", ".join(f"{name} {count}" for name, count in sorted(nodes.items())))
+    return [*([rows] if rows.row_count else []), *entry.get("notes", [])]
 
 
 def _quantized_table(graph: Graph) -> Table:

@@ -133,13 +133,14 @@ def search_table(search: dict[str, Any], task: str) -> Table:
     for t in search["trials"]:
         ratios = [t["speed"], *([t["prefill"]] if causal else [])]
         cells = ["" if r is None else f"{r:.2f}" for r in ratios]
-        slow = t["loss"] is None
+        slow = t["loss"] is None and t["bytes"] is None
         if slow:
             cells[0] = f"~{t['predicted']:.2f}"
         size = "" if t["bytes"] is None else f"{t['bytes'] / 1e6:.0f}"
-        look = "slower, by the table of latencies" if slow else "a quick look" if t["quick"] else ""
+        loss = "" if t["loss"] is None else f"{t['loss']:+.2%}"
+        look = "slower, by the table of latencies" if slow else "too large" if not loss else "a quick look" if t["quick"] else ""
         mark = "<- chosen" if t["name"] == search["chosen"] else look
-        result.add_row(t["name"], "" if slow else f"{t['loss']:+.2%}", *cells, size, f"{t['seconds']:.0f}", mark)
+        result.add_row(t["name"], loss, *cells, size, f"{t['seconds']:.0f}", mark)
     return result
 
 
@@ -202,6 +203,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}"
         )
+        lines += item.get("notes", [])
     first = next(iter(report["quality"].values()))
     if report.get("task") == "seq2seq":
         halves = "; of text, half of a window is read and the other half written"
