@@ -4,12 +4,13 @@
 # make quality  measures the tables of docs/quality.md row by row, and writes it (hours; continues where it was)
 # make models   tries every tiny architecture, and writes docs/models.md
 # make lint   ruff and mypy
+# make sanitize  the native kernels' tests under AddressSanitizer
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench quality models lint install clean
+.PHONY: demo test bench quality models lint sanitize install clean
 demo: $(STAMP)
 	$(BIN)/dyncomp convert smollm2-135m -o demo
 	$(BIN)/dyncomp inspect demo
@@ -22,6 +23,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(STAMP)
+	CXX="c++ -fsanitize=address -g" LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/test_native.py tests/test_sparse_native.py
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.results

@@ -8,7 +8,6 @@ and ``d_ff * PROJECTION * 4`` bytes a layer of statistics; it does not grow with
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from dyncomp.graph import Graph
 from dyncomp.regions import FFN
 from dyncomp.sweep import Sweep, fast_matmul
+from dyncomp.whole import replacing
 
 PROJECTION = 384
 """Columns of the random projection that stands for the tokens in co-activation features."""
@@ -91,9 +91,8 @@ class Calibration:
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors, atomically."""
         tensors = {f"{name}/{f.name}": getattr(s, f.name) for name, s in self.statistics.items() for f in fields(s)}
-        part = file.with_name(file.name + ".part")
-        save_file(tensors, str(part), {"fingerprint": self.fingerprint})
-        os.replace(part, file)
+        with replacing(file) as part:
+            save_file(tensors, str(part), {"fingerprint": self.fingerprint})
 
     def load(self, file: Path) -> bool:
         """Take over the statistics in ``file`` if they belong to this model and these inputs; says whether they did.

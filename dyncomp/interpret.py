@@ -30,8 +30,10 @@ def round_activations(x: Tensor, terms: int = 1) -> Tensor:
         terms: 2 adds what the first rounding left, rounded too: 15 bits for twice the products.
     """
     blocks = x.unflatten(-1, (-1, ACTIVATION_BLOCK))
-    scales = blocks.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).flatten(-2)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    # Multiplied as the kernels do it: a quotient rounds to another code where it is next to the middle between two.
+    codes = (blocks * (127 / largest)).round()
+    rounded = torch.where(largest >= 1e-35, codes * (largest / 127), 0.0).flatten(-2)
     return rounded if terms == 1 else rounded + round_activations(x - rounded, terms - 1)
 
 

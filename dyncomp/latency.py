@@ -11,7 +11,6 @@ import collections
 import functools
 import hashlib
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from dyncomp.regions import find_regions
 from dyncomp.runtime.bench import timed
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace
+from dyncomp.whole import replacing
 
 COPIES = 12
 """Layers in what is timed: what a run costs besides them counts little."""
@@ -143,10 +143,8 @@ class LatencyTable:
     def _keep(self, key: str, seconds: tuple[float, float]) -> None:
         reading, rows = self._contents
         rows[key] = seconds
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"reading": reading, "rows": rows}, indent=1) + "\n")
-        os.replace(part, self.file)
+        with replacing(self.file) as part:
+            part.write_text(json.dumps({"reading": reading, "rows": rows}, indent=1) + "\n")
 
     def _measure(self, layer: Layer, passes: Sequence[Pass]) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import math
-import os
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -27,6 +26,7 @@ from dyncomp.cache import cache_folder
 from dyncomp.errors import TextError
 from dyncomp.models.extras import package_folder
 from dyncomp.rows import ABSENT
+from dyncomp.whole import replacing
 
 
 @dataclass(frozen=True)
@@ -289,11 +289,8 @@ def _tokens(corpus: Corpus, tokenizer: Any) -> Tensor:
             stream.append(separator)
     tokens = torch.tensor(stream, dtype=torch.int32)
     if file is not None:
-        with contextlib.suppress(OSError, SafetensorError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        with contextlib.suppress(OSError, SafetensorError), replacing(file) as part:
             save_file({"tokens": tokens}, part)
-            os.replace(part, file)
     return tokens
 
 

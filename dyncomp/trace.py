@@ -7,7 +7,6 @@ import gc
 import hashlib
 import importlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from dyncomp.regions.mixture import lift_mixtures
 from dyncomp.replaced import replaced
 from dyncomp.serialize import read_structure, write_structure
 from dyncomp.stacks import computes, find_stacks, repeat, shortened
+from dyncomp.whole import replacing
 
 aten = torch.ops.aten
 _END = 9223372036854775807
@@ -133,11 +133,8 @@ def trace_model(loaded: LoadedModel) -> Graph:
     graph = trace(loaded.module, loaded.example_inputs, loaded.dynamic_dims, output_name=loaded.output_name, info=info)
     tensors = list(graph.constants())
     if file is not None and all(name in own for name in tensors):
-        with contextlib.suppress(OSError, GraphError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        with contextlib.suppress(OSError, GraphError), replacing(file) as part:
             part.write_text(json.dumps(write_structure(graph) | {"tensors": tensors}))
-            os.replace(part, file)
     return graph
 
 

@@ -18,6 +18,7 @@ from dyncomp.graph import Graph
 from dyncomp.pipeline import PassRecord, PassResult
 from dyncomp.regions.refusal import Refusal
 from dyncomp.serialize import load_graph, save_graph
+from dyncomp.whole import replacing
 
 
 class Workspace:
@@ -71,9 +72,8 @@ class Workspace:
         if file.is_file():
             return json.loads(file.read_text())
         value = compute()
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(value))
-        os.replace(part, file)
+        with replacing(file) as part:
+            part.write_text(json.dumps(value))
         return value
 
     def bundle_folder(self) -> Path:

@@ -195,12 +195,12 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     assert cells[-1][-2] == "slower, by the table of latencies"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sizes(place) -> dict[int, int]:
     """Bits -> bytes of the tiny model's weights."""
-    found = {}
+    found, dense = {}, trace_model(load_model(str(place / "model")))
     for bits in (4, 8):
-        graph = trace_model(load_model(str(place / "model")))
+        graph = dense.copy()
         Pipeline([Quantize(bits=bits, head_bits=bits, symmetric=False)]).run(graph, Context())
         found[bits] = graph.weight_bytes()
     return found

@@ -64,6 +64,13 @@ def test_sparse_linear_equals_its_emulation(native: Native, data: st.DataObject)
     assert deviation(actual, expected(x, thresholds, w, bias)) < 2e-5
 
 
+def test_an_activation_between_two_codes_is_rounded_as_the_graph_rounds_it(native: Native) -> None:
+    rng = np.random.default_rng(5717)
+    w = Quantized(rng, (576, 192), 8, 64, False)
+    x, thresholds = rng.standard_normal((1, 192), dtype=np.float32), np.zeros(192, np.float32)
+    assert deviation(run(native, x, thresholds, w, None), expected(x, thresholds, w, None)) < 2e-5
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_first_half_of_the_rows_is_activated_and_multiplied(native: Native, bits: int) -> None:
     rng = np.random.default_rng(bits)

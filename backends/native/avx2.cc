@@ -22,8 +22,12 @@ struct Weights8 {
 struct Weights4 {
   I low, high;
 };
+struct Nibbles {
+  I codes;
+};
 constexpr int kOffset8 = 128, kTiles = 1, kTokens = 4, kRows = 6, kColumns = 1;
 constexpr int64_t kEarly = 2048;
+constexpr int kGathered = 1;
 constexpr bool kSplit = false;
 
 inline V operator+(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
@@ -123,6 +127,7 @@ inline Weights8 load8(const uint8_t* p) {
   const I v = load_codes(p);
   return signed_codes(v.a, v.b);
 }
+inline Nibbles load_nibbles(const uint8_t* p) { return {load_codes(p)}; }
 inline Weights4 load4(const uint8_t* p) {
   const I v = load_codes(p);
   const __m256i mask = _mm256_set1_epi8(15);
@@ -134,6 +139,10 @@ inline I dot8(I c, Weights8 w, const int8_t* p) {
   const __m256i a = four(p);
   return {add_pairs(c.a, _mm256_maddubs_epi16(w.size.a, _mm256_sign_epi8(a, w.sign.a))),
           add_pairs(c.b, _mm256_maddubs_epi16(w.size.b, _mm256_sign_epi8(a, w.sign.b)))};
+}
+inline I dot8(I c, Nibbles w, const int8_t* p) {
+  const __m256i a = four(p);
+  return {add_pairs(c.a, _mm256_maddubs_epi16(w.codes.a, a)), add_pairs(c.b, _mm256_maddubs_epi16(w.codes.b, a))};
 }
 inline I dot4(I c, Weights4 w, const int8_t* p) {  // four products of 15 * 127 fit into 16 bits
   const __m256i low = four(p), high = four(p + 4);
@@ -172,40 +181,37 @@ inline void quantize_block(const float* x, int32_t middle, Block* out) {
 #include "attention_body.h"
 
 struct Lanes {
-  alignas(32) uint8_t v[256];
+  __m256i v[2][4];  // of the first and the last 32 rows: four times 4 rows in each part of 128 bits
 };
-// 16 bytes of each of four inputs -> four times 4 rows.
-inline void interleave(const uint8_t* const* in, int piece, uint8_t* out) {
-  const auto load16 = [&](int k) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in[k] + piece * 16)); };
-  const __m128i a = load16(0), b = load16(1), c = load16(2), d = load16(3);
-  const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d), ab2 = _mm_unpackhi_epi8(a, b), cd2 = _mm_unpackhi_epi8(c, d);
-  __m128i* to = reinterpret_cast<__m128i*>(out + piece * 16);
-  _mm_store_si128(to, _mm_unpacklo_epi16(ab, cd));
-  _mm_store_si128(to + 4, _mm_unpackhi_epi16(ab, cd));
-  _mm_store_si128(to + 8, _mm_unpacklo_epi16(ab2, cd2));
-  _mm_store_si128(to + 12, _mm_unpackhi_epi16(ab2, cd2));
-}
-inline Lanes lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-  const uint8_t* in[] = {a, b, c, d};
-  Lanes l;
-  for (int piece = 0; piece < 4; piece++) interleave(in, piece, l.v);
-  return l;
+inline void interleave(__m256i a, __m256i b, __m256i c, __m256i d, __m256i* out) {
+  const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
+  const __m256i ab2 = _mm256_unpackhi_epi8(a, b), cd2 = _mm256_unpackhi_epi8(c, d);
+  out[0] = _mm256_unpacklo_epi16(ab, cd), out[1] = _mm256_unpackhi_epi16(ab, cd);
+  out[2] = _mm256_unpacklo_epi16(ab2, cd2), out[3] = _mm256_unpackhi_epi16(ab2, cd2);
 }
 inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-  const uint8_t* in[] = {a, b, c, d};
+  const auto load32 = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
   Lanes l = {};
-  for (int piece = 0; piece < 2; piece++) interleave(in, piece, l.v);
+  interleave(load32(a), load32(b), load32(c), load32(d), l.v[0]);
   return l;
 }
-inline void store_lanes(const Lanes& l, uint8_t* p) { __builtin_memcpy(p, l.v, sizeof l.v); }
-inline Weights8 codes(const Lanes& l, int p) { return load8(l.v + p * 64); }
-inline Weights8 low(const Lanes& l, int p) {
-  const Weights4 w = load4(l.v + p * 64);
-  return signed_codes(w.low.a, w.low.b);
+inline Lanes lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  Lanes l = half_lanes(a, b, c, d);
+  const Lanes last = half_lanes(a + 32, b + 32, c + 32, d + 32);
+  for (int p = 0; p < 4; p++) l.v[1][p] = last.v[0][p];
+  return l;
 }
-inline Weights8 high(const Lanes& l, int p) {
-  const Weights4 w = load4(l.v + p * 64);
-  return signed_codes(w.high.a, w.high.b);
+inline void store_lanes(const Lanes& l, uint8_t* p) {
+  for (int i = 0; i < 8; i++) _mm256_store_si256(reinterpret_cast<__m256i*>(p) + i, l.v[i % 2][i / 2]);
+}
+inline Weights8 codes(const Lanes& l, int p) { return signed_codes(l.v[0][p], l.v[1][p]); }
+inline Nibbles low(const Lanes& l, int p) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {{_mm256_and_si256(l.v[0][p], mask), _mm256_and_si256(l.v[1][p], mask)}};
+}
+inline Nibbles high(const Lanes& l, int p) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {{_mm256_and_si256(_mm256_srli_epi16(l.v[0][p], 4), mask), _mm256_and_si256(_mm256_srli_epi16(l.v[1][p], 4), mask)}};
 }
 inline I halves(I a, I b) { return {a.a, b.a}; }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

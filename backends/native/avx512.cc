@@ -12,11 +12,13 @@ namespace {
 typedef __m512 V;
 typedef __m512i I;
 typedef __m512i Weights8;
+typedef __m512i Nibbles;
 struct Weights4 {
   __m512i low, high;
 };
 constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6, kRows = 6, kColumns = 4;
 constexpr int64_t kEarly = 0;
+constexpr int kGathered = 4;
 constexpr bool kSplit = true;
 
 inline V set(float x) { return _mm512_set1_ps(x); }
@@ -67,6 +69,7 @@ inline __m512i four(const int8_t* p) {
   return _mm512_set1_epi32(x);
 }
 inline Weights8 load8(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Nibbles load_nibbles(const uint8_t* p) { return load8(p); }
 inline Weights4 load4(const uint8_t* p) {
   const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
   return {_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)};
@@ -117,8 +120,8 @@ inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
   return interleave(load_32_bytes(a), load_32_bytes(b), load_32_bytes(c), load_32_bytes(d));
 }
 inline Weights8 codes(const Lanes& l, int p) { return l.v[p]; }
-inline Weights8 low(const Lanes& l, int p) { return _mm512_and_si512(l.v[p], _mm512_set1_epi8(15)); }
-inline Weights8 high(const Lanes& l, int p) { return _mm512_and_si512(_mm512_srli_epi16(l.v[p], 4), _mm512_set1_epi8(15)); }
+inline Nibbles low(const Lanes& l, int p) { return _mm512_and_si512(l.v[p], _mm512_set1_epi8(15)); }
+inline Nibbles high(const Lanes& l, int p) { return _mm512_and_si512(_mm512_srli_epi16(l.v[p], 4), _mm512_set1_epi8(15)); }
 inline I halves(I a, I b) { return _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1); }
 inline void store_lanes(const Lanes& l, uint8_t* p) {
   for (int i = 0; i < 4; i++) _mm512_store_si512(p + i * 64, l.v[i]);

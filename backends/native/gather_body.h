@@ -1,11 +1,13 @@
 // Products with matrices stored input by input, written once. Included after kernel_body.h, by files that have also defined
 //   Lanes        the codes of four inputs for 64 rows (in 4 bits, 128), each row's four side by side
 //   lanes, half_lanes   from 64, or 32, bytes of each of four inputs
-//   codes, low, high    of lanes: the Weights8 of 16 rows; whole bytes, their lower or their upper halves
+//   codes, low, high    of lanes: 16 rows; whole bytes as Weights8, their lower or their upper halves as Nibbles
+//   Nibbles      64 codes below 16, in bytes, that dot8 takes as they are; load_nibbles
 //   store_lanes  256 bytes
 //   halves       the first halves of two I
 //   compress     positions (times a stride) and values of the codes of a block that are not 0, and their number
 //   prefetch     of the cache line at an address
+//   kGathered    how many times 64 rows, in 8 bits, of an input are read together: as many as the registers hold sums for
 
 // The inputs of a block that a product reads, in fours: where their codes begin, and the activations.
 struct Fours {
@@ -44,7 +46,7 @@ struct BlockScale {
 
 template <int BITS, bool OFFSETS>
 inline int32_t start_of(int32_t total) {
-  return OFFSETS ? kOffset8 * total : (kOffset8 - (BITS == 8 ? 128 : 8)) * total;
+  return ((BITS == 8 ? kOffset8 : 0) - (OFFSETS ? 0 : BITS == 8 ? 128 : 8)) * total;
 }
 
 // sums[16 * i ..] += scales * c[i], and what the offsets add, for rows from `row` on.
@@ -55,6 +57,15 @@ inline void add_scaled(const I* c, const BlockScale& s, int64_t row, float* sums
     V y = fma(to_float(c[i]), load_half(s.scales + at) * set(s.scale), load(sums + at));
     if (OFFSETS) y = fma(load_half(s.offsets + at), set(s.scale * static_cast<float>(s.total)), y);
     store(sums + at, y);
+  }
+}
+
+template <int BITS>
+inline auto load_codes_of(const uint8_t* p) {
+  if constexpr (BITS == 8) {
+    return load8(p);
+  } else {
+    return load_nibbles(p);
   }
 }
 
@@ -104,7 +115,7 @@ inline void rows_of_block(const Fours& now, const Fours* next, int64_t at, const
 // The products with the inputs of the blocks from .. to - 1.
 template <int BITS, bool OFFSETS>
 void gather_rows(const GatherJob& job, int64_t first, int64_t last, int64_t from, int64_t to, float* output) {
-  constexpr int kWide = BITS == 8 ? 4 : 2;
+  constexpr int kWide = BITS == 8 ? kGathered : (kGathered + 1) / 2;
   const InputMatrix& w = job.weight;
   alignas(64) float sums[kGatherRows];
   const int64_t padded = (last - first + 63) / 64 * 64, bytes = padded * BITS / 8, offset = first * BITS / 8;
@@ -159,7 +170,7 @@ inline void add_tokens(const InputMatrix& w, const uint8_t* spread, int64_t part
     I c[M];
     UNROLL for (int t = 0; t < M; t++) c[t] = set_integer(start_of<BITS, OFFSETS>(scale[t].total));
     UNROLL for (int f = 0; f < kBlock / 4; f++) {
-      const Weights8 v = load8(spread + (p * 8 + f) * 64);
+      const auto v = load_codes_of<BITS>(spread + (p * 8 + f) * 64);
       UNROLL for (int t = 0; t < M; t++) c[t] = dot8(c[t], v, x[t * stride].codes + f * 4);
     }
     UNROLL for (int t = 0; t < M; t++) add_scaled<OFFSETS, 1>(&c[t], scale[t], from + p * kTile, sums + t * kGatherTile);

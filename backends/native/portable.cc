@@ -13,11 +13,13 @@ typedef int32_t I __attribute__((vector_size(64)));
 struct Weights8 {
   const uint8_t* codes;
 };
+typedef Weights8 Nibbles;
 struct Weights4 {
   const uint8_t* codes;
 };
 constexpr int kOffset8 = 0, kTiles = 1, kTokens = 4, kRows = 3, kColumns = 1;
 constexpr int64_t kEarly = 0;
+constexpr int kGathered = 4;
 constexpr bool kSplit = false;
 
 inline V set(float x) { return V{} + x; }
@@ -84,6 +86,7 @@ inline void store_bytes(char* p, V x) {
 inline I set_integer(int32_t x) { return I{} + x; }
 
 inline Weights8 load8(const uint8_t* p) { return {p}; }
+inline Nibbles load_nibbles(const uint8_t* p) { return load8(p); }
 inline Weights4 load4(const uint8_t* p) { return {p}; }
 inline I dot8(I c, Weights8 w, const int8_t* a) {
   for (int i = 0; i < kTile; i++) {
@@ -149,11 +152,11 @@ inline Lanes half_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
 }
 inline void store_lanes(const Lanes& l, uint8_t* p) { __builtin_memcpy(p, l.v, sizeof l.v); }
 inline Weights8 codes(const Lanes& l, int p) { return {l.v + p * 64}; }
-inline Weights8 low(const Lanes& l, int p) {
+inline Nibbles low(const Lanes& l, int p) {
   for (int i = p * 64; i < p * 64 + 64; i++) l.parts[0][i] = l.v[i] & 15;
   return {l.parts[0] + p * 64};
 }
-inline Weights8 high(const Lanes& l, int p) {
+inline Nibbles high(const Lanes& l, int p) {
   for (int i = p * 64; i < p * 64 + 64; i++) l.parts[1][i] = l.v[i] >> 4;
   return {l.parts[1] + p * 64};
 }

@@ -22,7 +22,7 @@ from dyncomp.regions.linear import Linear
 aten = torch.ops.aten
 _NONE = -1
 
-_GATHER_BELOW = {"avx512_vnni": {8: 0.85, 4: 0.85}, "": {8: 0.35, 4: 0.0}}
+_GATHER_BELOW = {"avx512_vnni": {8: 0.85, 4: 0.85}, "": {8: 0.45, 4: 0.2}}
 
 
 @functools.cache
@@ -31,8 +31,8 @@ def gather_below(bits: int) -> float:
     the dense kernel runs.
 
     Measured for one token, weights from memory, 1 and 2 threads. With AVX-512 the two cross between 0.75 (576 outputs) and 1 (3072
-    outputs). With AVX2 gathering is 1.0 to 1.5 times as fast at 0.25 and 0.8 to 1 times at 0.5 in 8 bits, and in 4 bits, where arithmetic
-    takes longer than memory, 1 times at 0.25 and half as fast at 0.75.
+    outputs). With AVX2, in 8 bits, gathering is 1.6 to 2.8 times as fast at 0.25, 0.9 to 1.2 times at 0.5, and half as fast at 0.75; in
+    4 bits, where arithmetic takes longer than memory, 0.8 to 1.8 times at 0.25.
     """
     vector = detect().vector
     return next(below for name, below in _GATHER_BELOW.items() if not name or name in vector)[bits]

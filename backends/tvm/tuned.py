@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from dyncomp.cache import cache_folder
 from dyncomp.errors import ModelError
+from dyncomp.whole import replacing
 
 SCHEMA = 1
 _KERNELS = Path(__file__).parent / "kernels"
@@ -129,10 +129,8 @@ class Database:
     def put(self, entry: Entry) -> None:
         """Keep an entry beside the others there are by now; the file is always whole."""
         entries = self.entries() | {entry.key: entry}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        part.write_text(_Document(schema_version=SCHEMA, entries=list(entries.values())).model_dump_json(indent=1) + "\n")
-        os.replace(part, self.path)
+        with replacing(self.path) as part:
+            part.write_text(_Document(schema_version=SCHEMA, entries=list(entries.values())).model_dump_json(indent=1) + "\n")
 
 
 @functools.cache

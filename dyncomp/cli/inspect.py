@@ -125,12 +125,12 @@ def _depth(opened: Any, text: str, html: str | None, *, json_: bool) -> None:
 
     from dyncomp.report.depth import depth_html, depth_items, depth_of
     from dyncomp.report.tables import show
+    from dyncomp.whole import replacing
 
     depth = depth_of(opened.graph(), opened.tokenizer(), text)
     if html is not None:
-        part = Path(f"{html}.part")
-        part.write_text(depth_html(depth), encoding="utf-8")
-        part.replace(html)
+        with replacing(Path(html)) as part:
+            part.write_text(depth_html(depth), encoding="utf-8")
     if json_:
         options.print_json(depth.as_dict())
     else:
