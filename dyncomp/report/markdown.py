@@ -12,13 +12,14 @@ _BESIDE = ("converted", "quantized", "static_pruned")
 def results_markdown(results: dict[str, Any]) -> str:
     """Tables of conversions and of the routed FFN."""
     machine = results["machine"]
+    vector = ", ".join(machine["vector"]) or machine["architecture"]
     lines = [
         "# Results",
         "",
         "Written by `make bench`; do not edit. Dense and converted models run in one process and take turns; medians; the machine is",
         "shared, so compare ratios. *Static* is pruning of the same number of FFN neurons for every token, refitted like the experts.",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
+        f"{machine['cpu']} ({vector}), {machine['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
         "",
         "## Quality",
         "",
