@@ -6,6 +6,7 @@ import json
 import math
 import os
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,7 +16,9 @@ from tiny_checkpoint import write_checkpoint, write_text
 
 from dyncomp import bundle, search
 from dyncomp.cli import cli
+from dyncomp.cli.options import Size
 from dyncomp.convert import ConvertRequest, _rewrite
+from dyncomp.deploy import lower_artifact
 from dyncomp.errors import RequestError, SearchError
 from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models import load_model
@@ -213,8 +216,16 @@ def sizes(place) -> dict[int, int]:
 def test_the_best_that_fits_into_memory(room, names, chosen, place, sizes, monkeypatch) -> None:
     losses = {"int4, rounded": 0.02, "int8": 0.001, "mixed, as large as allowed": 0.01, "int4, head too": 0.03}
     monkeypatch.setattr(search.Search, "_loss", lambda self, graph, allowed: losses[names[len(self.trials)]])
-    limit = room(sizes)
-    found = convert(place, f"fits-{len(chosen)}", "--max-memory", f"{limit / 1000}kB")["search"]
+
+    def lower(self: search.Search, trial: Trial, graph) -> None:
+        lower_artifact(graph, self._artifact(trial.name))
+        vars(trial).update(speed=1.0, prefill=1.0, bytes=search.artifact_bytes(self._artifact(trial.name)))
+
+    monkeypatch.setattr(search.Search, "_time", lower)
+    monkeypatch.chdir(place)
+    goal = Goal(max_memory=(limit := room(sizes)))
+    request = ConvertRequest(model="model", out=place / f"fits-{chosen[:4]}", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
+    found = _rewrite(request, no_progress, str).report["search"]
     assert [t["name"] for t in found["trials"]] == names
     assert found["chosen"] == chosen
     assert found["goal"] == f"at most {limit / 1e6:.3g} MB"
@@ -229,10 +240,25 @@ def test_nothing_fits_into_memory(place, sizes, monkeypatch) -> None:
     monkeypatch.setattr(search.Search, "_loss", None)
     monkeypatch.setattr(search, "describe", lambda trial: lines.append(trial.name) or "it")
     with pytest.raises(SearchError, match=r"no candidate reaches at most 0.00464 MB; closest: it"):
-        convert(place, "tiny", "--max-memory", f"{sizes[4] // 4}")
+        convert(place, "tiny", "--max-memory", f"{sizes[4] / 4000}kB")
     assert lines[:-1] == ["int4, rounded", "int4", "int4, head too", *(f"{a}% of the neurons, static, int4" for a in (90, 75))]
     assert lines[-1] == "int4, head too"
     assert not (place / "tiny").exists()
+
+
+def test_sizes_are_bytes_with_a_unit() -> None:
+    size = Size()
+    assert [size.convert(s, None, None) for s in ("100MB", "1.5 GB", "64MiB", "10kB", "12", 7)] == [
+        10**8,
+        1_500_000_000,
+        1 << 26,
+        10_000,
+        12,
+        7,
+    ]
+    for wrong in ("a lot", "1.2.3MB", "-1MB", "5XB", "."):
+        with pytest.raises(click.BadParameter, match="is not a size such as 100MB"):
+            size.convert(wrong, None, None)
 
 
 def unstarted(**fields) -> search.Search:
