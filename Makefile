@@ -24,8 +24,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiled before the sanitizer is preloaded: the compiler is slow under it.
+sanitize: export CXX = c++ -fsanitize=address -g
 sanitize: $(STAMP)
-	CXX="c++ -fsanitize=address -g" LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -c 'from dyncomp.backends.ort.native import library; library()'
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest -q tests/test_native.py tests/test_sparse_native.py
 
 bench: $(STAMP)
