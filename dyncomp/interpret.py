@@ -31,8 +31,9 @@ def round_activations(x: Tensor, terms: int = 1) -> Tensor:
     """
     blocks = x.unflatten(-1, (-1, ACTIVATION_BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    # Multiplied as the kernels do it: a quotient rounds to another code where it is next to the middle between two.
-    codes = (blocks * (127 / largest)).round()
+    # Multiplied as the kernels do it: a quotient rounds to another code where it is next to the middle between two. (And `127 / x` is a
+    # reciprocal times 127.)
+    codes = (blocks * (torch.tensor(127.0) / largest)).round()
     rounded = torch.where(largest >= 1e-35, codes * (largest / 127), 0.0).flatten(-2)
     return rounded if terms == 1 else rounded + round_activations(x - rounded, terms - 1)
 
