@@ -209,12 +209,12 @@ class Search:
         yield from self._precisions()
         quantize = quantization_of(parse_passes(", ".join(self.best.passes))) if self.best is not None else ()
         last = quantize_of(quantize)
-        if self.goal.max_memory is None or last is not None:
-            if self.goal.max_loss is None and self.goal.speedup is None:
-                return  # what computes less takes as much memory, and loses more
-            yield from self._with_choices(quantize)
-        elif self.best is None:  # no precision is small enough alone
+        if self.goal.max_memory is not None and last is None:  # no precision reaches the goal alone
             quantize = (*_with(PRECISIONS["int4"], head_bits=4),)
+        elif self.goal.max_loss is None and self.goal.speedup is None:
+            return  # what computes less takes as much memory, and loses more
+        else:
+            yield from self._with_choices(quantize)
         yield from self._pruned(quantize)
 
     def _precisions(self) -> Iterator[tuple[str, list[Pass]]]:
@@ -223,14 +223,15 @@ class Search:
         if not self._reached("int4, rounded"):
             yield "int4", [*PRECISIONS["int4"]]
         small = self._reached("int4, rounded") or self._reached("int4")
+        fits = self.goal.fits(self._trial("int4, rounded").bytes)
         if not small or self.goal.max_loss is None or self.task not in WRITES:  # weights of 8 bits are never read faster than of 4
-            if self._fits(PRECISIONS["int8"]):
+            if self.goal.max_memory is None or self.goal.fits(self._size(PRECISIONS["int8"])):
                 yield "int8", [*PRECISIONS["int8"]]
-            elif self._fits(rounded):
+            elif fits:
                 yield "mixed, as large as allowed", self._filling()
         if not small and self._reached("int8"):
             yield "mixed", self._mixed()
-        if small or not self._fits(rounded):
+        if small or not fits:
             best = rounded if self._reached("int4, rounded") else PRECISIONS["int4"]
             yield "int4, head too", _with(best, head_bits=4)
 
@@ -260,9 +261,6 @@ class Search:
             if self._no_less(name, ACTIVE[-1] / active):
                 break
 
-    def _fits(self, passes: Iterable[Pass]) -> bool:
-        return self.goal.max_memory is None or self.goal.fits(self._size(passes))
-
     def _size(self, passes: Iterable[Pass]) -> int:
         """Bytes of the artifact in this precision."""
         graph = self.dense.copy()
@@ -289,6 +287,10 @@ class Search:
         widths = [f.d_ff for f in find_regions(self.dense).ffns]
         return most_experts(widths, range(4, EXPERTS + 1), block) if widths else None
 
+    def _trial(self, name: str) -> Trial:
+        (found,) = (t for t in self.trials if t.name == name)
+        return found
+
     def _reached(self, name: str) -> bool:
         return any(t.name == name and self.goal.meets(t) for t in self.trials)
 
@@ -298,7 +300,7 @@ class Search:
 
     def _stays_slow(self, name: str, least: float) -> bool:
         """Whether a candidate is so slow by the table that with ``least`` times as much to compute it still were not fast enough."""
-        (trial,) = (t for t in self.trials if t.name == name)
+        trial = self._trial(name)
         return trial.loss is None and not self._hopeful((trial.predicted or 0.0) / least)
 
     def _hopeful(self, speed: float) -> bool:
@@ -306,8 +308,7 @@ class Search:
         return speed >= CLOSE * wanted
 
     def _loses_too_much(self, name: str) -> bool:
-        (trial,) = (t for t in self.trials if t.name == name)
-        limit = self.goal.max_loss
+        trial, limit = self._trial(name), self.goal.max_loss
         return trial.quick or (limit is not None and trial.loss is not None and trial.loss > limit)
 
     def _try(self, name: str, passes: list[Pass]) -> dict[str, Any]:

@@ -128,12 +128,12 @@ inline Weights8 load8(const uint8_t* p) {
   return signed_codes(v.a, v.b);
 }
 inline Nibbles load_nibbles(const uint8_t* p) { return {load_codes(p)}; }
-inline Weights4 load4(const uint8_t* p) {
-  const I v = load_codes(p);
+inline Weights4 nibbles_of(I v) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {{_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)},
           {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)}};
 }
+inline Weights4 load4(const uint8_t* p) { return nibbles_of(load_codes(p)); }
 inline __m256i add_pairs(__m256i c, __m256i pairs) { return _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
 inline I dot8(I c, Weights8 w, const int8_t* p) {
   const __m256i a = four(p);
@@ -205,14 +205,8 @@ inline void store_lanes(const Lanes& l, uint8_t* p) {
   for (int i = 0; i < 8; i++) _mm256_store_si256(reinterpret_cast<__m256i*>(p) + i, l.v[i % 2][i / 2]);
 }
 inline Weights8 codes(const Lanes& l, int p) { return signed_codes(l.v[0][p], l.v[1][p]); }
-inline Nibbles low(const Lanes& l, int p) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(l.v[0][p], mask), _mm256_and_si256(l.v[1][p], mask)}};
-}
-inline Nibbles high(const Lanes& l, int p) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(_mm256_srli_epi16(l.v[0][p], 4), mask), _mm256_and_si256(_mm256_srli_epi16(l.v[1][p], 4), mask)}};
-}
+inline Nibbles low(const Lanes& l, int p) { return {nibbles_of({l.v[0][p], l.v[1][p]}).low}; }
+inline Nibbles high(const Lanes& l, int p) { return {nibbles_of({l.v[0][p], l.v[1][p]}).high}; }
 inline I halves(I a, I b) { return {a.a, b.a}; }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -5,7 +5,7 @@
 //   kSplit       whether there is load4_unshifted, whose upper codes are 16 times too large
 //   kOffset8     what Weights8 has subtracted from the codes (0, or 128 where products are of signed numbers)
 //   kTiles, kTokens   tiles of rows and tokens that share a pass over the weights: as many as the registers hold sums for
-//   kEarly      how many bytes before it reads them a product for one or two tokens asks for weights, which come from memory and in order:
+//   kEarly       how many bytes before it reads them a product for one or two tokens asks for weights, which come from memory and in order:
 //                the processor's own prefetching begins anew with every page. 0 where that was not found to help
 //   kRows, kColumns   the same for products of floats: rows, and vectors of 16 columns
 //   total        the sum of the 16 floats of a V
