@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.ffn_profile import profile_ffn
+from bench.ffn import ffn_times
 from dyncomp.bundle import versions
 from dyncomp.hardware import detect
 from dyncomp.report.markdown import results_markdown
@@ -55,7 +55,7 @@ def main() -> None:
             results["conversions"].append({"command": " ".join(["dyncomp convert", *conversion])} | report)
             write(results, arguments.out)
     for precision in ("fp32", "int8", "int4"):
-        results["ffn"] += profile_ffn(precision=precision)
+        results["ffn"] += ffn_times(precision=precision)
         write(results, arguments.out)
 
 

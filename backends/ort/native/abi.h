@@ -72,6 +72,10 @@ struct OrtApi {
   void ReleaseTensorTypeAndShapeInfo(OrtTensorTypeAndShapeInfo* info) const {
     slot<void (*)(OrtTensorTypeAndShapeInfo*)>(99)(info);
   }
+  // The value of an input that is an initializer; `*constant` is 0 for one that is computed or fed.
+  OrtStatus* KernelInfoGetConstantInput_tensor(const OrtKernelInfo* info, size_t index, int* constant, const OrtValue** out) const {
+    return slot<OrtStatus* (*)(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, constant, out);
+  }
   // Calls function(user, i) for i in 0..total-1 on the session's threads; batches = 0: one by one, whoever is free.
   OrtStatus* KernelContext_ParallelFor(const OrtKernelContext* context, void (*function)(void*, size_t), size_t total, size_t batches,
                                        void* user) const {
