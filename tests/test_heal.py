@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_plain_graph() -> None:
     assert ctx.dense is not None
     with torch.no_grad():
         wanted = ctx.dense(ids)
-    divergence(student({"input_ids": ids})[0], wanted).backward()
+    divergence(student({"input_ids": ids})[0], wanted, student.finish).backward()
     plain = graph.copy()
     for name in weights.names:
         plain.add_tensor(name, graph.tensor(name).detach().clone())
@@ -112,10 +112,33 @@ def test_the_gradient_is_that_of_the_plain_graph() -> None:
         assert_close(parameter.grad, plain.tensor(name).grad, rel=1e-4)
 
 
+@pytest.mark.parametrize(("architecture", "apart"), [("gemma2", True), ("phi", False)])  # a softcap after the head; a bias that is trained
+def test_predictions_are_made_a_few_tokens_at_a_time(architecture: str, apart: bool) -> None:
+    graph, ids = trace_tiny(architecture), tokens(9, 8, seed=4)
+    weights = Weights(graph)
+    student = Program(graph, weights, trained=weights.names)
+    wanted = torch.randn(*ids.shape, graph.module(ids)[0].shape[-1], generator=torch.Generator().manual_seed(0))
+    states, _ = student({"input_ids": ids})
+    assert (states.shape[-1] != wanted.shape[-1]) == apart
+    loss = divergence(states, wanted, student.finish)
+    loss.backward()
+    found = {name: p.grad for name, p in weights.parameters().items()}
+    for p in weights.parameters().values():
+        p.grad = None
+    logits = student.finish(student({"input_ids": ids})[0]).log_softmax(-1)
+    assert_close(logits, graph.module(ids)[0].log_softmax(-1), rel=1e-5)
+    whole = (wanted.softmax(-1) * (wanted.log_softmax(-1) - logits)).sum(-1).mean()
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    for name, p in weights.parameters().items():
+        assert_close(found[name], p.grad, rel=1e-4)
+
+
 def test_a_norm_whose_scale_is_computed_trains_its_weight() -> None:
     graph, ids = trace_tiny("gemma3"), tokens(2, 8)
     weights = Weights(graph)
-    Program(graph, weights, trained=weights.names)({"input_ids": ids})[0].square().mean().backward()
+    program = Program(graph, weights, trained=weights.names)
+    program.finish(program({"input_ids": ids})[0]).square().mean().backward()
     for name in (names := [n for n in weights.names if "norm" in n]):
         graph.add_tensor(name, graph.tensor(name).detach().clone())
         graph.tensor(name).requires_grad_()

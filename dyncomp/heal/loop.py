@@ -183,7 +183,7 @@ class Trainer:
         output, values = self.student(model_inputs(self.student.graph, ids), watch, self._in_training)
         count = len(self._routers)
         gates, scores, ours_now = values[:count], values[count : 2 * count], values[2 * count :]
-        loss = output_loss(output, wanted, self.task)
+        loss = output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish)
         if s.hidden:
             loss = loss + s.hidden * torch.stack([relative_square(a, b) for a, b in zip(ours_now, streams, strict=True)]).mean()
         if s.balance and scores:
@@ -224,7 +224,7 @@ class Trainer:
         for ids in split_rows(self._held_out[ranks.rank() :: ranks.world()], 1):
             wanted, _ = self.teacher(model_inputs(self.teacher.graph, ids))
             output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)
-            total += output_loss(output, wanted, self.task).double()
+            total += output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish).double()
         ranks.add_up([total])
         return float(total) / len(self._held_out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,43 +11,59 @@ from torch import Tensor
 
 from dyncomp.models.loaded import WRITES
 
-_ROWS = 32
-"""Tokens at a time: with a vocabulary of 50 000, what is computed on them stays in the CPU's caches."""
+Finish = Callable[[Tensor], Tensor]
+"""States of the last layer [n, d] -> logits [n, V]."""
+
+_ROWS = 64
+"""Tokens at a time: with a vocabulary of 50 000, predictions of all tokens of a batch would be most of the memory of a step."""
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient, softmax(student) - softmax(teacher), is found with the loss and kept in the student's dtype."""
+    """The gradient, softmax(student) - softmax(teacher), is found with the loss, and led back to the states in the same breath."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, finish: Finish, finish_teacher: Finish) -> Tensor:
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = student.new_zeros((), dtype=torch.float64)
         for start in range(0, len(student), _ROWS):
             rows = slice(start, start + _ROWS)
-            log_q = F.log_softmax(student[rows].float(), -1)
-            log_p = F.log_softmax(teacher[rows].float(), -1)
+            state = student[rows].detach().requires_grad_(grad is not None)
+            with torch.set_grad_enabled(grad is not None):
+                logits = finish(state)
+            log_q = F.log_softmax(logits.detach().float(), -1)
+            log_p = F.log_softmax(finish_teacher(teacher[rows]).float(), -1)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
             if grad is not None:
-                grad[rows] = log_q.exp_().sub_(p)
+                (grad[rows],) = torch.autograd.grad(logits, state, log_q.exp_().sub_(p).to(logits.dtype))
         ctx.grad = grad
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad, ctx.grad = ctx.grad, None
-        return grad.mul_(grads[0].to(grad.dtype)), None
+        return grad.mul_(grads[0].to(grad.dtype)), None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) per token, in nats; both logits [..., V], the teacher's without gradient."""
+def _as_they_are(states: Tensor) -> Tensor:
+    return states
+
+
+def divergence(student: Tensor, teacher: Tensor, finish: Finish = _as_they_are, finish_teacher: Finish = _as_they_are) -> Tensor:
+    """Mean KL(teacher || student) per token, in nats.
+
+    Args:
+        student, teacher: [..., d], the teacher's without gradient; by default they are logits.
+        finish, finish_teacher: make logits of them, a few tokens at a time: [n, d] -> [n, V].
+    """
     student, teacher = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
-    return _Divergence.apply(student, teacher) / len(student)
+    return _Divergence.apply(student, teacher, finish, finish_teacher) / len(student)
 
 
-def output_loss(student: Tensor, teacher: Tensor, task: str) -> Tensor:
-    """What the outputs differ by: the KL divergence of next-token distributions, or the relative squared error of an encoder's states."""
-    return divergence(student, teacher) if task in WRITES else relative_square(student, teacher)
+def output_loss(student: Tensor, teacher: Tensor, task: str, finish: Finish, finish_teacher: Finish) -> Tensor:
+    """What the outputs differ by: the :func:`divergence` of next-token distributions, or the relative squared error of an encoder's
+    states."""
+    return divergence(student, teacher, finish, finish_teacher) if task in WRITES else relative_square(student, teacher)
 
 
 def relative_square(student: Tensor, teacher: Tensor) -> Tensor:

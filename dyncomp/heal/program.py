@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Graph
 from dyncomp.ops import routed_ffn_reference
+from dyncomp.regions import find_regions
+from dyncomp.regions.hidden import is_pointwise
 from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.sweep import COSTLY
 
@@ -83,31 +85,61 @@ class Program:
             elif node.op == "call_function" and (node.target is aten.sym_size.int or all(n in self._static for n in node.all_input_nodes)):
                 self._static.add(node)
         self._dynamic = [n for n in self.graph.nodes if n.op == "call_function" and n not in self._static]
+        self._end, self._last = self._split()
+        self._dynamic = [n for n in self._dynamic if n not in self._last]
+        self._constants = {n: self._weight(str(n.target)) for m in self._last for n in m.all_input_nodes if n.op == "get_attr"}
         self._segments = self._cut() if checkpoints else [self._dynamic]
 
     def __call__(
         self, inputs: dict[str, Tensor], watch: Sequence[fx.Node] = (), change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The first output, and the values of the watched nodes (of :attr:`graph`).
+        """The states that :meth:`finish` makes the first output of, and the values of the watched nodes (of :attr:`graph`).
 
         Args:
             change: what becomes of the values of some nodes.
         """
         self._change = dict(change or {})
         env: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in self.graph.placeholders}
-        wanted = {*watch, self.graph.output_nodes[0]}
+        wanted = {*watch, self._end}
         known = self._shape_dependent(env)  # positions and angles are not rounded
-        cast = torch.autocast("cpu", torch.bfloat16) if self._bfloat16 else contextlib.nullcontext()
-        with cast:
+        with self._cast():
             for segment in self._segments:
                 self._run(segment, env, known, wanted)
-        return env[self.graph.output_nodes[0]], [env[n] for n in watch]
+        return env[self._end], [env[n] for n in watch]
+
+    def finish(self, states: Tensor) -> Tensor:
+        """What the program gives, of some tokens' states [n, d]: logits [n, V] where it ends with a vocabulary head, else the states."""
+        env: dict[fx.Node, Any] = {self._end: states}
+        with self._cast():
+            for node in self._last:
+                env[node] = self._compute(node, env, self._constants)
+        return env[self.graph.output_nodes[0]]
 
     def find(self, name: str) -> fx.Node:
         """The node of :attr:`graph` with this name: nodes keep their names in the copy that is run."""
         return next(n for n in self.graph.nodes if n.name == name)
 
     # ---- running -----------------------------------------------------------------------------------------------------
+    def _cast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self._bfloat16 else contextlib.nullcontext()
+
+    def _split(self) -> tuple[fx.Node, list[fx.Node]]:
+        """(the node whose value a run gives, the nodes that make the first output of it): a vocabulary head and what acts on each logit
+        alone, where none of it is trained."""
+        output, head = self.graph.output_nodes[0], find_regions(self.graph).head
+        if head is None or head.node.target is not aten.linear.default:
+            return output, []
+        last, node = [], output
+        while node is not head.node and is_pointwise(node.target) and len(sources := self._changing(node)) == 1:
+            last.append(node)
+            (node,) = sources
+        alone = node is head.node and all(self._changing(n) <= {head.input, *last, head.node} for n in (*last, head.node))
+        return (head.input, [head.node, *reversed(last)]) if alone else (output, [])
+
+    def _changing(self, node: fx.Node) -> set[fx.Node]:
+        """What ``node`` reads that is not the same in every run."""
+        return {n for n in node.all_input_nodes if n.op != "get_attr" or n not in self._static}
+
     def _shape_dependent(self, env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         key = tuple(tuple(t.shape) for t in env.values())
         if key not in self._known:
