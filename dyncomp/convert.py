@@ -24,7 +24,7 @@ from dyncomp.calibrate import calibrate
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import glimpse
 from dyncomp.evidence import baselines, calibration_of, cost_figures, measure_quality
-from dyncomp.examples import prepare_examples, reader_of
+from dyncomp.examples import Reader, TextReader, prepare_examples, reader_of
 from dyncomp.graph import Graph
 from dyncomp.hardware import available_memory
 from dyncomp.mapped import TensorStore
@@ -39,11 +39,14 @@ from dyncomp.regions.refusal import Refusal
 from dyncomp.rows import Rows, tensors_of
 from dyncomp.search import Found, Goal, Search, artifact_bytes, selection_size
 from dyncomp.sweep import release_memory
+from dyncomp.text import Corpus
 from dyncomp.trace import trace_model
 from dyncomp.workspace import Workspace
 
 BACKENDS = ("ort", "tvm", "torch")
 DEFAULT_GOAL = Goal(max_loss=0.01)
+TRAINING = 65_536
+"""Tokens that the dense model writes for itself to be healed with."""
 WHOLE, LOWERED = 6, 4
 """Times the bytes of a model's weights in float32: what a conversion may take that has them in memory, and what lowering and timing may
 take where they are in files."""
@@ -241,10 +244,12 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     for item in passes:
         item.precheck(dense)
     say(f"{loaded.name}: {dense.parameter_count() / 1e6:.1f} M parameters, {len(regions.ffns)} FFNs, {len(regions.attentions)} attentions")
-    reader = reader_of(loaded, dense)
+    reader, training = reader_of(loaded, dense), any(p.reads_text for p in passes)
+    if isinstance(reader, TextReader) and loaded.task == "causal-lm":
+        reader = dataclasses.replace(reader, write=lambda: _generated(request, loaded, dense, reader, progress, training=training))
     examples = prepare_examples(
-        reader, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed,
-        training=any(p.reads_text for p in passes), source=request.text,
+        reader, request.calibrate, request.other, tokens=request.tokens, count=request.windows, seed=request.seed, training=training,
+        source=request.text,
     )  # fmt: skip
     rows = examples.calibration
     selection = 0 if goal is None else selection_size(rows, reader.tokens)
@@ -303,6 +308,16 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
         os.link(statistics, folder / "calibration.safetensors")
     manifest = _manifest(recipe.name, loaded, earlier, work.records, regions.refusals)
     return _Rewritten(work, folder, parse_passes(", ".join(specs)), artifact, report, manifest, models)
+
+
+def _generated(request: ConvertRequest, loaded: LoadedModel, dense: Graph, reader: Reader, progress: Progress, *, training: bool) -> Corpus:
+    """What the dense model writes of itself: enough to calibrate on, to hold some out and, with ``training``, to train on."""
+    from dyncomp.deploy import generated_text
+
+    tokens = int(1.25 * (request.tokens or reader.calibration)) + (request.windows or reader.count) * reader.tokens
+    return generated_text(
+        dense, loaded, tokens=max(tokens, TRAINING if training else 0), length=reader.tokens, seed=request.seed, progress=progress
+    )
 
 
 def _store(request: ConvertRequest) -> TensorStore | None:

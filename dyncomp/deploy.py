@@ -26,17 +26,22 @@ from dyncomp.graph import Graph
 from dyncomp.hardware import default_threads
 from dyncomp.images import prepare, read_image
 from dyncomp.latency import LatencyTable
+from dyncomp.models import LoadedModel
 from dyncomp.models.loaded import WRITES
 from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
+from dyncomp.runtime.batching import Batcher
 from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
 from dyncomp.runtime.session import DecoderSession
+from dyncomp.runtime.unprompted import write_documents
 from dyncomp.sound import features
 from dyncomp.sweep import release_memory
+from dyncomp.text import GENERATED, Corpus, load_text
 from dyncomp.wav import Samples, read_wav
+from dyncomp.whole import replacing
 
 
 class Artifact(Protocol):
@@ -249,6 +254,34 @@ def dense_artifacts(
     if quantize is not None and len(quantization_of(passes)) < len(passes):
         found.append(("dense", dense_artifact(graph, fingerprint, progress, quantize=quantize, backend=backend)))
     return found
+
+
+_WRITTEN_TOGETHER = 16
+"""Documents at a time that a model writes of itself."""
+
+
+def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: int, seed: int, progress: Progress = no_progress) -> Corpus:
+    """Documents that the dense model writes of itself (:mod:`dyncomp.runtime.unprompted`), made once and kept in the cache folder.
+
+    Args:
+        tokens: how many at least. length: of the longest document, in tokens.
+
+    Raises:
+        RequestError: the model does not write text one token after the other over a KV cache.
+        TextError: it ends its texts at once.
+    """
+    file = cache_folder() / "generated" / f"{loaded.fingerprint[:24]}-{tokens}-{length}-{seed}.jsonl"
+    if not file.is_file():
+        from dyncomp.backends.ort.slots import OrtSlots
+
+        model = backend_of("ort").open(dense_artifact(dense, loaded.fingerprint, progress))
+        if model.kv_cache is None:
+            raise RequestError(f"{loaded.name} writes no text of its own: it was refused a KV cache", hint="give a text file")
+        slots = OrtSlots(model, slots=_WRITTEN_TOGETHER, capacity=min(length, loaded.context_length or length))
+        documents = write_documents(Batcher(slots, loaded.tokenizer), tokens=tokens, length=slots.capacity, seed=seed, progress=progress)
+        with replacing(file) as part:
+            part.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return Corpus(GENERATED, load_text(str(file)).documents)
 
 
 def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = None) -> dict[str, Any]:

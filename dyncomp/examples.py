@@ -7,6 +7,7 @@ pixels. Which of them is a :class:`Reader`; behind it everything is a row (:mod:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,16 +85,23 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class TextReader:
-    """Windows of tokens that do not overlap."""
+    """Windows of tokens that do not overlap. ``write`` gives text that the model writes of itself, where it can be asked to."""
 
     tokenizer: Any
     tokens: int
     other: str = "news"
     count: int = 16
     calibration: int = CALIBRATION
+    write: Callable[[], text.Corpus] | None = None
 
     def load(self, source: str | None) -> text.Corpus:
-        return text.load_text(source)
+        if source != text.GENERATED:
+            return text.load_text(source)
+        if self.write is None:
+            raise RequestError(
+                f"{source!r} is text that a decoder writes of itself: for dyncomp convert and heal", hint="give a packaged text or a file"
+            )
+        return self.write()
 
     def split(self, collection: text.Corpus, *, seed: int) -> tuple[text.Corpus, text.Corpus]:
         return text.split(collection, seed=seed)

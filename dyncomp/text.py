@@ -400,6 +400,8 @@ def labelled_news() -> Iterator[tuple[str, str]]:
 _SHORTEST_ARTICLE = 1000  # characters of prose
 _SHORTEST_KEPT = 200_000  # characters of a text whose tokens are kept
 PACKAGED: dict[str, Callable[[], Iterator[str]]] = {"wikipedia": _wikipedia, "news": _news}
+GENERATED = "generated"
+"""Text that the model in question writes of itself, in place of a packaged one."""
 _OBJECTS = 'one object a line: {"text": "…"}, or for pairs {"source": "…", "target": "…"}'
 _HINT = f"give a .txt or .jsonl file, or one of the packaged texts: {', '.join(PACKAGED)}"
 

@@ -58,7 +58,8 @@ def print_json(value: Any) -> None:
 
 
 CALIBRATE = (
-    "What to calibrate on, a part of it held out: wikipedia, news, or a .txt/.jsonl file (for encoder–decoders also of "
+    "What to calibrate on, a part of it held out: wikipedia, news, generated (a decoder writes it of "
+    "itself: for when there is no text like what it will read), or a .txt/.jsonl file (for encoder–decoders also of "
     'pairs, {"source": …, "target": …} a line; else they read one half of a text and write the other); of models of images photos, '
     "digits, or a folder of images; of models of sound a .jsonl file of recordings, "
     '{"audio": "a.wav", "text": …} a line, a folder of a.wav beside a.txt, or a text, which eSpeak NG speaks. '
