@@ -24,6 +24,7 @@ from dyncomp.backends.native import (
 )
 from dyncomp.backends.native.build import available
 from dyncomp.backends.ort.native import library
+from dyncomp.backends.ort.ops import reaching_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -646,7 +647,7 @@ class Attention:
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
         head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
-        softcap: float = 0.0, absent: float = 0.0, coded: bool = False,
+        softcap: float = 0.0, absent: float = 0.0, coded: bool = False, biased: bool = False,
     ) -> None:  # fmt: skip
         self.coded, self.op = coded, "QuantizedCachedAttention" if coded else "CachedAttention"
         self.past, self.length, self.packed = np.array(past, np.int64), length, packed
@@ -659,6 +660,7 @@ class Attention:
                 cache[row, :, n:] = np.nan
         if coded:
             self.caches = [encode_entries(torch.from_numpy(c)).numpy() for c in self.caches]
+        self.bias = rng.standard_normal((kv_heads * group, self.capacity), np.float32) * 2 if biased else None
         marks = rng.random((len(past), 1, self.capacity, 1)) >= absent
         self.present = marks.astype(np.float32) if absent else None
         angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
@@ -675,6 +677,7 @@ class Attention:
         return {
             "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
             "past_length": self.past, "cos": cos, "sin": sin, "present": self.present,
+            "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(),
         }  # fmt: skip
 
     def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
@@ -700,7 +703,8 @@ class Attention:
         caches = [torch.from_numpy(np.nan_to_num(c).astype(np.float64)) for c in self.caches]  # PyTorch multiplies what it masks
         settings = 0.21, int(self.attributes["window"]), self.attributes["softcap"]
         present = torch.from_numpy(self.present) if self.present is not None else None
-        out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings, present)
+        bias = None if self.bias is None else torch.from_numpy(self.bias).double()
+        out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings, present, bias)
         return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
 
     def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
@@ -764,6 +768,19 @@ def test_attention_with_a_window_and_a_soft_cap(native: Native, window: int, sof
         Attention(rng, past=past, length=length, window=window, softcap=softcap).check(native, 2)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_with_a_bias_by_distance(native: Native, group: int) -> None:
+    rng = np.random.default_rng(group)
+    for past, length, more in [
+        ((0,), 150, {}),
+        ((3, 130), 90, {"window": 17}),
+        ((200, 7, 64), 1, {"softcap": 5.0}),
+        ((500,), 1, {"absent": 0.3}),
+        ((400, 270), 5, {"coded": True}),
+    ]:
+        Attention(rng, past=past, length=length, group=group, rotated=0, biased=True, **more).check(native, 2)
+
+
 @pytest.mark.parametrize("absent", [0.2, 0.9, 1.0])
 def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
     rng = np.random.default_rng(int(10 * absent))
@@ -808,6 +825,7 @@ def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
         rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
         absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])), coded=data.draw(st.booleans()),
+        biased=data.draw(st.booleans()),
     ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
 
 
@@ -865,6 +883,8 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
 
     refused("3 entries and 2 new ones exceed the cache's capacity of 4", capacity=4)
     refused("present should have a number for each of 1 rows and 5 entries", inputs={"present": zeros(1, 1, 4, 1)})
+    refused("bias should have for each of 6 heads", inputs={"bias": zeros(5, 69)})
+    refused("5 positions; the bias reaches over 4", inputs={"bias": zeros(6, 68)})
     refused("-1 entries and 2 new ones", inputs={"past_length": np.array([-1])})
     refused("5 positions; the tables have 4", inputs={"cos": zeros(4, 16), "sin": zeros(4, 16)})
     refused("the input past_length has 2 elements; it should have 1", inputs={"past_length": np.array([1, 1])})

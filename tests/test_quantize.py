@@ -452,7 +452,7 @@ def test_without_a_compiler_onnx_runtimes_kernels_are_used(options: dict[str, ob
     model = OrtModel(tmp_path, threads=1)
     assert model.config["kernels"] == "onnxruntime"
     own, *decoded = model.config["notes"]
-    assert own.startswith("experts and quantized weights run in ONNX Runtime's own operators: ")
+    assert own.startswith("experts, quantized weights and attention run in ONNX Runtime's own operators: ")
     assert [re.search(r"float32: (\d+) ", d).group(1) for d in decoded] == ["16" if offsets else "1"]  # type: ignore[union-attr]
     assert parity(graph, model, good=5e-2)["relative_error"] <= 5e-2
 

@@ -22,10 +22,9 @@ from dyncomp.passes.quantize_cache import keep_floats
 from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import Eager
 from test_batching import Modulo
 from test_depth import gated
-from test_kv_cache import decoder, empty_caches
+from test_kv_cache import empty_caches
 
 import bench.tiny
 from bench.tiny import tokens, trace_tiny
@@ -48,6 +47,7 @@ CONTEXT = 96
 FAMILIES = {
     "llama": ("Llama", bench.tiny.SILU, {"head_dim": 16}),
     "gemma3": ("Gemma3", bench.tiny.GEGLU | bench.tiny.TIED, {"config": "Gemma3TextConfig", "head_dim": 32, "sliding_window": 4}),
+    "bloom": ("Bloom", bench.tiny.GELU_TANH | bench.tiny.TIED, {"n_layer": 2, "num_attention_heads": 2}),  # a bias by distance
 }
 needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler here")
 
@@ -151,7 +151,7 @@ def test_a_recipe_and_the_option_say_the_same() -> None:
 
 # ---- ONNX Runtime --------------------------------------------------------------------------------------------------
 @needs_compiler
-@pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("gemma3", "fp32")])
+@pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("gemma3", "fp32"), ("bloom", "fp32")])
 def test_parity_in_onnx_runtime(name: str, weights: str, tmp_path: Path) -> None:
     graph = wide(name)
     if weights == "int8":
@@ -232,8 +232,15 @@ def test_what_cannot_keep_such_a_cache_says_so(tmp_path: Path) -> None:
 def test_attentions_without_a_kernel_are_named(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="keys of 8 and values of 8 features have none: one multiple of 16"):
         lower(cached(coded(trace_tiny("llama"))), tmp_path)
-    with pytest.raises(BackendError, match="added to the scores by distance has no kernel"):
-        lower(cached(coded(decoder(Eager(bias=0.1)))), tmp_path)
+
+
+@needs_compiler
+def test_a_bias_by_distance_is_in_the_kernel(tmp_path: Path) -> None:
+    graph = cached(wide("bloom"))
+    operators = lower(graph, tmp_path).operators
+    assert operators["dyncomp.CachedAttention"] == 2
+    assert "Softmax" not in operators
+    assert parity(graph, OrtModel(tmp_path, threads=2))["relative_error"] <= 1e-5
 
 
 def test_tvm_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kFloat, true}, {Type::kFloat, true},  // query, key, value
     {CACHE, false},        {CACHE, false},       {Type::kInt64, false},  // key_cache, value_cache, past_length
     {Type::kFloat, true},  {Type::kFloat, true}, {Type::kFloat, true},  // cos, sin, present
+    {Type::kFloat, true},                                              // bias
 };
 // With fewer than kFewUnits units of work, more than kSplitFrom keys are divided among units of kSplitKeys.
 constexpr int64_t kFewUnits = 16, kSplitFrom = 256, kSplitKeys = 128;
@@ -91,7 +92,7 @@ bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equ
 void compute(const void* kernel, Call& call, bool coded) {
   const Attention& op = *static_cast<const Attention*>(kernel);
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
-  Shape query, key, value, caches, values, table, sines, present;
+  Shape query, key, value, caches, values, table, sines, present, bias;
   Work work = {};
   AttentionJob& job = work.job;
   job.query = call.input<float>(0, "query", false, &query);
@@ -102,6 +103,7 @@ void compute(const void* kernel, Call& call, bool coded) {
   job.cos = call.input<float>(6, "cos", true, &table);
   job.sin = call.input<float>(7, "sin", true, &sines);
   job.present = call.input<float>(8, "present", true, &present);
+  job.bias = call.input<float>(9, "bias", true, &bias);
   if (call.failed()) return;
   if (query.rank != 3 || caches.rank != 4 || !equal(caches, values)) {
     call.fail("the query should have 3 dimensions, and the caches the same 4");
@@ -128,6 +130,8 @@ void compute(const void* kernel, Call& call, bool coded) {
               show(kv_width));
   } else if (job.present && present.count() != static_cast<size_t>(job.batch * job.capacity)) {
     call.fail("present should have a number for each of %lld rows and %lld entries", show(job.batch), show(job.capacity));
+  } else if (job.bias && (bias.rank != 2 || bias.sizes[0] != op.heads || bias.last() <= kKeys)) {
+    call.fail("bias should have for each of %lld heads a number for each distance, and %d more", show(op.heads), kKeys);
   } else if ((job.cos == nullptr) != (job.sin == nullptr) ||
              (job.cos && (table.rank != 2 || !equal(table, sines) || 2 * table.last() > d))) {
     call.fail("cos and sin should both be there, or neither, and have the same shape [positions, at most %lld]", show(d / 2));
@@ -140,6 +144,8 @@ void compute(const void* kernel, Call& call, bool coded) {
       call.fail("%lld entries and %lld new ones exceed the cache's capacity of %lld", show(past), show(job.length), show(job.capacity));
     } else if (job.cos && past + job.length > table.sizes[0]) {
       call.fail("%lld positions; the tables have %lld", show(past + job.length), show(table.sizes[0]));
+    } else if (job.bias && past + job.length > bias.last() - kKeys) {
+      call.fail("%lld positions; the bias reaches over %lld", show(past + job.length), show(bias.last() - kKeys));
     }
     if (call.failed()) return;
     const int64_t seen = past + job.length / 2 + 1;
@@ -147,6 +153,7 @@ void compute(const void* kernel, Call& call, bool coded) {
     longest = std::max(longest, past + job.length);
   }
   job.half = job.cos ? table.last() : 0;
+  job.reach = job.bias ? bias.last() - kKeys : 0;
   job.query_stride = query.last(), job.key_stride = packed ? query.last() : kv_width;
   if (packed) job.key = job.query + width, job.value = job.key + kv_width;
   query.sizes[2] = width;
@@ -180,9 +187,9 @@ void compute(const void* kernel, Call& call, bool coded) {
 
 }  // namespace
 
-const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 9, create,
+const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 10, create,
     [](const void* kernel, Call& call) { compute(kernel, call, false); }, destroy, 3};
-const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 9, create,
+const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 10, create,
     [](const void* kernel, Call& call) { compute(kernel, call, true); }, destroy, 3, Type::kByte};
 
 }  // namespace dyncomp

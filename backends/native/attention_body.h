@@ -77,9 +77,10 @@ struct Seen {
   float *peak, *sum, *out;
 };
 
-// One query's scores of `columns` keys -> weights relative to its largest score so far; only the keys low .. high - 1 count, and of these
-// the ones that are present (1, else 0), unless that is null.
-inline void weigh(const AttentionJob& job, float* scores, const float* present, int64_t columns, int64_t low, int64_t high, Seen seen) {
+// One query's scores of `columns` keys, plus `bias` unless that is null -> weights relative to its largest score so far; only the keys
+// low .. high - 1 count, and of these the ones that are present (1, else 0), unless that is null.
+inline void weigh(const AttentionJob& job, float* scores, const float* bias, const float* present, int64_t columns, int64_t low, int64_t high,
+                  Seen seen) {
   alignas(64) static const float kLanes[kTile] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const bool all = low <= 0 && high >= columns;
   const V from = set(static_cast<float>(low)), to = set(static_cast<float>(high)), lowest = set(kLowest), zero = set(0.0f);
@@ -87,6 +88,7 @@ inline void weigh(const AttentionJob& job, float* scores, const float* present, 
   for (int64_t i = 0; i < columns; i += kTile) {
     V s = load(scores + i);
     if (job.softcap != 0.0f) s = tanh(s) * set(job.softcap);
+    if (bias) s = s + load(bias + i);
     if (!all) {
       const V lane = load(kLanes) + set(static_cast<float>(i));
       s = if_less(lane, to, if_less(lane, from, lowest, s), lowest);
@@ -175,9 +177,11 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
       for (int64_t i = 0; i < n; i++) queries[i] = query + (r + i) * d, shares[i] = weights + i * kKeys + low;
       multiply_all(n, columns, queries, keys, kKeys, weights, kKeys, d, false);
       for (int64_t i = 0; i < n; i++) {
-        const int64_t at = past + (unit.from + r + i) / group - k;
+        const int64_t at = past + (unit.from + r + i) / group - k, head = unit.head * group + (unit.from + r + i) % group;
+        const float* bias = job.bias ? job.bias + head * (job.reach + kKeys) + job.reach - 1 - at : nullptr;
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
-        weigh(job, weights + i * kKeys, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1), seen);
+        weigh(job, weights + i * kKeys, bias, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1),
+              seen);
       }
       multiply_all(n, d, shares, values + low * d, d, out + r * d, d, high - low, true);
     }

@@ -87,6 +87,8 @@ struct AttentionJob {
   const int64_t* past;               // [batch]
   const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
+  const float* bias;                 // [heads, reach + kKeys]: entry i is added to the score of a key reach - 1 - i positions back; or null
+  int64_t reach;
   float* output;                     // [batch, length, heads, head_dim]
   int64_t batch, length, heads, kv_heads, head_dim, capacity, half, window;
   int32_t interleaved;

@@ -42,11 +42,11 @@ def select_attention(graph: Graph, *, native: bool) -> None:
             continue
         if has_coded_cache(node):
             _require_kernel(node, native)
-        if has_bias(node):
-            node.target = attend_plainly
-        elif native and _fits(node, 16, _MAX_HEAD_DIM):
+        if native and _fits(node, 16, _MAX_HEAD_DIM):
+            if has_bias(node):
+                _turn_bias(graph, node)
             flatten_attention(graph, node, shapes, ops.cached_attention)
-        elif _fits(node, 8) and not has_absent_tokens(node):
+        elif _fits(node, 8) and not has_absent_tokens(node) and not has_bias(node):
             lengths = lengths or _lengths(graph, node)
             flatten_attention(graph, node, shapes, ops.group_query_attention, lengths, pairs=8 if _fits(node, 16) else 0)
         else:
@@ -69,13 +69,21 @@ def _require_kernel(node: fx.Node, native: bool) -> None:
     where, reason = node.meta.get("path") or node.name, None
     if not native:
         reason = f"only dyncomp's own kernels read it, and {unavailable_reason() or 'this lowering leaves them out'}"
-    elif has_bias(node):
-        reason = "what is added to the scores by distance has no kernel"
     elif not _fits(node, 16, _MAX_HEAD_DIM):
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (1, 2))  # type: ignore[union-attr]
         reason = f"keys of {key} and values of {value} features have none: one multiple of 16 up to {_MAX_HEAD_DIM} is needed"
     if reason is not None:
         raise BackendError(f"{where}: a KV cache in int8: {reason}", hint="convert without --kv-cache")
+
+
+def _turn_bias(graph: Graph, node: fx.Node) -> None:
+    """Give the attention the constant that it adds by distance as the kernel reads it."""
+    bias = node.args[10]
+    assert isinstance(bias, fx.Node)
+    name = f"{bias.target}_reaching_back"
+    if not graph.reads(name):
+        graph.add_tensor(name, ops.reaching_back(graph.tensor(bias)), trainable=False)
+    node.update_arg(10, graph.read(name))
 
 
 def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:

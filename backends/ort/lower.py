@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from dyncomp.backends.artifact import CONFIG, ENCODER, describe
+from dyncomp.backends.attention import CACHED, has_bias
 from dyncomp.backends.native import available, unavailable_reason
 from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
@@ -72,8 +73,9 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     Args:
         graph: not changed. With a KV cache (``add-kv-cache``) or without.
         directory: made if absent; files of an earlier lowering are replaced.
-        native: quantized weights, routed FFNs, and attention beside them, run in dyncomp's own kernels (True), in ONNX Runtime's
-            (False), or in ours where they can be built (None). ``config.json`` says which. Dense float graphs have no use for ours.
+        native: quantized weights, routed FFNs, and attention beside them or with a bias by distance, run in dyncomp's own kernels
+            (True), in ONNX Runtime's (False), or in ours where they can be built (None). ``config.json`` says which. Other graphs, dense
+            and in float, have no use for ours.
         progress: ``progress(stage, done, total)``.
 
     Raises:
@@ -89,7 +91,8 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
         raise MissingExtraError(error.name or "onnxscript", needed_for="the ONNX Runtime backend", extra="ort") from error
     report("select", 0, 3)
     coded = any(s.dtype == torch.uint8 for s in graph.inputs)  # a KV cache
-    wanted = bool(graph.quantized or find_routed(graph) or coded)
+    biased = any(n.target is CACHED and has_bias(n) for n in graph.nodes)
+    wanted = bool(graph.quantized or find_routed(graph) or coded or biased)
     native = wanted and (available() if native is None else native)
     selected = select(graph, native=native)
     notes = _notes(selected, wanted=wanted, native=native)
@@ -202,7 +205,7 @@ def _notes(selected: Graph, *, wanted: bool, native: bool) -> list[str]:
     notes = []
     if wanted and not native:
         reason = unavailable_reason() or "this lowering leaves dyncomp's kernels out"
-        notes.append(f"experts and quantized weights run in ONNX Runtime's own operators: {reason}")
+        notes.append(f"experts, quantized weights and attention run in ONNX Runtime's own operators: {reason}")
     if decoded := selected.info["decoded"]:
         where = decoded[0] if len(decoded) == 1 else f"{decoded[0]} … {decoded[-1]}"
         notes.append(f"quantized weights that no operator takes are decoded and computed in float32: {len(decoded)} ({where})")

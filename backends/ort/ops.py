@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from dyncomp.backends.ort.native import DOMAIN
 from torch import Tensor
 from torch.onnx import ops
@@ -91,10 +92,11 @@ def group_query_attention(
 def cached_attention(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
-    present: Tensor | None = None,
+    present: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, and present
-    [B, 1, C, 1], 0 for entries that are not attended to. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
+    """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, present
+    [B, 1, C, 1], 0 for entries that are not attended to, and a bias as :func:`reaching_back` makes it. Over caches in int8, uint8
+    [B, Hkv, C, D + 4], it is another operator."""
     coded = key_cache.dtype == torch.uint8
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
@@ -103,13 +105,23 @@ def cached_attention(
     head_dim = key_cache.shape[3] - (SCALE_BYTES if coded else 0)
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::{'QuantizedCachedAttention' if coded else 'CachedAttention'}",
-        [query, key, value, key_cache, value_cache, past_length, cos, sin, *([present] if present is not None else [])],
+        _without_absent_at_the_end([query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias]),
         attributes,
         dtypes=[query.dtype, key_cache.dtype, value_cache.dtype],
         shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
         version=1,
     )
     return result[0], result[1], result[2]
+
+
+def reaching_back(bias: Tensor) -> Tensor:
+    """What attention adds by distance [H, P], the farthest first and then as many zeros as the kernel reads keys at once: [H, P + 64]."""
+    return F.pad(bias.flip(1), (0, 64)).contiguous()
+
+
+def _without_absent_at_the_end(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    count = max(i for i, value in enumerate(inputs) if value is not None)
+    return inputs[: count + 1]
 
 
 def mixture_of_experts(
