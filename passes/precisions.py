@@ -74,18 +74,23 @@ class Trials:
         self._expected = [kind(y) for y in outputs]
 
     def each(self, units: Sequence[Unit], choices: Sequence[int], progress: Progress) -> dict[str, dict[int, float]]:
-        """The loss of each unit alone in each of ``choices`` bits. What is before a unit is computed once."""
+        """The loss of each unit alone in each of ``choices`` bits. What is before a unit is computed once.
+
+        The fewest bits are measured; another bit halves the errors of rounding, and the loss grows with their square.
+        """
         nodes = self.graph.nodes
         order = {node: i for i, node in enumerate(nodes)}
         first = {unit.name: min(order[n] for n in self._readers(unit)) for unit in units}
         sweep, reached = self._sweep(), -1
         losses: dict[str, dict[int, float]] = {}
+        fewest = min(choices)
         for unit in sorted(units, key=lambda u: first[u.name]):
             before = next((i for i in range(first[unit.name] - 1, -1, -1) if nodes[i].op == "call_function"), -1)
             if before > reached:
                 sweep.advance(nodes[before])
                 reached = before
-            losses[unit.name] = {b: self._loss(sweep.branch(), {unit: b}) if b != FLOAT else 0.0 for b in choices}
+            loss = self._loss(sweep.branch(), {unit: fewest})
+            losses[unit.name] = {b: loss * 0.25 ** (b - fewest) if b != FLOAT else 0.0 for b in choices}
             progress("precisions", len(losses), len(units))
         return losses
 

@@ -263,7 +263,7 @@ def test_measuring_leaves_the_graph_as_it_was() -> None:
     head = Unit("head", ("model.lm_head.weight",), 1)
     losses = trials.each([head], (4, 8), lambda *_: None)
     assert losses["head"][4] == pytest.approx(trials.together([head], {"head": 4}))
-    assert losses["head"][4] > losses["head"][8] > 0
+    assert losses["head"][8] == pytest.approx(trials.together([head], {"head": 8}), rel=0.5), "not measured: the square of the steps"
     assert torch.equal(graph(**batch), before)
     assert not graph.quantized
 
