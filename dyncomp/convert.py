@@ -189,13 +189,8 @@ def healing_passes(opened: bundle.Bundle, options: str) -> tuple[Pass, ...]:
     """What heals a bundle: ``heal{options}``, and its quantization again when it has one, its KV cache's too.
 
     Raises:
-        RequestError: no such option, or a value out of range; or several processes were started.
+        RequestError: no such option, or a value out of range.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError(
-            "dyncomp heal was started in several processes, and only training can be shared",
-            hint="start it without torchrun, or share the training: dyncomp.heal.Trainer inside dyncomp.heal.ranks.joined()",
-        )
     earlier = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
     quantize, caches = quantization_of(earlier), [p for p in earlier if isinstance(p, QuantizeCache)][:1]
     return (make_pass(Heal.name, options), *quantize, *caches)

@@ -11,6 +11,7 @@ from dyncomp.passes.recalibrate import Recalibrate
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
+from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import find_routed
 
@@ -41,6 +42,7 @@ class Heal(Settings, Pass):
         if held_out == 0:
             raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
         train, chosen_by = ctx.text[:-held_out], ctx.text[-held_out:]
+        share(graph, ctx.dense, train, chosen_by, self, ctx.seed, ctx.folder)
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         healed = trainer.run()
         del trainer

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 from dyncomp.backends.native import available
 from dyncomp.passes import FitRouter
 from dyncomp.passes.routers import FAMILIES
-from helpers import own_cache
+from helpers import own_cache, relative_error
+from safetensors.torch import load_file
+from test_heal import free_port
 from tiny_checkpoint import write_checkpoint, write_text
 
 from dyncomp import bundle, convert, workspace
@@ -114,10 +116,10 @@ def test_heal_writes_a_new_bundle_beside_what_it_was_and_static_pruning_healed_a
     routed: list[bool] = []
     train = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: routed.append(bool(self._routers)) or train(self))
-    options = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt", "--steps", "6", "--option", "lr=2e-5"]
+    options = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt", "--steps", "6", "--option", "lr=2e-5", "--option", "together=2"]
     report = json.loads(run(place, "heal", "out", "-o", "healed", *options, "--json"))
     before = json.loads((place / "report.json").read_text())
-    assert report["passes"] == [*before["passes"], "heal{steps=6 lr=2e-05}"]
+    assert report["passes"] == [*before["passes"], "heal{together=2 steps=6 lr=2e-05}"]
     assert set(report["perplexity"]) >= {"dense", "before", "converted", "static_pruned"}
     assert report["perplexity"]["before"] == pytest.approx(before["perplexity"]["converted"], rel=1e-6)
     assert routed == [True, False], "the converted model, then the pruned one"
@@ -127,6 +129,12 @@ def test_heal_writes_a_new_bundle_beside_what_it_was_and_static_pruning_healed_a
     assert report["parity"][0]["relative_error"] <= 1e-4
     assert not (place / "healed.part").exists()
     assert bundle.open_bundle(place / "out").manifest.passes[-1].spec == before["passes"][-1], "the old bundle stays"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dyncomp"]
+    subprocess.run([*command, "heal", "out", "-o", "together", *options, "--backend", "torch"], cwd=place, check=True, timeout=300)
+    alone, together = (load_file(place / name / "weights.safetensors") for name in ("healed", "together"))
+    assert alone.keys() == together.keys()
+    assert all(relative_error(together[name], value) < 1e-3 for name, value in alone.items())
+    assert not (place / "together.part").exists()
 
 
 @pytest.mark.parametrize(

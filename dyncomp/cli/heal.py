@@ -37,19 +37,24 @@ def command(bundle: Path, json_: bool, minutes: float | None, steps: int | None,
     """Train BUNDLE's model to give what its dense model gives (distillation), and write a new bundle with its evidence.
 
     Static pruning at the same cost, healed for as many steps on the same text, stands beside it. A quantized bundle is healed in
-    float and quantized again. An interrupted run continues where its last checkpoint was.
+    float and quantized again. An interrupted run continues where its last checkpoint was. Under torchrun (torchrun --nproc-per-node 4 -m
+    dyncomp heal …, on one or several machines that see the same folders) all processes share each step.
     """
     from dyncomp.bundle import open_bundle
     from dyncomp.convert import ConvertRequest, convert, healing_passes
+    from dyncomp.heal.together import leading
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import print_report
 
     opened = open_bundle(bundle)
     given = [f"{name}={value}" for name, value in (("minutes", minutes), ("steps", steps)) if value is not None]
     passes = healing_passes(opened, " ".join([*given, *choices]))
-    with ProgressReporter() as progress:
-        source = opened.manifest.source.name
-        report = convert(ConvertRequest(source, bundle=bundle, passes=passes, **request), progress=progress, say=progress.say)
+    with leading() as first:
+        if not first:
+            return
+        with ProgressReporter() as progress:
+            source = opened.manifest.source.name
+            report = convert(ConvertRequest(source, bundle=bundle, passes=passes, **request), progress=progress, say=progress.say)
     if json_:
         options.print_json(report)
     else:

@@ -1,11 +1,13 @@
 """Several processes that train one model: each computes a part of every batch, gradients are summed.
 
-A program of one's own starts them with ``torchrun`` and trains inside :func:`joined`; ``dyncomp heal`` itself is one process.
+``torchrun`` starts them: ``dyncomp heal``, in which the first leads (:mod:`dyncomp.heal.together`), or a program of one's own, which
+trains inside :func:`joined`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterable, Iterator
 
@@ -29,7 +31,7 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # while the first calibrates and evaluates, the others wait
     try:
         yield
     finally:
