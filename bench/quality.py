@@ -60,6 +60,9 @@ def rows() -> list[Row]:
                     f"carve-experts{{experts={experts} shared={int(experts * active / 3)}}}, fit-router{{active={active:g}}}, refit-down"
                 )
                 found.append(Row(where, model, f"{experts} experts", routed))
+            if model == "smollm2-135m":
+                by_kl = routed.replace("}, refit", " budgets=kl}, refit")
+                found.append(Row(where, model, "96 experts, budgets by KL", by_kl))
             routed += f"{{rank={rank}}}"
             found.append(Row(where, model, "96 experts, linear path", routed))
             found.append(Row(where, model, "the same, healed", f"{routed}, {heal}"))
