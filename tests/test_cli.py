@@ -116,7 +116,8 @@ def test_heal_writes_a_new_bundle_beside_what_it_was_and_static_pruning_healed_a
     routed: list[bool] = []
     train = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: routed.append(bool(self._routers)) or train(self))
-    options = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt", "--steps", "6", "--option", "lr=2e-5", "--option", "together=2"]
+    options = ["--tokens", "4096", "--windows", "2", "--calibrate", "text.txt", "--steps", "6", "--option", "lr=2e-5"]
+    options += ["--option", "together=2"]
     report = json.loads(run(place, "heal", "out", "-o", "healed", *options, "--json"))
     before = json.loads((place / "report.json").read_text())
     assert report["passes"] == [*before["passes"], "heal{together=2 steps=6 lr=2e-05}"]
