@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from dyncomp.whole import replacing
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 T = TypeVar("T")
@@ -56,7 +57,6 @@ def main(
 
 
 def write(results: Results, out: Path, markdown: Callable[[Results], str]) -> None:
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, out)
+    with replacing(out) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(results))

@@ -264,7 +264,7 @@ def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: in
     """Documents that the dense model writes of itself (:mod:`dyncomp.runtime.unprompted`), made once and kept in the cache folder.
 
     Args:
-        tokens: how many at least. length: of the longest document, in tokens.
+        tokens: how many at least. length: of the longest document, in tokens, at most the model's context.
 
     Raises:
         RequestError: the model does not write text one token after the other over a KV cache.
@@ -277,8 +277,8 @@ def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: in
         model = backend_of("ort").open(dense_artifact(dense, loaded.fingerprint, progress))
         if model.kv_cache is None:
             raise RequestError(f"{loaded.name} writes no text of its own: it was refused a KV cache", hint="give a text file")
-        slots = OrtSlots(model, slots=_WRITTEN_TOGETHER, capacity=min(length, loaded.context_length or length))
-        documents = write_documents(Batcher(slots, loaded.tokenizer), tokens=tokens, length=slots.capacity, seed=seed, progress=progress)
+        slots = OrtSlots(model, slots=_WRITTEN_TOGETHER, capacity=length)
+        documents = write_documents(Batcher(slots, loaded.tokenizer), tokens=tokens, length=length, seed=seed, progress=progress)
         with replacing(file) as part:
             part.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     return Corpus(GENERATED, load_text(str(file)).documents)

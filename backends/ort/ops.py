@@ -105,7 +105,7 @@ def cached_attention(
     head_dim = key_cache.shape[3] - (SCALE_BYTES if coded else 0)
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::{'QuantizedCachedAttention' if coded else 'CachedAttention'}",
-        _without_absent_at_the_end([query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias]),
+        [query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias],
         attributes,
         dtypes=[query.dtype, key_cache.dtype, value_cache.dtype],
         shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
@@ -117,11 +117,6 @@ def cached_attention(
 def reaching_back(bias: Tensor) -> Tensor:
     """What attention adds by distance [H, P], the farthest first and then as many zeros as the kernel reads keys at once: [H, P + 64]."""
     return F.pad(bias.flip(1), (0, 64)).contiguous()
-
-
-def _without_absent_at_the_end(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    count = max(i for i, value in enumerate(inputs) if value is not None)
-    return inputs[: count + 1]
 
 
 def mixture_of_experts(

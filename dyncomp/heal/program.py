@@ -133,7 +133,7 @@ class Program:
         while node is not head.node and is_pointwise(node.target) and len(sources := self._changing(node)) == 1:
             last.append(node)
             (node,) = sources
-        alone = node is head.node and all(self._changing(n) <= {head.input, *last, head.node} for n in (*last, head.node))
+        alone = node is head.node and self._changing(node) == {head.input}
         return (head.input, [head.node, *reversed(last)]) if alone else (output, [])
 
     def _changing(self, node: fx.Node) -> set[fx.Node]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dyncomp.whole import replacing
 
 
 @dataclass
@@ -38,13 +39,11 @@ class Progressed:
 
 def save(folder: Path, key: str, progressed: Progressed, tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint; the one before stays valid until this one is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{progressed.done}.safetensors"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.part")
-    os.replace(folder / f"{name}.part", folder / name)
-    part = folder / "state.json.part"
-    part.write_text(json.dumps({"key": key, "tensors": name, **asdict(progressed)}))
-    os.replace(part, folder / "state.json")
+    with replacing(folder / name) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+    with replacing(folder / "state.json") as part:
+        part.write_text(json.dumps({"key": key, "tensors": name, **asdict(progressed)}))
     for old in folder.glob("step-*"):
         if old.name != name:
             old.unlink()

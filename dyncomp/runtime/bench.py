@@ -140,12 +140,3 @@ def _own_times(events: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]
             if open_calls:
                 open_calls[-1][2] += event["dur"]
             open_calls.append([event["ts"] + event["dur"], event, 0])
-
-
-def random_steps(session: DecoderSession, *, context: int, steps: int, batch: int = 1, vocabulary: int = 1000) -> Array:
-    """Prefill ``context`` random tokens and decode ``steps``; returns the last logits [B, V]. For profiling."""
-    random = np.random.default_rng(0)
-    logits = session.prefill(random.integers(0, vocabulary, (batch, context)), np.full(batch, context), steps)
-    for _ in range(steps):
-        logits = session.step(random.integers(0, vocabulary, batch))
-    return logits

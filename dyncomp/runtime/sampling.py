@@ -59,14 +59,12 @@ class Sampler:
         if s.temperature == 0:
             return int(logits.argmax())
         scores = logits.astype(np.float64) / s.temperature
-        if not s.top_k and s.top_p == 1:  # of all tokens in any order: sorting a vocabulary takes as long as a step of a small model
-            total = np.exp(scores - scores.max()).cumsum()
-            return int(np.searchsorted(total, self._random.random() * total[-1], side="right").clip(max=len(total) - 1))
-        order = np.argsort(-scores, kind="stable")
-        if s.top_k:
-            order = order[: s.top_k]
-        weights = np.exp(scores[order] - scores[order[0]])
-        total = weights.cumsum()
+        if s.top_k or s.top_p < 1:
+            order = np.argsort(-scores, kind="stable")
+            order = order[: s.top_k] if s.top_k else order
+        else:  # sorting a vocabulary takes as long as a step of a small model
+            order = np.arange(len(scores))
+        total = np.exp(scores[order] - scores.max()).cumsum()
         if s.top_p < 1:
             keep = int(np.searchsorted(total, s.top_p * total[-1])) + 1
             order, total = order[:keep], total[:keep]

@@ -40,15 +40,15 @@ struct Node {
   Constant constants[kMaxInputs];
 };
 
-// The data and shape of a value; data stays null after an error, which is returned.
+// The data and shape of a value; data stays as it is after an error, which is returned, and where there are too many dimensions.
 OrtStatus* read_tensor(const OrtApi& api, const OrtValue* value, Shape* shape, const void** data) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* status = api.GetTensorTypeAndShape(value, &info)) return status;
   OrtStatus* status = api.GetDimensionsCount(info, &shape->rank);
-  if (status == nullptr && shape->rank > kMaxRank) status = api.CreateStatus(ORT_INVALID_ARGUMENT, "an input has more than 8 dimensions");
-  if (status == nullptr) status = api.GetDimensions(info, shape->sizes, shape->rank);
+  const bool fits = status == nullptr && shape->rank <= kMaxRank;
+  if (fits) status = api.GetDimensions(info, shape->sizes, shape->rank);
   api.ReleaseTensorTypeAndShapeInfo(info);
-  if (status == nullptr) status = api.GetTensorMutableData(const_cast<OrtValue*>(value), const_cast<void**>(data));
+  if (fits && status == nullptr) status = api.GetTensorMutableData(const_cast<OrtValue*>(value), const_cast<void**>(data));
   return status;
 }
 
@@ -69,14 +69,17 @@ class OrtCall final : public Call {
     return false;
   }
 
-  bool tensor(size_t index, const char*, Shape* shape, const void** data) override {
+  bool tensor(size_t index, const char* name, Shape* shape, const void** data) override {
     if (const Constant& known = constants_[index]; known.data != nullptr) {
       *shape = known.shape, *data = known.data;
       return true;
     }
     const OrtValue* value = nullptr;
     if (index >= inputs_ || !keep(api_.KernelContext_GetInput(context_, index, &value)) || value == nullptr) return false;
-    return keep(read_tensor(api_, value, shape, data));
+    if (keep(read_tensor(api_, value, shape, data)) && shape->rank > kMaxRank) {
+      fail("the input %s has %zu dimensions; %zu are allowed", name, shape->rank, kMaxRank);
+    }
+    return !failed();
   }
 
   void* result(size_t index, const Shape& shape) override {
