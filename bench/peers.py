@@ -4,7 +4,7 @@
 
 Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits); dyncomp's kernels on the same weights;
 onnxruntime-genai on the models its builder makes; llama.cpp on the packaged GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0);
-on request torch.compile in fp32.
+on request torch.compile in fp32. All read and decode the same text, for a screened head costs what the text asks for.
 An engine that is not installed is named, not left out silently: ``pip install -e '.[peers]'``.
 """
 
@@ -32,6 +32,7 @@ from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import Quantize
 
 from dyncomp.deploy import with_cache
+from dyncomp.examples import packaged_text
 from dyncomp.graph import Graph
 from dyncomp.hardware import detect
 from dyncomp.models import LoadedModel, load_model
@@ -39,21 +40,25 @@ from dyncomp.models.packaged import packaged_path
 from dyncomp.pipeline import Context
 from dyncomp.report.tables import show, table
 from dyncomp.runtime.bench import timed
-from dyncomp.runtime.session import DecoderSession
+from dyncomp.runtime.session import Array, DecoderSession
+from dyncomp.search import SCREEN
 from dyncomp.trace import trace_model
 
-PRECISIONS = {"int8": Quantize(bits=8), "int4": Quantize(bits=4, symmetric=False)}
+PRECISIONS = {
+    "int8": Quantize(bits=8), "int8, screened head": Quantize(bits=8, screen=SCREEN),
+    "int4": Quantize(bits=4, symmetric=False), "int4, screened head": Quantize(bits=4, symmetric=False, screen=SCREEN),
+}  # fmt: skip
 CONTEXT, PREFILL, STEPS, ROUNDS = 64, 512, 16, 6
 
 
 @dataclass
 class Engine:
-    """``prefill(n)`` empties the cache and computes n tokens; ``step()`` one more."""
+    """``prefill(ids)`` empties the cache and computes them; ``step(id)`` one more. ids: int64 [n]."""
 
     name: str
     precision: str
-    prefill: Callable[[int], Any]
-    step: Callable[[], Any]
+    prefill: Callable[[Array], Any]
+    step: Callable[[int], Any]
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         engines = prepare(arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
-        rows = measure(engines, arguments.threads)
+        rows = measure(engines, arguments.threads, _text())
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     result = table(
@@ -83,10 +88,11 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engin
     graph = trace_model(loaded)
     wanted: list[tuple[str, str, Quantize | None, bool]] = [("ONNX Runtime", "fp32", None, False)]
     for precision, quantize in PRECISIONS.items():
-        wanted += [("ONNX Runtime MatMulNBits", precision, quantize, False), ("dyncomp", precision, quantize, True)]
+        wanted += [] if quantize.screen else [("ONNX Runtime MatMulNBits", precision, quantize, False)]
+        wanted.append(("dyncomp", precision, quantize, True))
     engines = []
     for name, precision, quantize, native in wanted:
-        place = folder / f"{precision}-{'dyncomp' if native else 'onnxruntime'}"
+        place = folder / f"{precision.replace(', ', '-').replace(' ', '-')}-{'dyncomp' if native else 'onnxruntime'}"
         if not (place / "done").is_file():
             _lower(graph, quantize, native, place)
         engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
@@ -95,15 +101,26 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engin
     return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(folder, threads)]
 
 
-def measure(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
+def _text() -> Array:
+    """Tokens [windows, 512] of the packaged text that nothing is calibrated on."""
+    loaded = load_model("smollm2-135m")
+    rows = packaged_text(loaded, trace_model(loaded))
+    assert rows is not None
+    found: Array = rows.numpy()
+    return found
+
+
+def measure(engines: list[Engine], threads: int, text: Array) -> list[dict[str, Any]]:
     """Medians; engines take turns, prefill by prefill and block by block of decode steps, the first of which do not count."""
     prefills: list[list[float]] = [[] for _ in engines]
     steps: list[list[float]] = [[] for _ in engines]
     for turn in range(ROUNDS + 1):
+        window = text[turn % len(text)]
+        start, read = window[:CONTEXT], window[CONTEXT : CONTEXT + STEPS].tolist()
         for index, engine in enumerate(engines):
-            seconds = timed(functools.partial(engine.prefill, PREFILL))
-            engine.prefill(CONTEXT)
-            times = [timed(engine.step) for _ in range(STEPS)]
+            seconds = timed(functools.partial(engine.prefill, window[:PREFILL]))
+            engine.prefill(start)
+            times = [timed(functools.partial(engine.step, token)) for token in read]
             if turn:
                 prefills[index].append(seconds)
                 steps[index] += times[3:]
@@ -128,12 +145,11 @@ def _lower(graph: Graph, quantize: Quantize | None, native: bool, place: Path) -
 
 
 def _session_engine(name: str, precision: str, session: DecoderSession) -> Engine:
-    random = np.random.default_rng(0)
     return Engine(
         name,
         precision,
-        lambda n: session.prefill(random.integers(0, 1000, (1, n)), np.array([n]), STEPS + 1),
-        lambda: session.step(random.integers(0, 1000, 1)),
+        lambda ids: session.prefill(ids[None], np.array([len(ids)]), STEPS + 1),
+        lambda token: session.step(np.array([token])),
     )
 
 
@@ -152,12 +168,12 @@ def _compiled(module: torch.nn.Module) -> Engine:
             function(input_ids=ids, past_key_values=cache, cache_position=positions, position_ids=positions[None], logits_to_keep=1)
         state["past"] += ids.shape[1]
 
-    def prefill(n: int) -> None:
+    def prefill(ids: Array) -> None:
         cache.reset()
         state["past"] = 0
-        run(torch.randint(0, 1000, (1, n)), model.forward)
+        run(torch.from_numpy(ids)[None], model.forward)
 
-    return Engine("torch.compile", "fp32", prefill, lambda: run(torch.randint(0, 1000, (1, 1)), forward))
+    return Engine("torch.compile", "fp32", prefill, lambda token: run(torch.tensor([[token]]), forward))
 
 
 def _genai(loaded: LoadedModel, folder: Path, threads: int) -> list[Engine]:
@@ -185,18 +201,15 @@ def _genai(loaded: LoadedModel, folder: Path, threads: int) -> list[Engine]:
 
 
 def _genai_engine(genai: Any, model: Any, precision: str) -> Engine:
-    random = np.random.default_rng(0)
     state: dict[str, Any] = {}
 
-    def prefill(n: int) -> None:
+    def prefill(ids: Array) -> None:
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=PREFILL + STEPS + 8, do_sample=False)
         state["generator"] = genai.Generator(model, parameters)
-        state["generator"].append_tokens(random.integers(0, 1000, (1, n)).astype(np.int32))
+        state["generator"].append_tokens(ids[None].astype(np.int32))
 
-    return Engine(
-        "onnxruntime-genai", precision, prefill, lambda: state["generator"].append_tokens(random.integers(0, 1000, (1, 1), np.int32))
-    )
+    return Engine("onnxruntime-genai", precision, prefill, lambda token: state["generator"].append_tokens(np.array([[token]], np.int32)))
 
 
 def _llama_cpp(folder: Path, threads: int) -> list[Engine]:
@@ -233,13 +246,12 @@ def _llama_cpp(folder: Path, threads: int) -> list[Engine]:
 
 def _llama_cpp_engine(kind: Any, precision: str, file: Path, threads: int) -> Engine:
     model = kind(str(file), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
-    random = np.random.default_rng(0)
 
-    def prefill(n: int) -> None:
+    def prefill(ids: Array) -> None:
         model.reset()
-        model.eval(random.integers(0, 1000, n).tolist())
+        model.eval(ids.tolist())
 
-    return Engine("llama.cpp", precision, prefill, lambda: model.eval(random.integers(0, 1000, 1).tolist()))
+    return Engine("llama.cpp", precision, prefill, lambda token: model.eval([token]))
 
 
 def _not_measured(engine: str, error: ImportError) -> list[Engine]:

@@ -207,6 +207,7 @@ class _Rewritten:
     report: dict[str, Any]
     manifest: bundle.Manifest
     models: dict[str, Graph]
+    text: Rows  # held out, to time on
 
 
 def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], None]) -> _Rewritten:
@@ -302,7 +303,9 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
     if statistics.exists():
         os.link(statistics, folder / "calibration.safetensors")
     manifest = _manifest(recipe.name, loaded, earlier, work.records, regions.refusals)
-    return _Rewritten(work, folder, parse_passes(", ".join(specs)), artifact, report, manifest, models)
+    return _Rewritten(
+        work, folder, parse_passes(", ".join(specs)), artifact, report, manifest, models, examples.evaluation["held out"].rows
+    )
 
 
 def _generated(request: ConvertRequest, loaded: LoadedModel, dense: Graph, reader: Reader, progress: Progress, *, training: bool) -> Corpus:
@@ -343,7 +346,7 @@ def _search(
     dense = dense_artifact(ctx.dense, loaded.fingerprint, ctx.progress)
 
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
-        return compare(dense, graph, folder, threads=request.threads)
+        return compare(dense, graph, folder, threads=request.threads, text=selection)
 
     constant = artifact_bytes(dense) - ctx.dense.weight_bytes()
     table = latency_table(request.threads)
@@ -354,7 +357,7 @@ def _floating(graph: Graph) -> Graph:
     """The graph with the decoded values as plain weights, for passes that train or fit them."""
     graph.quantized.clear()
     keep_floats(graph)
-    for key in ("activations", "two_terms", "precisions"):
+    for key in ("activations", "two_terms", "screened", "precisions"):
         graph.info.pop(key, None)
     return graph
 
@@ -413,7 +416,7 @@ def _lower(request: ConvertRequest, done: _Rewritten, progress: Progress) -> dic
     parity = check_parity(lowered, artifact, threads=request.threads, backend=backend)
     del lowered
     release_memory()
-    bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads, backend=backend)
+    bench = measure([*dense, ("converted", artifact)], task=source.task, threads=request.threads, backend=backend, text=done.text)
     return {"parity": [parity], "bench": bench, "lowering_refused": [dataclasses.asdict(r) for r in refused]}
 
 

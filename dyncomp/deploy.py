@@ -32,10 +32,11 @@ from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
 from dyncomp.regions.refusal import Refusal
+from dyncomp.rows import Rows
 from dyncomp.runtime.batching import Batcher
 from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
-from dyncomp.runtime.session import DecoderSession
+from dyncomp.runtime.session import Array, DecoderSession
 from dyncomp.runtime.unprompted import write_documents
 from dyncomp.sound import features
 from dyncomp.sweep import release_memory
@@ -197,6 +198,8 @@ def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, ba
     if "bits" in (lowered.info.get("kv_cache") or {}):
         allowed = max(allowed, CACHE_TOLERANCE)
     model = used.open(folder, threads=threads)
+    if model.config.get("kernels") == "onnxruntime":
+        lowered.info.pop("screened", None)  # what only dyncomp's kernels leave out
     entry = parity(lowered, model, used.session, backend=backend, good=allowed)
     if not entry["relative_error"] <= allowed:
         raise PassError(
@@ -214,6 +217,7 @@ def measure(
     prefill_tokens: int = 512,
     batch: int = 1,
     backend: str = "ort",
+    text: Rows | None = None,
 ) -> list[dict[str, Any]]:
     """Speed of artifacts, interleaved in this process; entries as in a report's ``bench``.
 
@@ -221,11 +225,13 @@ def measure(
         artifacts: (``dense`` or ``converted``, folder) of each.
         prefill_tokens: of the prompt that is timed; an encoder–decoder's encoder reads it, or hears a recording instead:
             ``recordings_per_s``.
+        text: what decoders and encoders of text read, for what a token costs may depend on it; random tokens without it.
     """
     used = backend_of(backend)
+    tokens_of_text = text.numpy() if isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point() else None
     models = [(variant, used.open(folder, threads=threads)) for variant, folder in artifacts]
     if task not in WRITES:
-        return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch, engine=f"dyncomp-{backend}")
+        return _measure_encoders(models, tokens=min(prefill_tokens, 128), batch=batch, engine=f"dyncomp-{backend}", text=tokens_of_text)
 
     def whole(model: Any) -> Any:
         session = used.session(model)
@@ -238,7 +244,10 @@ def measure(
     decode = max(8, min(96, (context - 64) // 2))
     vocabulary = int(variants[0].session.prefill(np.zeros((1, 1), np.int64), np.ones(1, np.int64), 1).shape[-1])
     start = min(64, tokens, context // 4)
-    found = bench(variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000))
+    found = bench(
+        variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000),
+        text=tokens_of_text if task == "causal-lm" else None,
+    )  # fmt: skip
     for entry in found if hears else ():
         entry |= {"recordings_per_s": entry["prefill_tokens_per_s"], "prefill_tokens_per_s": None, "prefill_tokens": None}
     return found
@@ -284,7 +293,7 @@ def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: in
     return Corpus(GENERATED, load_text(str(file)).documents)
 
 
-def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = None) -> dict[str, Any]:
+def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = None, text: Rows | None = None) -> dict[str, Any]:
     """Lower ``graph`` into ``folder`` and time it beside the dense artifact.
 
     Returns:
@@ -294,7 +303,7 @@ def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = No
     task = str(graph.info["task"])
     lower_artifact(graph, folder)
     release_memory()
-    before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads)
+    before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads, text=text)
     key = "recordings_per_s" if "recordings_per_s" in before else "prefill_tokens_per_s"
     rate = "decode_tokens_per_s" if task in WRITES else "prefill_tokens_per_s"
     prefill = after[key] / before[key] if task in WRITES else None
@@ -311,10 +320,10 @@ def latency_table(threads: int | None = None) -> LatencyTable:
 
 
 def _measure_encoders(
-    models: Sequence[tuple[str, Artifact]], *, tokens: int, batch: int, engine: str, rounds: int = 15
+    models: Sequence[tuple[str, Artifact]], *, tokens: int, batch: int, engine: str, rounds: int = 15, text: Array | None = None
 ) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
-    inputs = {s["name"]: _random_input(s, random, batch, tokens) for s in models[0][1].config["inputs"]}
+    inputs = {s["name"]: _input(s, random, batch, tokens, text) for s in models[0][1].config["inputs"]}
     (output, *_) = models[0][1].run(**inputs).values()
     images = next(iter(inputs.values())).dtype.kind == "f"
     tokens = output.shape[1] if images and output.ndim == 3 else tokens
@@ -335,14 +344,16 @@ def _measure_encoders(
     ]  # fmt: skip
 
 
-def _random_input(spec: dict[str, Any], random: np.random.Generator, batch: int, tokens: int) -> np.ndarray[Any, Any]:
-    """An input as ``config.json`` describes it: random tokens or pixels, masks of ones, token types of zeros."""
+def _input(spec: dict[str, Any], random: np.random.Generator, batch: int, tokens: int, text: Array | None) -> Array:
+    """An input as ``config.json`` describes it: tokens of the text or random ones, random pixels, masks of ones, token types of zeros."""
     shape = [{"batch": batch}.get(size, tokens) if isinstance(size, str) else size for size in spec["shape"]]
     if spec["dtype"].startswith("float"):
         return random.standard_normal(shape).astype(spec["dtype"])
     if spec["name"] == "token_type_ids":
         return np.zeros(shape, spec["dtype"])
-    return np.ones(shape, spec["dtype"]) if spec["name"].endswith("mask") else random.integers(100, 1000, shape)
+    if spec["name"].endswith("mask"):
+        return np.ones(shape, spec["dtype"])
+    return random.integers(100, 1000, shape) if text is None else np.resize(text, shape)
 
 
 def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads: int | None = None) -> Tensor:

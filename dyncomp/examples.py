@@ -235,6 +235,16 @@ def reader_of(loaded: LoadedModel, graph: Graph) -> Reader:
     return ImageReader(loaded.processor, example_tokens(graph) or 1)
 
 
+def packaged_text(loaded: LoadedModel, graph: Graph) -> Tensor | None:
+    """A few windows of the packaged text that is not calibrated on, to time a model on; None for models that read no text."""
+    reader = reader_of(loaded, graph) if loaded.tokenizer is not None else None
+    if not isinstance(reader, TextReader):
+        return None
+    rows = reader.draw(reader.load(reader.other), count=4, seed=0).rows
+    assert isinstance(rows, Tensor)
+    return rows
+
+
 def window_length(task: str, context_length: int | None) -> int:
     """512 tokens for decoders, 256 for each side of an encoder–decoder, 128 for encoders (sentences), less when the model's context is
     shorter."""

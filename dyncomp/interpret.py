@@ -15,6 +15,7 @@ from dyncomp.ops import expert_hidden, gated_linear, keep_large, round_entries, 
 
 if TYPE_CHECKING:
     from dyncomp.graph import Graph
+    from dyncomp.quantized import Quantized
 
 ACTIVATION_BLOCK = 32
 _ROUTED, _SPARSE, _GATED = routed_ffn._opoverload, sparse_linear._opoverload, gated_linear._opoverload
@@ -41,6 +42,28 @@ def round_activations(x: Tensor, terms: int = 1) -> Tensor:
 def activation_terms(graph: Graph, weight: str) -> int:
     """In how many terms the inputs of a quantized weight are rounded."""
     return 2 if weight in graph.info.get("two_terms", ()) else 1
+
+
+def screened(x: Tensor, weight: Quantized, decoded: Tensor, bias: Tensor | None, margin: float) -> Tensor:
+    """``x @ W.T + bias``, exact where it is large: [..., K] -> [..., N].
+
+    The product with the upper halves of the codes comes first. Rows within ``margin`` of a token's largest get the lower halves as well,
+    by degrees over the first nat, so that a difference in the last bit of a float changes little. (SVD-softmax, Shim et al. 2017, previews
+    the vocabulary by its leading singular vectors; here the preview is half of the bits, and nothing is kept twice.)
+
+    Args:
+        weight: 8 bits.
+        decoded: its values.
+    """
+    result = F.linear(x, weight.upper().decode(), bias)
+    share = (result - (result.amax(-1, keepdim=True) - margin)).clamp_(0, 1)
+    return result.lerp_(F.linear(x, decoded, bias), share)
+
+
+def screen_margin(graph: Graph, weight: str) -> float | None:
+    """The margin of a weight whose products are :func:`screened`."""
+    margin: float | None = graph.info.get("screened", {}).get(weight)
+    return margin
 
 
 def rounds_activations(graph: Graph) -> bool:
@@ -101,6 +124,9 @@ def compute(
                 x = round_activations(keep_large(args[0], args[3]), activation_terms(graph, str(weight.target)))
                 return F.linear(x, *args[1:3])
             args = (round_activations(args[0], activation_terms(graph, str(weight.target))), *args[1:])
+            margin = screen_margin(graph, str(weight.target))
+            if margin is not None and node.target is torch.ops.aten.linear.default:
+                return screened(args[0], graph.quantized[str(weight.target)], args[1], args[2] if len(args) > 2 else None, margin)
         elif node.target is _ROUTED and isinstance(up := node.args[2], fx.Node) and up.target in graph.quantized:
             return _routed_ffn_rounded(*args, **kwargs)
     return implementations.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]

@@ -47,6 +47,13 @@ class Quantized:
         """What kernels distinguish: (bits, block, symmetric)."""
         return self.bits, self.block, self.offsets is None
 
+    def upper(self) -> Quantized:
+        """The upper halves of 8-bit codes as a weight in 4 bits; offsets hold what the lower halves come to in the middle."""
+        assert self.bits == 8
+        scales = self.scales.float()
+        start = -128 * scales if self.offsets is None else self.offsets.float()
+        return Quantized(self.codes >> 4, (16 * scales).half(), (start + 7.5 * scales).half(), 4)
+
     def decode(self) -> Tensor:
         """[..., N, K] float32."""
         value = torch.empty(self.codes.shape)

@@ -52,6 +52,9 @@ class Quantize(Pass):
     """Bits of the embedding and the vocabulary head, when that is more than ``bits``."""
     activations: str = "int8"
     """``int8``: inputs of quantized weights are rounded to int8 in blocks of 32, as fast kernels need it; ``float``: they are not."""
+    screen: float = 0.0
+    """Read the lower halves of the vocabulary head's 8-bit codes only where a token's logit by the upper halves comes within this many nats
+    of its largest (:func:`dyncomp.interpret.screened`): 12 reads 6 % of SmolLM2's rows and costs 0.2 % in perplexity. 0: read them all."""
     tokens: int = 16_384
     """Calibration tokens for ``gptq``."""
     mixed: tuple[int, ...] = ()
@@ -75,6 +78,11 @@ class Quantize(Pass):
             raise RequestError(f"quantize: unknown method {self.method!r}", hint="use rtn or gptq")
         if self.activations not in ("int8", "float"):
             raise RequestError(f"quantize: activations={self.activations} is not known", hint="use int8 or float")
+        if self.screen < 0 or (self.screen and (self.head_bits != 8 or self.activations != "int8")):
+            raise RequestError(
+                f"quantize: screen={self.screen:g} needs a head of 8 bits and int8 activations",
+                hint="a positive margin in nats, head-bits=8 and activations=int8",
+            )
         if not set(self.mixed) <= {4, 8, FLOAT} or len(self.mixed) == 1 or len(set(self.mixed)) < len(self.mixed):
             raise RequestError(
                 f"quantize: mixed={'+'.join(map(str, self.mixed))} is no choice of precisions", hint=f"use mixed=4+8 or mixed=4+8+{FLOAT}"
@@ -119,8 +127,22 @@ class Quantize(Pass):
                 self._store(graph, target, self._round(target.weight(graph), target.bits), result)
                 release_memory(collect=False)
         _note_activations(graph, self.activations)
+        self._note_screen(graph, result)
         result.facts |= {"bytes": graph.weight_bytes(), "bytes_before": before}
         return result
+
+    def _note_screen(self, graph: Graph, result: PassResult) -> None:
+        graph.info.pop("screened", None)
+        head = find_regions(graph).head
+        if not self.screen or head is None:
+            return
+        name = head.weight
+        readers = {node.target for node in graph.nodes for argument in node.all_input_nodes if argument.target == name}
+        if name not in graph.quantized or graph.quantized[name].bits != 8 or not readers <= {aten.linear.default, aten.embedding.default}:
+            result.refused.append(Refusal(name, self.name, "screen is for a head of 8 bits that linear layers and embeddings read"))
+            return
+        graph.info["screened"] = {name: self.screen}
+        graph.info["two_terms"] = [other for other in graph.info.get("two_terms", ()) if other != name]
 
     # ---- what is quantized -----------------------------------------------------------------------------------------
     def _targets(self, graph: Graph, result: PassResult) -> list[_Target]:

@@ -18,6 +18,7 @@ from dyncomp.backends.native import (
     ACTIVATION_CODES,
     pack_codes,
     pack_floats,
+    pack_lower,
     pack_scales,
     unavailable_reason,
     unpack_codes,
@@ -28,8 +29,10 @@ from dyncomp.backends.ort.ops import reaching_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dyncomp import quantized
 from dyncomp.activations import ACTIVATIONS
 from dyncomp.errors import BackendError
+from dyncomp.interpret import round_activations, screened
 from dyncomp.ops import cached_attention, decode_entries, encode_entries, rotary, routed_ffn_reference, threshold_gates, topk_gates
 
 ort = pytest.importorskip("onnxruntime")
@@ -127,6 +130,18 @@ class Quantized:
             f"{prefix}scales": pack_scales(self.scales),
             f"{prefix}offsets": None if self.offsets is None else pack_scales(self.offsets),
         }
+
+    def halves(self) -> Tensors:
+        """Upper halves of 8-bit codes, and the lower ones."""
+        value = self.value.upper()
+        packed = {"codes": pack_codes(value.codes.numpy(), 4), "scales": pack_scales(value.scales.numpy())}
+        assert value.offsets is not None
+        return packed | {"offsets": pack_scales(value.offsets.numpy())}
+
+    @property
+    def value(self) -> quantized.Quantized:
+        offsets = None if self.offsets is None else torch.from_numpy(self.offsets)
+        return quantized.Quantized(torch.from_numpy(self.codes), torch.from_numpy(self.scales), offsets, self.bits)
 
     def __getitem__(self, e: int) -> Quantized:
         one = object.__new__(Quantized)
@@ -229,6 +244,48 @@ def test_linear_in_two_terms(native: Native, bits: int, threads: int) -> None:
         assert error(y, exact).max() < 1e-4
         assert error(y, exact).max() < 0.02 * error(linear(native, x, w, bias, threads), exact).max()
         assert np.array_equal(linear(native, x[:1], w, bias, terms=2), y[:1])
+
+
+def screened_linear(native: Native, x: Array, w: Quantized, margin: float, bias: Array | None = None, threads: int = 1) -> Array:
+    rows, columns = w.values.shape
+    constants = {**w.halves(), "bias": bias, "lower": pack_lower(w.codes, w.scales)}
+    attributes: dict[str, Any] = {"rows": rows, "columns": columns, "bits": 4, "block": w.block, "terms": 1, "margin": margin}
+    return native.run("QuantizedLinear", {"x": x}, constants, threads, **attributes)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_lower_halves_count_where_products_are_large(native: Native, block: int, asymmetric: bool) -> None:
+    rng = np.random.default_rng(block)
+    for tokens, rows, columns in [(1, 1, 256), (1, 17, 128), (2, 48, 640), (3, 1000, 384), (70, 100, 128), (1, 9000, 128)]:
+        w = Quantized(rng, (rows, columns), 8, block, asymmetric)
+        x, bias = rng.standard_normal((tokens, columns), np.float32), rng.standard_normal(rows, np.float32)
+        decoded, rounded = torch.from_numpy(w.values).float(), round_activations(torch.from_numpy(x))
+        spread = float((x @ w.values.T).std())
+        for margin in (0.0, spread, 1e9):
+            y = screened_linear(native, x, w, margin, bias)
+            expected = screened(rounded, w.value, decoded, torch.from_numpy(bias), margin).numpy()
+            assert error(y, expected).max() < 2e-3  # of the offsets, in float16
+            assert np.array_equal(y, screened_linear(native, x, w, margin, bias, threads=2))
+        whole, rough = linear(native, x, w, bias), screened_linear(native, x, w, 0.0, bias)
+        assert error(y, whole).max() < 2e-3
+        if rows >= 48:
+            assert error(rough, whole).max() > 1e-2
+
+
+def test_lower_halves_with_what_is_no_number_and_without_their_matrix(native: Native) -> None:
+    w = Quantized(np.random.default_rng(0), (40, 64), 8, 32, False)
+    x = np.random.default_rng(1).standard_normal((2, 64), np.float32)
+    x[0, 3] = np.nan
+    y = screened_linear(native, x, w, 1e9)
+    assert np.isnan(y[0]).all()
+    assert error(y[1:], linear(native, x[1:], w)).max() < 2e-3
+    rest = {"bias": None, "lower": pack_lower(w.codes, w.scales)}
+    with pytest.raises(Exception, match="QuantizedLinear: lower halves belong to 4 bits with offsets"):
+        native.run("QuantizedLinear", {"x": x}, {**w.packed(), **rest}, rows=40, columns=64, bits=8, block=32, terms=1)
+    rest["lower"] = pack_lower(w.codes, w.scales)[:-1]
+    with pytest.raises(Exception, match="the input lower has"):
+        native.run("QuantizedLinear", {"x": x}, {**w.halves(), **rest}, rows=40, columns=64, bits=4, block=32, terms=1)
 
 
 @given(st.data())
@@ -631,6 +688,15 @@ def test_embedding(native: Native, bits: int, asymmetric: bool) -> None:
     for ids in (np.arange(50), np.array([[49, 0, 3], [7, 7, 48]]), np.array(5), np.zeros((2, 0), np.int64)):
         y = native.run("QuantizedEmbedding", {"ids": ids}, w.packed(), rows=50, columns=128, bits=bits, block=64)
         assert np.array_equal(y, w.values[ids].astype(np.float32))
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("block", "columns"), [(32, 576), (64, 128), (128, 2176)])
+def test_embedding_of_halves(native: Native, block: int, columns: int, asymmetric: bool) -> None:
+    w = Quantized(np.random.default_rng(0), (50, columns), 8, block, asymmetric)
+    ids, constants = np.array([[49, 0, 3], [7, 7, 48]]), {**w.halves(), "lower": pack_lower(w.codes, w.scales)}
+    y = native.run("QuantizedEmbedding", {"ids": ids}, constants, rows=50, columns=columns, bits=4, block=block)
+    assert error(y, w.values[ids]).max() < 5e-4
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**40])

@@ -195,10 +195,51 @@ def test_activations_are_rounded_when_the_graph_runs() -> None:
     assert 0 < relative_error(rounded, exact) < 0.05
 
 
-@pytest.mark.parametrize("spec", [{"bits": 3}, {"block": 48}, {"method": "magic"}, {"activations": "int2"}, {"head_bits": 2}])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"bits": 3},
+        {"block": 48},
+        {"method": "magic"},
+        {"activations": "int2"},
+        {"head_bits": 2},
+        {"screen": -1.0},
+        {"screen": 9.0, "head_bits": 4},
+        {"screen": 9.0, "activations": "float"},
+    ],
+)
 def test_bad_options(spec: dict[str, object]) -> None:
     with pytest.raises(RequestError, match="quantize"):
         Quantize(**spec)  # type: ignore[arg-type]
+
+
+def test_a_screened_head_is_exact_where_it_is_likely() -> None:
+    _, inputs, dims = built("llama")
+    graph = trace_tiny("llama")
+    graphs = {}
+    for margin in (0.0, 1.5, 1e9):
+        graphs[margin] = graph.copy()
+        (record,) = Pipeline([Quantize(screen=margin)]).run(graphs[margin], Context())
+        assert not record.result.refused
+    fresh = sample(inputs, dims, {"batch": 2, "sequence": 9}, seed=3)
+    whole, some, every = (graphs[margin](**fresh) for margin in graphs)
+    assert relative_error(every, whole) < 1e-2, "one term in place of two"
+    wrong = (some - every).abs()
+    top = every >= every.amax(-1, keepdim=True) - 1e-3
+    assert 0 < wrong.max() < 0.2 * every.abs().max()
+    assert wrong[top].max() <= 1e-6
+    assert (wrong > 1e-6).float().mean() > 0.3
+    with float_activations(graphs[1.5]):
+        assert relative_error(graphs[1.5](**fresh), whole) < 0.05
+    assert "screened" not in Quantize().run(graphs[1.5], Context()).facts
+    assert not graphs[1.5].info.get("screened")
+
+
+def test_what_has_no_head_of_8_bits_is_not_screened() -> None:
+    graph = trace_tiny("gpt2")
+    result = Quantize(mixed=(4, 32), mean=5.0, screen=12.0).run(graph, mixed("gpt2", mixed=(4, 8), mean=6.0)[2])
+    assert "screened" not in graph.info
+    assert any("a head of 8 bits" in r.reason for r in result.refused)
 
 
 # ---- a precision for each region -----------------------------------------------------------------------------------
@@ -316,7 +357,14 @@ needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler her
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("llama", {}), ("llama", {"bits": 4, "symmetric": False}), ("gpt2", {"bits": 4}), ("phi", {"symmetric": False}), ("gemma2", {})],
+    [
+        ("llama", {}),
+        ("llama", {"bits": 4, "symmetric": False}),
+        ("llama", {"screen": 0.1}),
+        ("gpt2", {"bits": 4}),
+        ("phi", {"symmetric": False, "screen": 0.1}),
+        ("gemma2", {"screen": 0.1}),
+    ],
 )
 def test_decoders_in_native_kernels(name: str, options: dict[str, object], tmp_path: Path) -> None:
     graph = trace_tiny(name)

@@ -10,6 +10,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from dyncomp.backends.native import available
 from dyncomp.passes import Quantize
 from helpers import own_cache
 from tiny_checkpoint import write_checkpoint, write_text
@@ -76,6 +77,25 @@ def test_the_fastest_within_the_limit_is_taken(place, monkeypatch) -> None:
     assert opened.graph().precision == "int4"
     assert (opened.artifact("ort") / "config.json").is_file()
     assert not (place / "fast.part").exists()
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_a_head_is_screened_where_4_bits_lose_too_much(place, monkeypatch) -> None:
+    losses = iter([0.0, 0.9, 0.01])
+    monkeypatch.setattr(search.Search, "_loss", lambda self, graph, allowed: next(losses))
+
+    def measure(self: search.Search, trial: Trial, graph) -> None:
+        self.measure(graph, self._artifact(trial.name))
+        trial.speed, trial.prefill, trial.bytes = 3.0 + len(self.trials), 1.0, 1
+
+    monkeypatch.setattr(search.Search, "_time", measure)
+    report = convert(place, "screened", "--max-loss", "5%", "--trials", "3")
+    assert [t["name"] for t in report["search"]["trials"]] == ["int4, rounded", "int4, head too", "int4, rounded, screened head"]
+    assert report["search"]["chosen"] == "int4, rounded, screened head"
+    assert report["passes"] == ["quantize{bits=4 symmetric=false screen=12.0}"]
+    opened = bundle.open_bundle(place / "screened")
+    assert list(opened.graph().info["screened"].values()) == [12.0]
+    assert report["parity"][0]["relative_error"] < 0.1
 
 
 def test_an_interrupted_search_continues_with_the_next_candidate(place, monkeypatch) -> None:
@@ -178,7 +198,7 @@ def test_what_the_table_of_latencies_finds_slower_is_not_fitted(place, monkeypat
     monkeypatch.setattr(search, "LOOKS", ((512, 9.0), (1024, 3.0), (4096, 1.0)))
     monkeypatch.setattr(search, "gather_below", lambda bits: 1.0)
     monkeypatch.chdir(place)
-    goal = Goal(max_loss=5.0, trials=4)
+    goal = Goal(max_loss=5.0, trials=5)
     request = ConvertRequest(model="model", out=place / "slower", goal=goal, calibrate="text.txt", tokens=4096, windows=2)
     found = _rewrite(request, no_progress, str).report["search"]
     assert found["chosen"] == "65% of the inputs, int4"

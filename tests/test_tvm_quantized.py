@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dyncomp.backends.native import available, pack_input_scales, pack_inputs, unavailable_reason
+from dyncomp.backends.native import available, pack_input_scales, pack_inputs, pack_lower, unavailable_reason
 from dyncomp.passes import Quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,14 +63,14 @@ class Packed(Native):
         first = next(v for v in inputs.values() if v is not None)
         lead = first.shape if name == "embedding" else first.shape[:-1]
         y = aligned_zeros([*lead, attributes["columns" if name == "embedding" else "rows"]], np.float32)
-        count = {"linear": 5, "ffn": 12, "embedding": 4}[name]
+        count = {"linear": 6, "ffn": 12, "embedding": 5}[name]
         given = [*inputs.values(), *constants.values()]
         self.call(f"quantized_{name}", attributes, [*given, *[None] * (count - len(given))], y, threads)
         return y
 
     def call(self, name: str, attributes: dict[str, Any], inputs: Sequence[Array | None], y: Array, threads: int = 1) -> None:
         use_threads(self.ffi.get_global_func("runtime.config_threadpool"), threads)
-        text = "".join(f" {k}={int(v)}" for k, v in attributes.items())
+        text = "".join(f" {k}={v if isinstance(v, float) else int(v)}" for k, v in attributes.items())
         tensors = [None if a is None else self.ffi.from_dlpack(aligned_copy(a)) for a in inputs]
         self.module[f"dyncomp_{name}"](text, *tensors, self.ffi.from_dlpack(y))
 
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     packed, rng = Packed(isas()[-1], tmp_path), np.random.default_rng(0)
     w, x = Quantized(rng, (20, 64), 8, 32, False), rng.standard_normal((3, 64), np.float32)
     codes, scales, _ = w.packed().values()
-    good, attributes = [x, codes, scales, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
+    good, attributes = [x, codes, scales, None, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
     y = aligned_zeros([3, 20], np.float32)
     packed.call("quantized_linear", attributes, good, y)
     for change, inputs, output, message in [
@@ -144,6 +144,21 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert error(y, emulate(x, w)).max() < 1e-5  # the refusals have left it, and the next call is none
     with pytest.raises(ValueError, match="the id 50 is not in"):
         packed.run("QuantizedEmbedding", {"ids": np.array([3, 50])}, w.packed(), rows=20, columns=64, bits=8, block=32)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lower_halves(packed: Packed, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    w = Quantized(rng, (2000, 128), 8, 32, True)
+    x, lower = rng.standard_normal((2, 128), np.float32), pack_lower(w.codes, w.scales)
+    attributes = {"rows": 2000, "columns": 128, "bits": 4, "block": 32}
+    every = packed.run(
+        "QuantizedLinear", {"x": x}, {**w.halves(), "bias": None, "lower": lower}, threads, **attributes, terms=1, margin=1e9
+    )
+    assert error(every, emulate(x, w)).max() < 2e-3
+    ids = np.array([1999, 0])
+    y = packed.run("QuantizedEmbedding", {"ids": ids}, {**w.halves(), "lower": lower}, threads, **attributes)
+    assert error(y, w.values[ids]).max() < 5e-4
 
 
 def test_embedding_and_sparse_linear(packed: Packed) -> None:

@@ -3,10 +3,12 @@ and :mod:`dyncomp.backends.tvm.native` to TVM. Compiled on first use.
 
 [..] are any leading dimensions, ``?`` marks optional inputs, attributes are integers where nothing else is said:
 
-``QuantizedLinear(x f32 [.., K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
-    with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K).
+``QuantizedLinear(x f32 [.., K], codes, scales, offsets?, bias f32 [N]?, lower?) -> f32 [.., N]``
+    with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K), ``terms`` (of the rounded inputs, 1 or 2).
+    With ``lower`` (``pack_lower``) the codes, in 4 bits with offsets, are the upper halves of 8: the lower ones are read for the rows whose
+    product comes within the float ``margin`` of the token's largest (:func:`dyncomp.interpret.screened`).
 ``SparseLinear(x f32 [.., K], thresholds f32 [K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
-    with the same attributes but ``terms``, and ``activation``: ``dyncomp::sparse_linear``; or, where that is not -1, the activation of
+    with the first four of these attributes, and ``activation``: ``dyncomp::sparse_linear``; or, where that is not -1, the activation of
     the first half of the rows times the second half, [.., N / 2]. Weights are stored input by input (``pack_inputs``): for one token
     those of inputs that count as zero are not read; several tokens are computed densely.
 ``QuantizedFFN(x f32 [.., d], gates f32 [.., E]?, up_codes, up_scales, up_offsets?, up_bias f32 [E, F or 2F]?, down_codes, down_scales,
@@ -18,8 +20,8 @@ down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?)
 ``FloatFFN(x f32 [.., d], gates f32 [.., E]?, up f32, up_bias f32 [E, F or 2F]?, down f32, router f32 [E, d]?, router_bias f32 [E]?,
 down_bias f32 [d_out]?) -> f32 [.., d_out]``
     the same with float weights and any F: up [E, 1 or 2, F / 16, d, 16], down [E, d_out / 16, F, 16], both rounded up.
-``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?) -> f32 [.., K]``
-    rows of a matrix in the layout of ``QuantizedLinear``, with the same attributes.
+``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?, lower?) -> f32 [.., K]``
+    rows of a matrix in the layout of ``QuantizedLinear``, with its first four attributes.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?,
 present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
     ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is
@@ -36,7 +38,7 @@ present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32`
 from __future__ import annotations
 
 from dyncomp.backends.native.build import available, unavailable_reason
-from dyncomp.backends.native.pack import pack_codes, pack_floats, pack_input_scales, pack_inputs, pack_scales, unpack_codes
+from dyncomp.backends.native.pack import pack_codes, pack_floats, pack_input_scales, pack_inputs, pack_lower, pack_scales, unpack_codes
 
 ACTIVATION_CODES: dict[str, int] = {
     "identity": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "quick_gelu": 5, "relu2": 6, "sigmoid": 7, "tanh": 8, "mish": 9,
@@ -45,6 +47,6 @@ ACTIVATION_CODES: dict[str, int] = {
 """The attribute ``activation`` for each name in :data:`dyncomp.activations.ACTIVATIONS`."""
 
 __all__ = [
-    "ACTIVATION_CODES", "available", "pack_codes", "pack_floats", "pack_input_scales", "pack_inputs", "pack_scales",
+    "ACTIVATION_CODES", "available", "pack_codes", "pack_floats", "pack_input_scales", "pack_inputs", "pack_lower", "pack_scales",
     "unavailable_reason", "unpack_codes",
 ]  # fmt: skip

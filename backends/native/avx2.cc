@@ -150,6 +150,13 @@ inline I dot4(I c, Weights4 w, const int8_t* p) {  // four products of 15 * 127 
           add_pairs(c.b, _mm256_add_epi16(_mm256_maddubs_epi16(w.low.b, low), _mm256_maddubs_epi16(w.high.b, high)))};
 }
 
+inline V dot_halves(const uint8_t* p, const int8_t* x) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+  const __m256i w = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(v, 4), mask), _mm_and_si128(v, mask));
+  const __m256i pairs = _mm256_maddubs_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return {_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))), _mm256_setzero_ps()};
+}
+
 inline void quantize_block(const float* x, int32_t middle, Block* out) {
   alignas(32) int32_t lanes[8];
   const V u = load(x), v = load(x + kTile), au = absolute(u), av = absolute(v);
@@ -215,8 +222,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
-    gather_one, gather_many, gate, keep_large};
+const Kernels avx2_kernels = {"avx2", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode, decode_lower, append,
+    attend, gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
 #endif

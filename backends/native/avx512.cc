@@ -84,6 +84,13 @@ inline I dot4(I c, Weights4 w, const int8_t* a) {
   return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(c, w.low, four(a)), w.high, four(a + 4));
 }
 
+inline V dot_halves(const uint8_t* p, const int8_t* x) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+  const __m256i w = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(v, 4), mask), _mm_and_si128(v, mask));
+  const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return _mm512_zextps256_ps512(_mm256_cvtepi32_ps(sums));
+}
+
 inline void quantize_block(const float* x, int32_t middle, Block* out) {
   const V u = load(x), v = load(x + kTile);
   // As integers, so that infinities and NaNs are the largest.
@@ -145,8 +152,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
-    gather_one, gather_many, gate, keep_large};
+const Kernels avx512_kernels = {"avx512", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode, decode_lower, append,
+    attend, gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
 #endif

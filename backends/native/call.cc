@@ -52,6 +52,11 @@ float Attributes::number(const char* name) {
   return value;
 }
 
+float Attributes::number(const char* name, float absent) {
+  float value = absent;
+  return failed() || !read(name, &value) ? absent : value;
+}
+
 const void* Call::data(size_t index, const char* name, bool optional, Shape* shape) {
   const void* pointer = nullptr;
   if (failed() || tensor(index, name, shape, &pointer)) return pointer;
@@ -119,6 +124,13 @@ Matrix matrix(Call& call, size_t index, const char* name, int64_t rows, int64_t 
   m.scales = call.input<uint16_t>(index + 1, part, false, groups);
   std::snprintf(part, sizeof part, "%soffsets", name);
   m.offsets = call.input<uint16_t>(index + 2, part, true, groups);
+  return m;
+}
+
+LowerHalves lower_halves(Call& call, size_t index, int64_t rows, int64_t columns, int64_t block) {
+  LowerHalves m = {};
+  m.stride = columns / 2 + 2 * (columns / block), m.columns = columns, m.block = block;
+  m.rows = call.input<uint8_t>(index, "lower", true, rows * m.stride);
   return m;
 }
 

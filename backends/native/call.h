@@ -46,6 +46,7 @@ class Attributes : public Failing {
   int64_t integer(const char* name);
   int64_t integer(const char* name, int64_t absent);
   float number(const char* name);
+  float number(const char* name, float absent);
 
  protected:
   using Failing::Failing;
@@ -92,6 +93,9 @@ class Call : public Failing {
 
 // The matrix in the inputs index (codes), index + 1 (scales), index + 2 (offsets, optional), `copies` of them one after the other.
 Matrix matrix(Call& call, size_t index, const char* name, int64_t rows, int64_t columns, int64_t bits, int64_t block, int64_t copies);
+
+// The lower halves in the input `index`; without rows when it is absent.
+LowerHalves lower_halves(Call& call, size_t index, int64_t rows, int64_t columns, int64_t block);
 
 inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 

@@ -9,6 +9,7 @@
 //                the processor's own prefetching begins anew with every page. 0 where that was not found to help
 //   kRows, kColumns   the same for products of floats: rows, and vectors of 16 columns
 //   total        the sum of the 16 floats of a V
+//   dot_halves   16 sums that make up the product of 32 codes of 4 bits, as LowerHalves has them, with 32 activations
 // No library function is called here: this is compiled with flags that other code must not see.
 
 #include "activations.h"
@@ -187,6 +188,62 @@ void linear(const LinearJob& job, int64_t first, int64_t last, int64_t from, int
   }
 }
 
+float peak(const float* x, int64_t count) {
+  V most = set(x[0]);
+  int64_t i = 0;
+  for (; i + kTile <= count; i += kTile) most = maximum(load(x + i), most);
+  float result = largest(most);
+  for (; i < count; i++) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// The scales of the blocks from .. from + 15 of 32 columns in a row of lower halves; what lies behind its end is 0.
+inline V lower_scales(const LowerHalves& m, const uint8_t* row, int64_t from) {
+  const int64_t share = m.block / kBlock, groups = m.columns / m.block;
+  alignas(64) uint16_t halves[kTile] = {}, spread[kTile];
+  __builtin_memcpy(halves, row + m.columns / 2 + 2 * (from / share), 2 * least(kTile, groups - from / share));
+  if (share == 1) return load_half(halves);
+  for (int64_t i = 0; i < kTile; i++) spread[i] = halves[i / share];
+  return load_half(spread);
+}
+
+void refine(const RefineJob& job, int64_t first, int64_t last) {
+  constexpr int64_t kAhead = 4, kList = 64;
+  const LowerHalves& m = job.lower;
+  const int64_t blocks = m.columns / kBlock;
+  const auto row_of = [&](int32_t row) { return m.rows + row * m.stride; };
+  int32_t rows[kList + kTile];
+  for (int64_t at = first; at < last;) {
+    int64_t count = 0;
+    for (int64_t end; at < last && count <= kList; at = end) {
+      end = least(at + kTile, last);
+      if (end - at == kTile && !(largest(load(job.output + at)) > job.floor)) continue;
+      for (int64_t i = at; i < end; i++) {
+        if (job.output[i] > job.floor) rows[count++] = static_cast<int32_t>(i);
+      }
+    }
+    for (int64_t i = 0; i < least(kAhead, count); i++) fetch(row_of(rows[i]), m.stride + 63);
+    for (int64_t i = 0; i < count; i++) {
+      if (i + kAhead < count) fetch(row_of(rows[i + kAhead]), m.stride + 63);
+      const uint8_t* row = row_of(rows[i]);
+      V sum = set(0.0f), middle = set(0.0f);
+      for (int64_t from = 0; from < blocks; from += kTile) {
+        alignas(64) float factors[kTile];
+        const V scales = lower_scales(m, row, from);
+        store(factors, scales * load(job.scales + from));
+        middle = fma(scales, load(job.middles + from), middle);
+        const int64_t end = least(from + kTile, blocks);
+        for (int64_t b = from; b < end; b++) {
+          sum = fma(dot_halves(row + b * (kBlock / 2), job.blocks[b].codes), set(factors[b - from]), sum);
+        }
+      }
+      float& y = job.output[rows[i]];
+      const float above = y - job.floor;
+      y += (above < 1.0f ? above : 1.0f) * total(sum - middle);
+    }
+  }
+}
+
 // The matrix of expert e.
 inline Matrix of_expert(const Matrix& first, int64_t tiles, int64_t e) {
   Matrix m = first;
@@ -348,6 +405,18 @@ void decode(const Matrix& w, int64_t row, float* output) {
     for (int j = 0; j < kBlock; j++) {
       const int32_t code = w.bits == 8 ? codes[j / 4 * 64 + j % 4] : codes[j / 8 * 64 + j % 4] >> (j / 4 % 2 * 4) & 15;
       output[b * kBlock + j] = scale[lane] * static_cast<float>(code) + from;
+    }
+  }
+}
+
+void decode_lower(const LowerHalves& m, int64_t row, float* output) {
+  const uint8_t* codes = m.rows + row * m.stride;
+  for (int64_t from = 0; from < m.columns / kBlock; from += kTile) {
+    alignas(64) float scales[kTile];
+    store(scales, lower_scales(m, codes, from));
+    for (int64_t i = from * kBlock; i < least((from + kTile) * kBlock, m.columns); i++) {
+      const int32_t code = codes[i / kBlock * (kBlock / 2) + i % 16] >> (i % kBlock < 16 ? 0 : 4) & 15;
+      output[i] += scales[i / kBlock - from] * (static_cast<float>(code) - 7.5f);
     }
   }
 }

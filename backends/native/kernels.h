@@ -32,6 +32,13 @@ struct Matrix {
   int32_t bits, block;
 };
 
+// The lower halves of a matrix's 8-bit codes, whose upper halves are a Matrix of 4 bits: value = upper + scale * (code - 7.5). Row by row:
+// columns / 2 bytes of codes, the byte i of a block of 32 holds the column i and, in its upper half, the column 16 + i; then the scales.
+struct LowerHalves {
+  const uint8_t* rows;
+  int64_t stride, columns, block;  // stride: bytes of a row, columns / 2 + 2 * columns / block
+};
+
 // 32 activations of a token, value = scale * code.
 struct Block {
   int8_t codes[kBlock];
@@ -47,6 +54,15 @@ struct LinearJob {
   const float* bias;   // [rows] or null
   float* output;       // [tokens, rows]
   int64_t tokens;
+};
+
+// For one token: y[row] += min(1, y[row] - floor) * (lower halves of the row times x), for rows that are above the floor.
+struct RefineJob {
+  LowerHalves lower;
+  const Block* blocks;           // [columns / 32]
+  const float *scales, *middles; // theirs, and 7.5 times what they sum to: [columns / 32 rounded up to whole tiles of 16]
+  float floor;
+  float* output;
 };
 
 // y[t] = sum of gate * FFN_e(x[t]). A use is one token of one expert; the uses of an expert lie side by side.
@@ -125,6 +141,10 @@ struct Kernels {
   void (*quantize)(const Matrix& matrix, const float* input, int64_t count, Block* output);
   // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
   void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
+  // The largest of `count` numbers; NaNs count as nothing, or as the largest.
+  float (*peak)(const float* x, int64_t count);
+  // The rows first .. last - 1.
+  void (*refine)(const RefineJob& job, int64_t first, int64_t last);
   // The hidden activations of the chunks first .. last - 1 of used_count * chunks, for all uses, with the gate, quantized.
   void (*expand)(const QuantizedFfnJob& job, int64_t first, int64_t last);
   // Outputs of the tiles first .. last - 1 for all tokens, summed over the experts.
@@ -136,6 +156,8 @@ struct Kernels {
   void (*route)(const float* x, const float* router, const float* bias, int64_t experts, int64_t columns, int64_t tokens, float* scores);
   // One row of a matrix as floats [columns].
   void (*decode)(const Matrix& matrix, int64_t row, float* output);
+  // Adds the lower halves of one row to the floats of the upper ones.
+  void (*decode_lower)(const LowerHalves& lower, int64_t row, float* output);
   // Writes the keys, rotated, and values of the tokens first .. last - 1 (of batch * length) into the caches.
   void (*append)(const AttentionJob& job, int64_t first, int64_t last);
   void (*attend)(const AttentionJob& job, const AttentionUnit& unit);

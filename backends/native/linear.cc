@@ -1,4 +1,5 @@
-// QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings.
+// QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings. Where W are the upper halves
+// of codes, the lower ones count in the rows whose product comes within `margin` of the token's largest.
 #include <algorithm>
 
 #include "operators.h"
@@ -7,17 +8,18 @@ namespace dyncomp {
 namespace {
 
 constexpr const char* kName = "QuantizedLinear";
-constexpr Input kInputs[] = {{Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false}, {Type::kHalf, true}, {Type::kFloat, true}};
+constexpr Input kInputs[] = {{Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false}, {Type::kHalf, true}, {Type::kFloat, true}, {Type::kByte, true}};
 constexpr int64_t kTokensOfUnit = 48;
 constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
 
 struct Linear {
   MatrixOp matrix;
   int64_t terms;
+  float margin;
 };
 
 void* create(Attributes& attributes) {
-  const Linear op = {read_matrix_op(attributes), attributes.integer("terms")};
+  const Linear op = {read_matrix_op(attributes), attributes.integer("terms"), attributes.number("margin", 0.0f)};
   if (op.terms != 1 && op.terms != 2) attributes.fail("terms should be 1 or 2");
   return keep(attributes, op);
 }
@@ -92,8 +94,26 @@ void in_two_terms(Call& call, Work& work) {
   }
 }
 
+// Adds the lower halves where they count.
+void refine(Call& call, const LinearJob& linear, const LowerHalves& lower, float margin, float* scales, float* middles) {
+  const int64_t rows = linear.weight.rows, blocks = lower.columns / kBlock;
+  for (int64_t t = 0; t < linear.tokens; t++) {
+    RefineJob job = {lower, linear.blocks + t * blocks, scales, middles, 0.0f, linear.output + t * rows};
+    for (int64_t b = 0; b < tiles_of(blocks) * kTile; b++) {
+      scales[b] = b < blocks ? job.blocks[b].scale : 0.0f;
+      middles[b] = b < blocks ? 7.5f * scales[b] * static_cast<float>(job.blocks[b].correction) : 0.0f;
+    }
+    job.floor = active->peak(job.output, rows) - margin;
+    const auto run = [](const void* user, int64_t first, int64_t last) {
+      const RefineJob& j = *static_cast<const RefineJob*>(user);
+      active->refine(j, first, last);
+    };
+    call.parallel(rows * lower.columns / 8, rows, run, &job);
+  }
+}
+
 void compute(const void* kernel, Call& call) {
-  const auto& [op, terms] = *static_cast<const Linear*>(kernel);
+  const auto& [op, terms, margin] = *static_cast<const Linear*>(kernel);
   Shape shape;
   Work work = {};
   LinearJob& job = work.job;
@@ -101,6 +121,8 @@ void compute(const void* kernel, Call& call) {
   check_last(call, shape, op.columns);
   job.weight = matrix(call, 1, "", op.rows, op.columns, op.bits, op.block, 1);
   job.bias = call.input<float>(4, "bias", true, op.rows);
+  const LowerHalves lower = lower_halves(call, 5, op.rows, op.columns, op.block);
+  if (lower.rows && (terms == 2 || op.bits != 4 || !job.weight.offsets)) call.fail("lower halves belong to 4 bits with offsets, and one term");
   if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
   shape.sizes[shape.rank - 1] = op.rows;
@@ -110,15 +132,17 @@ void compute(const void* kernel, Call& call) {
     in_two_terms(call, work);
     return;
   }
-  void* memory = nullptr;
-  if (!call.scratch({tokens * blocks * sizeof(Block)}, &memory)) return;
-  job.blocks = static_cast<Block*>(memory);
+  void* parts[3];
+  const size_t numbers = tiles_of(blocks) * kTile * sizeof(float);
+  if (!call.scratch({tokens * blocks * sizeof(Block), numbers, numbers}, parts)) return;
+  job.blocks = static_cast<Block*>(parts[0]);
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
   multiply(call, work);
+  if (lower.rows) refine(call, job, lower, margin, static_cast<float*>(parts[1]), static_cast<float*>(parts[2]));
 }
 
 }  // namespace
 
-const Operator quantized_linear = {kName, kInputs, 5, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
+const Operator quantized_linear = {kName, kInputs, 6, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
 
 }  // namespace dyncomp

@@ -89,6 +89,16 @@ def _columns(values: Array) -> Array:
     return np.ascontiguousarray(np.swapaxes(_tiles(values), -1, -2))
 
 
+def pack_lower(codes: Array, scales: Array) -> Array:
+    """The lower halves of 8-bit codes by rows: uint8 [N, K], float16 [N, K / block] -> uint8 [N, K / 2 + 2 K / block].
+
+    First the codes, the byte i of a block of 32 holding the column i and, in its upper half, the column 16 + i; then the scales.
+    """
+    halves = (codes & 15).reshape(len(codes), -1, 2, BLOCK // 2)
+    packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(codes), -1)
+    return np.ascontiguousarray(np.concatenate([packed, np.ascontiguousarray(_half(scales)).view(np.uint8)], axis=1))
+
+
 def pack_inputs(codes: Array, bits: int) -> Array:
     """For products that skip inputs: uint8 [N, K] -> uint8 [K, bits * N / 8], N filled up to a multiple of 64 with zeros.
 

@@ -104,6 +104,12 @@ inline I dot4(I c, Weights4 w, const int8_t* a) {
   return c;
 }
 
+inline V dot_halves(const uint8_t* p, const int8_t* x) {
+  I sum = {};
+  for (int i = 0; i < kTile; i++) sum[i] = (p[i] & 15) * x[i] + (p[i] >> 4) * x[i + 16];
+  return to_float(sum);
+}
+
 inline void quantize_block(const float* x, int32_t middle, Block* out) {
   int32_t peak = 0, sum = 0;
   for (int i = 0; i < kBlock; i++) {
@@ -171,7 +177,7 @@ inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, linear, expand, contract, expand_floats, contract_floats, route, decode, append, attend,
-    gather_one, gather_many, gate, keep_large};
+const Kernels portable_kernels = {"portable", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode, decode_lower, append,
+    attend, gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp

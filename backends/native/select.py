@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from dyncomp.backends.native import ACTIVATION_CODES, pack_codes, pack_scales
+from dyncomp.backends.native import ACTIVATION_CODES, pack_codes, pack_lower, pack_scales
 from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
-from dyncomp.interpret import activation_terms
+from dyncomp.interpret import activation_terms, screen_margin
 from dyncomp.ops import threshold_gates, topk_gates
 from dyncomp.quantized import Quantized, join
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
@@ -38,13 +38,17 @@ def select_quantized_linears(graph: Graph, ops: Any) -> None:
     """Quantized linear layers and embeddings."""
     for node, name in quantized_nodes(graph):
         value = graph.quantized[name]
+        margin = screen_margin(graph, name)
+        lower = None if margin is None else _lower(graph, name, value)
+        value = value if margin is None else value.upper()
         settings = (*value.codes.shape, value.bits, value.block)
         with graph.inserting(before=node) as b:
             if node.target is aten.embedding.default:
-                y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings)
+                y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings, lower)
             else:
                 x, _, bias = (*node.args, None)[:3]
-                y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings, activation_terms(graph, name))
+                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0)
+                y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings)
         node.replace_all_uses_with(y)
         graph.module.graph.erase_node(node)
 
@@ -140,6 +144,13 @@ def _packed(graph: Graph, name: str, value: Quantized) -> tuple[fx.Node, fx.Node
         if offsets is not None and value.offsets is not None:
             graph.add_tensor(offsets, torch.from_numpy(pack_scales(value.offsets.numpy())), trainable=False)
     return graph.read(codes), graph.read(scales), graph.read(offsets) if offsets is not None else None
+
+
+def _lower(graph: Graph, name: str, value: Quantized) -> fx.Node:
+    """The lower halves of 8-bit codes."""
+    if not graph.reads(f"{name}_lower"):
+        graph.add_tensor(f"{name}_lower", torch.from_numpy(pack_lower(value.codes.numpy(), value.scales.numpy())), trainable=False)
+    return graph.read(f"{name}_lower")
 
 
 def _constant(graph: Graph, name: str, value: Tensor | None) -> Any:

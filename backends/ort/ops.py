@@ -189,12 +189,14 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: i
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
-    :func:`dyncomp.interpret.round_activations`."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
-    return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias], attributes, x, [*x.shape[:-1], rows])
+    :func:`dyncomp.interpret.round_activations`; ``lower``, ``margin``: :func:`dyncomp.interpret.screened`."""
+    attributes: dict[str, Any] = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
+    if lower is not None:
+        attributes["margin"] = float(margin)
+    return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower], attributes, x, [*x.shape[:-1], rows])
 
 
 def sparse_linear(
@@ -209,12 +211,13 @@ def sparse_linear(
 
 
 def quantized_embedding(
-    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
-) -> Tensor:
+    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int,
+    lower: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rows of a quantized table: [...] -> [..., K]."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
     like = torch.empty(0, dtype=torch.float32)
-    return _one(f"{DOMAIN}::QuantizedEmbedding", [ids, codes, scales, offsets], attributes, like, [*ids.shape, columns])
+    return _one(f"{DOMAIN}::QuantizedEmbedding", [ids, codes, scales, offsets, lower], attributes, like, [*ids.shape, columns])
 
 
 def quantized_ffn(

@@ -78,29 +78,30 @@ def native(operator: str, inputs: Sequence[Tensor | None], attributes: str, lead
     return first.new_empty(*first.shape[:leading], width, dtype=torch.float32)
 
 
-def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, int], width: int) -> Tensor:
+def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, float], width: int) -> Tensor:
     first = inputs[0]
     assert first is not None
-    text = "".join(f" {name}={int(value)}" for name, value in attributes.items())
+    text = "".join(f" {name}={value if isinstance(value, float) else int(value)}" for name, value in attributes.items())
     result: Tensor = native(operator, list(inputs), text, first.dim() - (operator != "quantized_embedding"), width)
     return result
 
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """[..., K] -> [..., N]."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
-    return _native("quantized_linear", [x, codes, scales, offsets, bias], attributes, rows)
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
+    return _native("quantized_linear", [x, codes, scales, offsets, bias, lower], attributes, rows)
 
 
 def quantized_embedding(
-    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int
-) -> Tensor:
+    ids: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, rows: int, columns: int, bits: int, block: int,
+    lower: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rows of a quantized table: [...] -> [..., K]."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block}
-    return _native("quantized_embedding", [ids, codes, scales, offsets], attributes, columns)
+    return _native("quantized_embedding", [ids, codes, scales, offsets, lower], attributes, columns)
 
 
 def quantized_ffn(

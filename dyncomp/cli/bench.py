@@ -21,6 +21,7 @@ def command(bundle: Path, prefill: int, batch: int, backend: str, device: str, t
     """Tokens per second of BUNDLE beside its dense model: same runtime, same process, same threads, taking turns; medians."""
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import dense_artifacts, measure, require_device
+    from dyncomp.examples import packaged_text
     from dyncomp.pipeline import parse_passes
     from dyncomp.report.progress import ProgressReporter
     from dyncomp.report.tables import bench_table, show
@@ -32,10 +33,12 @@ def command(bundle: Path, prefill: int, batch: int, backend: str, device: str, t
     loaded = opened.dense()
     with ProgressReporter() as progress:
         passes = parse_passes(", ".join(p.spec for p in opened.manifest.passes))
-        dense = dense_artifacts(trace_model(loaded), loaded.fingerprint, progress, passes=passes, backend=backend)
+        graph = trace_model(loaded)
+        text, dense = packaged_text(loaded, graph), dense_artifacts(graph, loaded.fingerprint, progress, passes=passes, backend=backend)
         entries = measure(
-            [*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch, backend=backend
-        )
+            [*dense, ("converted", artifact)], task=loaded.task, threads=threads, prefill_tokens=prefill, batch=batch, backend=backend,
+            text=text,
+        )  # fmt: skip
     if json_:
         options.print_json({"schema": 1, "model": loaded.name, "recipe": opened.manifest.recipe, "bench": entries})
     else:

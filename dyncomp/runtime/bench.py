@@ -53,7 +53,7 @@ class Reading:
 
 def bench(
     variants: list[Variant], *, prompt_tokens: int = 512, context: int = 64, decode_tokens: int = 128, batch: int = 1, rounds: int = 3,
-    vocabulary: int = 1000,
+    vocabulary: int = 1000, text: Array | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Decode and prefill rates of each session.
 
@@ -67,29 +67,31 @@ def bench(
         decode_tokens: steps counted for each session, at least.
         batch: sequences at a time; rates count the tokens of all.
         rounds: prefills counted for each session, after one that is not.
-        vocabulary: prompts are random tokens below it.
+        text: tokens [any, any] to read and to decode, for what a token costs may depend on it; repeated where there are too few.
+        vocabulary: without ``text``, random tokens below it.
 
     Returns:
         For each variant the keys of a ``bench`` entry in a report: ``engine``, ``variant``, ``precision``, ``threads``, ``batch``,
         ``decode_tokens_per_s``, ``prefill_tokens_per_s``, ``prefill_tokens``.
     """
-    random = np.random.default_rng(0)
-    prompt = random.integers(0, vocabulary, (batch, prompt_tokens))
+    blocks, start = -(-decode_tokens // (_BLOCK - _SETTLE)), min(context, prompt_tokens)
+    shape = batch, max(prompt_tokens, start + blocks * _BLOCK)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, shape) if text is None else np.resize(text, shape)
+    prompt = np.ascontiguousarray(tokens[:, :prompt_tokens])
     prefills: list[list[float]] = [[] for _ in variants]
     for turn in range(rounds + 1):
         for index, v in enumerate(variants):
             seconds = timed(lambda s=v.session: s.prefill(prompt, np.full(batch, prompt_tokens), 1))
             if turn:
                 prefills[index].append(seconds)
-    blocks = -(-decode_tokens // (_BLOCK - _SETTLE))
-    start = prompt[:, : min(context, prompt_tokens)]
     for v in variants:
-        v.session.prefill(start, np.full(batch, start.shape[1]), blocks * _BLOCK)
+        v.session.prefill(np.ascontiguousarray(tokens[:, :start]), np.full(batch, start), blocks * _BLOCK)
     steps: list[list[float]] = [[] for _ in variants]
-    for _ in range(blocks):
+    for block in range(blocks):
+        first = start + block * _BLOCK
+        read = [np.ascontiguousarray(tokens[:, at]) for at in range(first, first + _BLOCK)]
         for index, v in enumerate(variants):
-            token = random.integers(0, vocabulary, batch)
-            times = [timed(lambda s=v.session, t=token: s.step(t)) for _ in range(_BLOCK)]
+            times = [timed(lambda s=v.session, t=token: s.step(t)) for token in read]
             steps[index] += times[_SETTLE:]
     return [
         {
