@@ -91,6 +91,12 @@ def rows() -> list[Row]:
             ("AWQ, rounded", f"awq{{{tail}}}, ", ""), ("AWQ, GPTQ", f"awq{{{tail}}}, ", " method=gptq"),
         ):  # fmt: skip
             found.append(Row(table, model, label, f"{first}quantize{{{tail}{method}}}"))
+    for bits, body in (("8", "bits=8"), ("4", "bits=4 symmetric=false")):
+        table = f"{model}, weights in {bits} bits, the vocabulary head"
+        found.append(Row(table, model, "in 8 bits", f"quantize{{{body}}}"))
+        found += [Row(table, model, f"screened, {nats} nats", f"quantize{{{body} screen={nats}}}") for nats in (12, 10)]
+        if bits == "4":
+            found.append(Row(table, model, "in 4 bits", f"quantize{{{body} head-bits=4}}"))
     for active in (0.75, 0.5):
         where = f"{model}, 48 experts, {active:.0%} active, by router"
         carve = "carve-experts{experts=48 shared=12}"

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.tiny import ARCHITECTURES, built, enliven, sample, trace_tiny
 from dyncomp.calibrate import Calibration, calibrate
+from dyncomp.deploy import check_parity
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations, round_activations
@@ -503,6 +504,17 @@ def test_without_a_compiler_onnx_runtimes_kernels_are_used(options: dict[str, ob
     assert own.startswith("experts, quantized weights and attention run in ONNX Runtime's own operators: ")
     assert [re.search(r"float32: (\d+) ", d).group(1) for d in decoded] == ["16" if offsets else "1"]  # type: ignore[union-attr]
     assert parity(graph, model, good=5e-2)["relative_error"] <= 5e-2
+
+
+def test_without_a_compiler_a_screened_head_is_computed_whole(tmp_path: Path) -> None:
+    graph = trace_tiny("llama")
+    Pipeline([Quantize(screen=0.5)]).run(graph, Context())
+    graph = cached(graph)
+    lower(graph, tmp_path, native=False)
+    assert parity(graph, OrtModel(tmp_path, threads=1), good=5e-2)["relative_error"] > 5e-2
+    entry = check_parity(graph, tmp_path, threads=1)
+    assert entry["relative_error"] <= 5e-2
+    assert any("the vocabulary head is computed whole" in note for note in entry["notes"])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

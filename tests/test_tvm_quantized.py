@@ -236,7 +236,7 @@ def test_routed_decoders(bits: int, symmetric: bool, k: int, tmp_path: Path) -> 
     assert entry["relative_error"] <= 2e-2
 
 
-@pytest.mark.parametrize(("name", "options"), [("bert", {"bits": 4, "symmetric": False}), ("phi", {"symmetric": False})])
+@pytest.mark.parametrize(("name", "options"), [("bert", {"bits": 4, "symmetric": False}), ("phi", {"symmetric": False, "screen": 0.1})])
 def test_other_architectures(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     graph = quantized(name, **options)
     graph = with_cache(graph) if name == "phi" else graph
