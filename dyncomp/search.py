@@ -456,7 +456,9 @@ def artifact_bytes(folder: Path) -> int:
 def _for_refitted(quantize: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """Weights that were regressed, or have other neighbours in their blocks, are no longer those that rounding held well."""
     last = quantize_of(quantize)
-    return quantize if last is None or last.method == "gptq" else (*_with(PRECISIONS[last.label], head_bits=last.head_bits),)
+    if last is None or last.method == "gptq":
+        return quantize
+    return (*_with(PRECISIONS[last.label], head_bits=last.head_bits, screen=last.screen),)
 
 
 def _block(quantize: Quantize | None) -> int:

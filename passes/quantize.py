@@ -133,8 +133,11 @@ class Quantize(Pass):
 
     def _note_screen(self, graph: Graph, result: PassResult) -> None:
         graph.info.pop("screened", None)
+        if not self.screen:
+            return
         head = find_regions(graph).head
-        if not self.screen or head is None:
+        if head is None:
+            result.refused.append(Refusal("the vocabulary head", self.name, "there is none to screen"))
             return
         name = head.weight
         readers = {node.target for node in graph.nodes for argument in node.all_input_nodes if argument.target == name}

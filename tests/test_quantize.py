@@ -241,6 +241,7 @@ def test_what_has_no_head_of_8_bits_is_not_screened() -> None:
     result = Quantize(mixed=(4, 32), mean=5.0, screen=12.0).run(graph, mixed("gpt2", mixed=(4, 8), mean=6.0)[2])
     assert "screened" not in graph.info
     assert any("a head of 8 bits" in r.reason for r in result.refused)
+    assert any("none to screen" in r.reason for r in Quantize(screen=12.0).run(trace_tiny("bert"), Context()).refused)
 
 
 # ---- a precision for each region -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from dyncomp.errors import RequestError, SearchError
 from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models import load_model
 from dyncomp.pipeline import Context, Pipeline, no_progress
+from dyncomp.report.inspection import bundle_tables
 from dyncomp.report.tables import search_table
 from dyncomp.search import Goal, Trial
 from dyncomp.trace import trace_model
@@ -95,6 +96,7 @@ def test_a_head_is_screened_where_4_bits_lose_too_much(place, monkeypatch) -> No
     assert report["passes"] == ["quantize{bits=4 symmetric=false screen=12.0}"]
     opened = bundle.open_bundle(place / "screened")
     assert list(opened.graph().info["screened"].values()) == [12.0]
+    assert any("within 12 nats of the largest" in item for item in bundle_tables(opened) if isinstance(item, str))
     assert report["parity"][0]["relative_error"] < 0.1
 
 

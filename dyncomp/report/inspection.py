@@ -110,6 +110,8 @@ def bundle_tables(opened: Bundle) -> list[Table | str]:
         items.append(rows)
     if graph.quantized:
         items.append(_quantized_table(graph))
+    for name, margin in graph.info.get("screened", {}).items():
+        items.append(f"{name}: the lower halves of its codes are read where a logit comes within {margin:g} nats of the largest")
     if mixed := graph.info.get("precisions"):
         items += [_precisions_table(mixed), describe_mix(mixed)]
     kept = [name for entry in manifest.passes for name in entry.facts.get("kept_dense", [])]
