@@ -152,8 +152,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode, decode_lower, append,
-    attend, gather_one, gather_many, gate, keep_large};
+const Kernels avx512_kernels = {"avx512", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode,
+    decode_lower, append, attend, gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
 #endif

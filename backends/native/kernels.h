@@ -59,8 +59,8 @@ struct LinearJob {
 // For one token: y[row] += min(1, y[row] - floor) * (lower halves of the row times x), for rows that are above the floor.
 struct RefineJob {
   LowerHalves lower;
-  const Block* blocks;           // [columns / 32]
-  const float *scales, *middles; // theirs, and 7.5 times what they sum to: [columns / 32 rounded up to whole tiles of 16]
+  const Block* blocks;            // [columns / 32]
+  const float *scales, *middles;  // theirs, and 7.5 times what they sum to: [columns / 32 rounded up to whole tiles of 16]
   float floor;
   float* output;
 };

@@ -8,7 +8,10 @@ namespace dyncomp {
 namespace {
 
 constexpr const char* kName = "QuantizedLinear";
-constexpr Input kInputs[] = {{Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false}, {Type::kHalf, true}, {Type::kFloat, true}, {Type::kByte, true}};
+constexpr Input kInputs[] = {
+    {Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false},  // x, codes, scales
+    {Type::kHalf, true},   {Type::kFloat, true}, {Type::kByte, true},   // offsets, bias, lower
+};
 constexpr int64_t kTokensOfUnit = 48;
 constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
 

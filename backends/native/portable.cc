@@ -177,7 +177,7 @@ inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode, decode_lower, append,
-    attend, gather_one, gather_many, gate, keep_large};
+const Kernels portable_kernels = {"portable", quantize, linear, peak, refine, expand, contract, expand_floats, contract_floats, route, decode,
+    decode_lower, append, attend, gather_one, gather_many, gate, keep_large};
 
 }  // namespace dyncomp
