@@ -70,8 +70,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        engines = prepare(arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
-        rows = measure(engines, arguments.threads, _text())
+        loaded = load_model("smollm2-135m")
+        graph = trace_model(loaded)
+        text = packaged_text(loaded, graph)
+        assert text is not None
+        engines = prepare(loaded, graph, arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
+        rows = measure(engines, arguments.threads, text.numpy())
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     result = table(
@@ -82,10 +86,8 @@ def main() -> None:
     show(result)
 
 
-def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engine]:
+def prepare(loaded: LoadedModel, graph: Graph, folder: Path, threads: int, *, compiled: bool = False) -> list[Engine]:
     """Every engine that is here."""
-    loaded = load_model("smollm2-135m")
-    graph = trace_model(loaded)
     wanted: list[tuple[str, str, Quantize | None, bool]] = [("ONNX Runtime", "fp32", None, False)]
     for precision, quantize in PRECISIONS.items():
         wanted += [] if quantize.screen else [("ONNX Runtime MatMulNBits", precision, quantize, False)]
@@ -101,17 +103,9 @@ def prepare(folder: Path, threads: int, *, compiled: bool = False) -> list[Engin
     return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(folder, threads)]
 
 
-def _text() -> Array:
-    """Tokens [windows, 512] of the packaged text that nothing is calibrated on."""
-    loaded = load_model("smollm2-135m")
-    rows = packaged_text(loaded, trace_model(loaded))
-    assert rows is not None
-    found: Array = rows.numpy()
-    return found
-
-
 def measure(engines: list[Engine], threads: int, text: Array) -> list[dict[str, Any]]:
-    """Medians; engines take turns, prefill by prefill and block by block of decode steps, the first of which do not count."""
+    """Medians, on text [windows, 512]; engines take turns, prefill by prefill and block by block of decode steps, the first of which do not
+    count."""
     prefills: list[list[float]] = [[] for _ in engines]
     steps: list[list[float]] = [[] for _ in engines]
     for turn in range(ROUNDS + 1):

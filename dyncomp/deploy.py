@@ -199,11 +199,11 @@ def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, ba
     allowed, used = TOLERANCE[lowered.precision], backend_of(backend)
     if "bits" in (lowered.info.get("kv_cache") or {}):
         allowed = max(allowed, CACHE_TOLERANCE)
-    if lowered.info.get("screened"):
-        allowed = max(allowed, SCREENED_TOLERANCE)
     model = used.open(folder, threads=threads)
     if model.config.get("kernels") == "onnxruntime":
         lowered.info.pop("screened", None)  # what only dyncomp's kernels leave out
+    if lowered.info.get("screened"):
+        allowed = max(allowed, SCREENED_TOLERANCE)
     entry = parity(lowered, model, used.session, backend=backend, good=allowed)
     if not entry["relative_error"] <= allowed:
         raise PassError(
@@ -250,7 +250,7 @@ def measure(
     start = min(64, tokens, context // 4)
     found = bench(
         variants, prompt_tokens=tokens, context=start, decode_tokens=decode, batch=batch, vocabulary=min(vocabulary, 1000),
-        text=tokens_of_text if task == "causal-lm" else None,
+        text=tokens_of_text,
     )  # fmt: skip
     for entry in found if hears else ():
         entry |= {"recordings_per_s": entry["prefill_tokens_per_s"], "prefill_tokens_per_s": None, "prefill_tokens": None}

@@ -41,7 +41,7 @@ def round_activations(x: Tensor, terms: int = 1) -> Tensor:
 
 def activation_terms(graph: Graph, weight: str) -> int:
     """In how many terms the inputs of a quantized weight are rounded."""
-    return 2 if weight in graph.info.get("two_terms", ()) else 1
+    return 2 if weight in graph.info.get("two_terms", ()) and screen_margin(graph, weight) is None else 1
 
 
 def screened(x: Tensor, weight: Quantized, decoded: Tensor, bias: Tensor | None, margin: float) -> Tensor:
@@ -55,7 +55,7 @@ def screened(x: Tensor, weight: Quantized, decoded: Tensor, bias: Tensor | None,
         weight: 8 bits.
         decoded: its values.
     """
-    result = F.linear(x, weight.upper().decode(), bias)
+    result = F.linear(x, weight.preview, bias)
     share = (result - (result.amax(-1, keepdim=True) - margin)).clamp_(0, 1)
     return result.lerp_(F.linear(x, decoded, bias), share)
 
@@ -123,10 +123,12 @@ def compute(
             if node.target is _SPARSE:  # what counts as zero is decided before the rounding
                 x = round_activations(keep_large(args[0], args[3]), activation_terms(graph, str(weight.target)))
                 return F.linear(x, *args[1:3])
-            args = (round_activations(args[0], activation_terms(graph, str(weight.target))), *args[1:])
-            margin = screen_margin(graph, str(weight.target))
+            name = str(weight.target)
+            args = (round_activations(args[0], activation_terms(graph, name)), *args[1:])
+            margin = screen_margin(graph, name)
             if margin is not None and node.target is torch.ops.aten.linear.default:
-                return screened(args[0], graph.quantized[str(weight.target)], args[1], args[2] if len(args) > 2 else None, margin)
+                x, decoded, bias = (*args, None)[:3]
+                return screened(x, graph.quantized[name], decoded, bias, margin)
         elif node.target is _ROUTED and isinstance(up := node.args[2], fx.Node) and up.target in graph.quantized:
             return _routed_ffn_rounded(*args, **kwargs)
     return implementations.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Quantized:
         scales = self.scales.float()
         start = -128 * scales if self.offsets is None else self.offsets.float()
         return Quantized(self.codes >> 4, (16 * scales).half(), (start + 7.5 * scales).half(), 4)
+
+    @functools.cached_property
+    def preview(self) -> Tensor:
+        """What :meth:`upper` decodes to, [..., N, K] float32; made once, for it takes longer than a product with it."""
+        return self.upper().decode()
 
     def decode(self) -> Tensor:
         """[..., N, K] float32."""

@@ -95,7 +95,7 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     wanted = bool(graph.quantized or find_routed(graph) or coded or biased)
     native = wanted and (available() if native is None else native)
     selected = select(graph, native=native)
-    notes = _notes(selected, wanted=wanted, native=native, screened=bool(graph.info.get("screened")))
+    notes = _notes(selected, wanted=wanted, native=native)
     report("export", 1, 3)
     model = _export(selected)
     from dyncomp.backends.ort.finish import finish
@@ -200,13 +200,13 @@ def _operator_name(node: Any) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
 
 
-def _notes(selected: Graph, *, wanted: bool, native: bool, screened: bool) -> list[str]:
+def _notes(selected: Graph, *, wanted: bool, native: bool) -> list[str]:
     """What is computed otherwise than a user would think, in sentences."""
     notes = []
     if wanted and not native:
         reason = unavailable_reason() or "this lowering leaves dyncomp's kernels out"
         notes.append(f"experts, quantized weights and attention run in ONNX Runtime's own operators: {reason}")
-        if screened:
+        if selected.info.get("screened"):
             notes.append("the vocabulary head is computed whole: screening it is for dyncomp's kernels")
     if decoded := selected.info["decoded"]:
         where = decoded[0] if len(decoded) == 1 else f"{decoded[0]} … {decoded[-1]}"

@@ -193,9 +193,7 @@ def quantized_linear(
 ) -> Tensor:  # fmt: skip
     """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
     :func:`dyncomp.interpret.round_activations`; ``lower``, ``margin``: :func:`dyncomp.interpret.screened`."""
-    attributes: dict[str, Any] = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms}
-    if lower is not None:
-        attributes["margin"] = float(margin)
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower], attributes, x, [*x.shape[:-1], rows])
 
 
