@@ -16,8 +16,9 @@ constexpr Input kInputs[] = {
     {Type::kFloat, true},  {Type::kFloat, true}, {Type::kFloat, true},  // cos, sin, present
     {Type::kFloat, true},                                              // bias
 };
-// With fewer than kFewUnits units of work, more than kSplitFrom keys are divided among units of kSplitKeys.
-constexpr int64_t kFewUnits = 16, kSplitFrom = 256, kSplitKeys = 128;
+// With fewer than kFewUnits units of work, the keys are divided among units of kSplitKeys.
+constexpr int64_t kFewUnits = 16, kSplitKeys = 64;
+constexpr int64_t kTurning = 12;  // reading and transposing a key costs as much as multiplying it with so many queries
 
 struct Attention {
   int64_t heads, kv_heads, interleaved, window;
@@ -172,7 +173,7 @@ void compute(const void* kernel, Call& call, bool coded) {
   int64_t units = job.batch * op.kv_heads * work.tiles;
   const int64_t most = op.window ? std::min(longest, op.window + work.rows) : longest;
   work.splits = 1, work.keys = most;
-  if (units < kFewUnits && most > kSplitFrom) {
+  if (units < kFewUnits && most > kSplitKeys) {
     work.keys = kSplitKeys, work.splits = (most + kSplitKeys - 1) / kSplitKeys;
     units *= work.splits;
     void* memory;
@@ -181,7 +182,7 @@ void compute(const void* kernel, Call& call, bool coded) {
   }
   const int64_t tokens = job.batch * job.length;
   call.parallel(tokens * kv_width * 8, tokens, run_append, &work);  // a number costs about as much as eight multiplications
-  call.parallel(multiplications, units, run_attend, &work);
+  call.parallel(multiplications * (work.rows + kTurning) / work.rows, units, run_attend, &work);
   if (work.splits > 1 && !call.failed()) merge(work, units);
 }
 

@@ -26,7 +26,8 @@ struct Nibbles {
   I codes;
 };
 constexpr int kOffset8 = 128, kTiles = 1, kTokens = 4, kRows = 6, kColumns = 1;
-constexpr int64_t kEarly = 2048;
+constexpr int64_t kAlone = 0, kEarly = 2048;
+constexpr int kNear = 3;
 constexpr int kGathered = 1;
 constexpr bool kSplit = false;
 

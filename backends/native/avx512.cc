@@ -17,7 +17,8 @@ struct Weights4 {
   __m512i low, high;
 };
 constexpr int kOffset8 = 0, kTiles = 2, kTokens = 6, kRows = 6, kColumns = 4;
-constexpr int64_t kEarly = 0;
+constexpr int64_t kAlone = 2, kEarly = 2048;
+constexpr int kNear = 2;
 constexpr int kGathered = 4;
 constexpr bool kSplit = true;
 

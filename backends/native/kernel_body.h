@@ -5,8 +5,10 @@
 //   kSplit       whether there is load4_unshifted, whose upper codes are 16 times too large
 //   kOffset8     what Weights8 has subtracted from the codes (0, or 128 where products are of signed numbers)
 //   kTiles, kTokens   tiles of rows and tokens that share a pass over the weights: as many as the registers hold sums for
-//   kEarly       how many bytes before it reads them a product for one or two tokens asks for weights, which come from memory and in order:
-//                the processor's own prefetching begins anew with every page. 0 where that was not found to help
+//   kAlone       up to how many tokens tiles are read one after the other instead: weights then come from memory in one stream, which the
+//                processor's own prefetching follows best
+//   kEarly, kNear   how many bytes before it reads them a product for one or two tokens asks for weights, which come from memory and in
+//                order: that prefetching begins anew with every page. 0 where it was not found to help. kNear: into which cache (3: the first)
 //   kRows, kColumns   the same for products of floats: rows, and vectors of 16 columns
 //   total        the sum of the 16 floats of a V
 //   dot_halves   16 sums that make up the product of 32 codes of 4 bits, as LowerHalves has them, with 32 activations
@@ -58,7 +60,7 @@ void product(const Matrix& w, int64_t tile, const Block* x, const int32_t* rows,
     for (int64_t end = b + share; b < end; b++, at += bytes) {
       if constexpr (M <= 2 && kEarly > 0) {
         UNROLL for (int r = 0; r < R; r++) {
-          UNROLL for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes[r] + at + kEarly + i, 0, 3);
+          UNROLL for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes[r] + at + kEarly + i, 0, kNear);
         }
       }
       I c[R][M], high[split ? R : 1][split ? M : 1];
@@ -137,7 +139,7 @@ Product product_for(const Matrix& w, int64_t tokens) {
 // `count` <= kGroup tiles of rows for `tokens` <= kTokens tokens.
 inline void rows_of(const Matrix& w, int64_t tile, int64_t count, const Block* x, const int32_t* rows, int64_t tokens, float* const* out,
                     bool add) {
-  if (kTiles == kGroup && count == kGroup) return product_for<kTiles>(w, tokens)(w, tile, x, rows, out, add);
+  if (kTiles == kGroup && count == kGroup && tokens > kAlone) return product_for<kTiles>(w, tokens)(w, tile, x, rows, out, add);
   for (int64_t r = 0; r < count; r++) {
     float* column[kTokens];
     for (int64_t t = 0; t < tokens; t++) column[t] = out[t] + r * kTile;

@@ -18,7 +18,8 @@ struct Weights4 {
   const uint8_t* codes;
 };
 constexpr int kOffset8 = 0, kTiles = 1, kTokens = 4, kRows = 3, kColumns = 1;
-constexpr int64_t kEarly = 0;
+constexpr int64_t kAlone = 0, kEarly = 0;
+constexpr int kNear = 3;
 constexpr int kGathered = 4;
 constexpr bool kSplit = false;
 
