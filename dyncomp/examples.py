@@ -19,7 +19,7 @@ from dyncomp.graph import Graph
 from dyncomp.models import LoadedModel
 from dyncomp.models.loaded import WRITES
 from dyncomp.regions import find_regions
-from dyncomp.rows import Rows, SpeechRows, tensors_of
+from dyncomp.rows import Rows, SpeechRows, row_lengths, tensors_of
 
 CALIBRATION = 40_960
 """Tokens to calibrate on."""
@@ -260,6 +260,11 @@ def example_tokens(graph: Graph) -> int | None:
         return None
     shape = graph.shape(graph.output_nodes[0]) or ()
     return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 1
+
+
+def row_tokens(graph: Graph, rows: Rows) -> int:
+    """How many tokens a graph sees of the longest row."""
+    return example_tokens(graph) or int(row_lengths(rows).max())
 
 
 def encoder_tokens(graph: Graph) -> int:

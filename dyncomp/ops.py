@@ -246,7 +246,8 @@ def _gated_linear_backward(ctx, grad: Tensor):
         inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         x, gates, weight, bias = inputs
         y = F.linear(x, weight, bias) * gates
-        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need and t is not None]
+        # A bias that is left out has a place among the inputs, and none in needs_input_grad.
+        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and t is not None]
         grads = iter(torch.autograd.grad(y, wanted, grad))
     return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
 

@@ -61,7 +61,7 @@ def sensitivities(graph: Graph, ctx: Context, share: float, fit: Callable[[Graph
         reference = [Reference(logits) for logits in Sweep(graph, batches[-held:]).advance(graph.output_nodes[0])]
         for position, (region, copied) in enumerate(zip(regions, find_carved(work), strict=True)):
             inputs = sweep.advance(region.input)
-            layer = Layer(ExpertView(work, copied), inputs[:fitted])
+            layer = Layer(ExpertView(work, copied), inputs[:fitted], fresh=inputs[fitted:])
             routing_facts(work, region.name)["active"] = cut
             fit(work, layer)
             branch = sweep.branch(range(fitted, len(chosen)))

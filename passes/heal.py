@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from dyncomp.passes.recalibrate import Recalibrate
 
+from dyncomp.calibrate import UNFITTED, Calibration
 from dyncomp.errors import RequestError
+from dyncomp.evaluate import model_inputs
+from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
-from dyncomp.regions import find_routed
+from dyncomp.regions.thresholds import find_thresholds
+from dyncomp.rows import split_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Heal(Settings, Pass):
 
     The KL divergence of next-token distributions (encoders: the squared error of the last states) is minimised over weights of
     linear layers and experts, routers (straight-through), norms and biases. The last windows of the text choose the best state.
-    Afterwards thresholds are set again, so that the active fraction is what it was calibrated to.
+    Afterwards thresholds are set again on those, so that the active fraction is what it was calibrated to.
 
     before:  dyncomp.routed_ffn(x, threshold_gates(linear(x, R, b)), w_up, w_down)
     after:   dyncomp.routed_ffn(x, threshold_gates(linear(x, R', b')), w_up', w_down')
@@ -38,7 +42,7 @@ class Heal(Settings, Pass):
             raise RequestError("heal: there is no dense model to learn from, or it takes other inputs")
         if ctx.text is None:
             raise RequestError("heal needs text to train on", hint="give one (--text FILE)")
-        held_out = min(HELD_OUT, len(ctx.text) // 4)
+        held_out = min(max(HELD_OUT, -(-UNFITTED // row_tokens(graph, ctx.text))), len(ctx.text) // 4)
         if held_out == 0:
             raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
         train, chosen_by = ctx.text[:-held_out], ctx.text[-held_out:]
@@ -46,8 +50,9 @@ class Heal(Settings, Pass):
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         healed = trainer.run()
         del trainer
-        if any(r.gates.target is torch.ops.dyncomp.threshold_gates.default for r in find_routed(graph)):
-            Recalibrate().run(graph, ctx)
+        if find_thresholds(graph):
+            unseen = Calibration([model_inputs(graph, rows) for rows in split_rows(chosen_by, 1)], "held out")
+            Recalibrate().run(graph, dataclasses.replace(ctx, calibration=unseen))
         facts = {
             "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": held_out,
             "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,
@@ -55,5 +60,6 @@ class Heal(Settings, Pass):
         return PassResult(changed=healed.changed, facts=facts)
 
 
-HELD_OUT = 6
-"""Windows at the end of the text that choose the best state; nothing is trained on them."""
+HELD_OUT = 4
+"""The fewest windows at the end of the text that choose the best state and set the thresholds, with at least :data:`UNFITTED` tokens in
+all; nothing is trained on them."""

@@ -111,11 +111,13 @@ class Layer:
         inputs: [B, S, d] a batch.
         wanted: [B, S, d_out] a batch, or None: the output at which the residual stream after the FFN equals the dense
             model's, whatever error the layers before it have left in the stream.
+        fresh: the same of text that nothing is fitted to, for thresholds; empty where there is no more text.
     """
 
     view: ExpertView
     inputs: list[Tensor]
     wanted: list[Tensor] | None = None
+    fresh: list[Tensor] = field(default_factory=list)
     _hidden: list[Tensor] = field(default_factory=list)
     _hidden_of: Tensor | None = None
 
@@ -174,18 +176,19 @@ def run_layerwise(passes: Sequence[LayerwisePass], graph: Graph, ctx: Context) -
     if not regions:
         raise PassError("the graph has no routed FFN", hint="run carve-experts first")
     stage = "+".join(p.name for p in passes)
-    batches = ctx.need_calibration(stage).first(enough_tokens(max(r.d_ff for r in regions)))
+    calibration, tokens = ctx.need_calibration(stage), enough_tokens(max(r.d_ff for r in regions))
+    batches = calibration.first(tokens)
     results = []
     for item in passes:
         ctx.running = item
         results.append(PassResult(facts=item.begin(graph, ctx)))
-    sweep = Sweep(graph, batches)
+    sweep, fresh = Sweep(graph, batches), Sweep(graph, calibration.unfitted(tokens))
     follow = ctx.dense if any(p.follows_dense for p in passes) else None
     dense = {f.name: f for f in find_regions(follow).ffns} if follow is not None else {}
     dense_sweep = Sweep(follow, batches) if follow is not None else None
     with fast_matmul(), torch.no_grad():
         for position, region in enumerate(regions):
-            layer = Layer(ExpertView(graph, region), sweep.advance(region.input))
+            layer = Layer(ExpertView(graph, region), sweep.advance(region.input), fresh=fresh.advance(region.input))
             _, stream = residual_add(region.result)
             dense_added, _ = residual_add(dense[region.name].output) if region.name in dense else (None, None)
             if dense_sweep is not None and dense_added is not None and stream is not None and sweep.has(stream):
@@ -236,7 +239,8 @@ def active_share(graph: Graph, active: float, *, who: str) -> float:
 
 
 def set_threshold(graph: Graph, layer: Layer) -> None:
-    """Shift the router's bias so that the region's active share on ``layer.inputs`` is the one noted for it.
+    """Shift the router's bias so that the region's active share on fresh text (``layer.fresh``, or ``layer.inputs`` where there is none)
+    is the one noted for it.
 
     The share counts the shared experts; the routed ones make up the rest.
     """
@@ -244,7 +248,7 @@ def set_threshold(graph: Graph, layer: Layer) -> None:
     share = routing_facts(graph, view.name).get("active", 1.0)
     routed = ~view.shared
     wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
-    scores = torch.cat([view.scores(x.reshape(-1, view.d_model))[:, routed].flatten() for x in layer.inputs])
+    scores = torch.cat([view.scores(x.reshape(-1, view.d_model))[:, routed].flatten() for x in layer.fresh or layer.inputs])
     bias = view.bias.clone()
     bias[routed] -= _quantile(scores, wanted)
     graph.add_tensor(view.router_bias, bias)

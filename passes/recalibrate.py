@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dyncomp.passes.layerwise import Layer, LayerwisePass, set_threshold
 
+from dyncomp.errors import PassError
 from dyncomp.graph import Graph
+from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions import find_carved
+from dyncomp.regions.depth import find_skips
+from dyncomp.regions.thresholds import find_thresholds
+from dyncomp.sweep import Sweep, fast_matmul
 
 
 @dataclass(frozen=True)
-class Recalibrate(LayerwisePass):
-    """Shift each router's threshold so that its active fraction on the calibration text is the one ``fit-router`` noted for it.
+class Recalibrate(Pass):
+    """Shift each threshold so that as many gates are open on the calibration text as ``fit-router`` or ``skip-depth`` noted for it.
 
-    Routers with a fixed top-k are left alone: they have no threshold.
+    In graph order, each on what the layers before it give by then. Gates with a fixed top-k, and those that look across a sequence,
+    are left alone: they have no threshold.
 
     before:  scores = linear(x, W, b);  gates = dyncomp.threshold_gates(scores)
     after:   scores = linear(x, W, b - threshold);  gates = dyncomp.threshold_gates(scores)
@@ -23,6 +29,19 @@ class Recalibrate(LayerwisePass):
 
     name: ClassVar[str] = "recalibrate"
 
-    def visit(self, graph: Graph, layer: Layer) -> None:
-        if layer.view.gates.target is torch.ops.dyncomp.threshold_gates.default:
-            set_threshold(graph, layer)
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        thresholds, result = find_thresholds(graph), PassResult()
+        if not thresholds and not find_carved(graph) and not find_skips(graph):
+            raise PassError("the graph has no router", hint="run carve-experts or skip-depth first")
+        sweep = Sweep(graph, ctx.need_calibration(self.name).unfitted())
+        with fast_matmul(), torch.no_grad():
+            for position, threshold in enumerate(thresholds):
+                scores = sweep.advance(threshold.scores)
+                level = threshold.level(*scores)
+                bias = graph.tensor(threshold.bias).detach().clone()
+                bias[threshold.shared :] -= level
+                graph.add_tensor(threshold.bias, bias)
+                sweep.provide(threshold.scores, [threshold.moved(s, level) for s in scores])
+                result.changed.append(threshold.name)
+                ctx.progress(self.name, position + 1, len(thresholds))
+        return result

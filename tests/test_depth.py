@@ -85,6 +85,9 @@ def test_gated_linear() -> None:
                                for y in (gated_linear(x, gates, weight, bias), expected))  # fmt: skip
         for a, b in zip(actual_grads, grads, strict=True):
             assert_close(a, b, rel=1e-5)
+        without = (gated_linear(x, gates, weight), torch.nn.functional.linear(x, weight) * gates)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, gates, weight)) for y in without), strict=True):
+            assert_close(a, b, rel=1e-5)
     (slope,) = torch.autograd.grad(gated_linear(x, torch.zeros(2, 5, 1).requires_grad_() * 1, weight, bias).sum(), bias)
     assert float(slope.abs().max()) == 0
 

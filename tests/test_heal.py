@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from dyncomp.passes import CarveExperts, FitRouter, Heal, PruneStatic, RefitDown
+from dyncomp.passes import CarveExperts, FitRouter, Heal, PruneStatic, Recalibrate, RefitDown, SkipDepth
 from heal_worker import SETTINGS as WORKER_SETTINGS
 from helpers import assert_close
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from test_passes import context
 from torch import Tensor
 
 from bench.tiny import tokens, trace_tiny
+from dyncomp.calibrate import Calibration
 from dyncomp.errors import PassError, RequestError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
@@ -28,9 +29,12 @@ from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.losses import divergence
 from dyncomp.heal.program import Program
 from dyncomp.heal.weights import Weights
-from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.pipeline import Context, Pass, Pipeline, parse_passes
 from dyncomp.regions import find_routed
+from dyncomp.regions.depth import find_skips
+from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.serialize import save_graph
+from dyncomp.sweep import Sweep
 
 QUICK = {"bfloat16": False, "lr": 2e-3, "router_lr": 2.0, "batch": 8, "together": 4, "evaluations": 4}
 
@@ -55,7 +59,7 @@ def converted(active: float = 0.4, *, static: bool = False) -> tuple[Graph, Cont
 def kl(graph: Graph, ctx: Context) -> float:
     """On tokens that were not trained on."""
     assert ctx.dense is not None
-    return evaluate({"dense": ctx.dense, "converted": graph}, tokens(16, 16, seed=77), task="causal-lm").kl["converted"]
+    return evaluate({"dense": ctx.dense, "converted": graph}, tokens(96, 16, seed=77), task="causal-lm").kl["converted"]
 
 
 def trained(graph: Graph, ctx: Context, settings: Settings, **options: Any) -> dict[str, Tensor]:
@@ -74,6 +78,8 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_divergence_from_the_dense_model_falls_and_the_active_fraction_stays(rank: int) -> None:
     graph, ctx = converted()
+    unseen = ctx.text[-100:]
+    Recalibrate().run(graph, dataclasses.replace(ctx, calibration=Calibration([{"input_ids": unseen}], "")))  # as many open as afterwards
     program, before = graph.text(), kl(graph, ctx)
     record = Pipeline([Heal(steps=60, rank=rank, **QUICK)]).run(graph, ctx)[0]
     assert kl(graph, ctx) < 0.98 * before
@@ -81,10 +87,33 @@ def test_the_divergence_from_the_dense_model_falls_and_the_active_fraction_stays
     curve = record.result.facts["curve"]
     assert [step for step, _ in curve] == [0, 15, 30, 45, 60]
     assert curve[-1][1] < curve[0][1]
-    assert ctx.calibration is not None
-    seen = torch.cat([b["input_ids"] for b in ctx.calibration.batches])
-    load = evaluate({"dense": graph}, seen, task="causal-lm").load["dense"]
-    assert [load[r.name].active for r in find_routed(graph)] == pytest.approx([0.4, 0.4], abs=0.01)
+    load = evaluate({"dense": graph}, unseen, task="causal-lm").load["dense"]
+    assert [load[r.name].active for r in find_routed(graph)] == pytest.approx([0.4, 0.4], abs=1e-3)
+
+
+@pytest.mark.parametrize("passes", [
+    [SkipDepth(what="attention", active=0.5, blocks="all", rank=4)],
+    [SkipDepth(what="ffn", active=0.5, blocks="all", rank=4)],
+    [SkipDepth(what="block", active=0.5, blocks="all", rank=4)],
+    [CarveExperts(experts=8, keep_dense=()), FitRouter(active=0.6), SkipDepth(what="ffn", active=0.7, blocks="all", rank=4)],
+], ids=["attention", "ffn", "block", "experts and ffn"])  # fmt: skip
+def test_tokens_that_skip_are_healed_at_the_same_cost(passes: list[Pass]) -> None:
+    dense = trace_tiny("llama")
+    ctx = context("llama", dense)
+    ctx.text = tokens(400, 16, seed=9)
+    graph = dense.copy()
+    Pipeline(passes).run(graph, ctx)
+    unseen = dataclasses.replace(ctx, calibration=Calibration([{"input_ids": ctx.text[-100:]}], ""))
+    Recalibrate().run(graph, unseen)
+    before = kl(graph, ctx)
+    assert len(find_thresholds(graph)) == 2 * len(passes[:2])
+    Pipeline([Heal(steps=40, **QUICK)]).run(graph, ctx)
+    assert kl(graph, ctx) < 0.98 * before
+    for threshold in find_thresholds(graph):
+        (scores,) = Sweep(graph, [{"input_ids": ctx.text[-100:]}]).advance(threshold.scores)
+        opened = (scores[:, threshold.first :, threshold.shared :] > 0).float().mean()
+        assert float(opened) == pytest.approx(threshold.open, abs=0.01)  # equal tokens score alike in the first layer
+    assert Weights(graph).routers >= {s.scores.args[1].target for s in find_skips(graph)}
 
 
 def test_static_pruning_is_healed_by_the_same_pass() -> None:

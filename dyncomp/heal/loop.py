@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from dyncomp.errors import PassError
 from dyncomp.evaluate import model_inputs
-from dyncomp.examples import example_tokens
+from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
 from dyncomp.heal.losses import output_loss, relative_square
@@ -29,10 +29,13 @@ from dyncomp.heal.weights import Weights
 from dyncomp.pipeline import Progress, no_progress
 from dyncomp.regions import find_regions, find_routed
 from dyncomp.regions.router import find_scores, selection_bias
+from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
-from dyncomp.rows import Rows, row_lengths, split_rows, tensors_of
+from dyncomp.rows import Rows, split_rows, tensors_of
 
 _TIMED = 2
+_LOOK = 512
+"""Held-out tokens that are computed at once."""
 
 
 @dataclass
@@ -57,22 +60,14 @@ class Healed:
 
 @dataclass(frozen=True)
 class _Router:
-    """One routed FFN as it is watched: nodes of the program, names of the bias that chooses experts and whether that is a threshold, and
-    the active fraction it should have."""
+    """One routed FFN as it is watched: nodes of the program, the name of the bias that chooses experts, and the active fraction it
+    should have."""
 
     gates: fx.Node
     scores: fx.Node
     bias: str | None
-    threshold: bool
     active: float
     shared: int
-
-    def level(self, scores: Tensor) -> Tensor:
-        """The score above which as many lie as should be active: [..., E] -> []."""
-        routed = scores.detach()[..., self.shared :].flatten().float()
-        experts = scores.shape[-1]
-        share = max(self.active * experts - self.shared, 0.0) / (experts - self.shared)
-        return routed.kthvalue(min(max(round((1 - share) * len(routed)), 1), len(routed))).values
 
 
 class Trainer:
@@ -97,9 +92,11 @@ class Trainer:
         self.teacher = Program(dense, bfloat16=half)
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
-        self._levels = [torch.zeros(()) for _ in self._routers]
+        self._thresholds = find_thresholds(self.student.graph)
+        self._wanted: list[Tensor] = []  # the dense model's states on the held-out windows
+        self._levels = [torch.zeros(()) for _ in self._thresholds]
         self._held: dict[fx.Node, Callable[[Tensor], Tensor]] = (
-            {r.scores: partial(self._hold, i) for i, r in enumerate(self._routers) if r.threshold} if settings.hold else {}
+            {t.scores: partial(self._hold, i) for i, t in enumerate(self._thresholds)} if settings.hold else {}
         )
         self._in_training = self._changes()
         self._optimizer = self._make_optimizer()
@@ -132,7 +129,7 @@ class Trainer:
                     state.save(self._folder, self._key, self._at, self._snapshot(best))
         self.weights.load(best)
         changed = self.weights.merge()
-        tokens = self._at.done * self.settings.batch * (example_tokens(self.student.graph) or int(row_lengths(self._windows).max()))
+        tokens = self._at.done * self.settings.batch * row_tokens(self.student.graph, self._windows)
         return Healed(
             self._at.steps, self._at.best, tokens, time.perf_counter() - started, time.process_time() - cpu, self._at.curve, changed
         )
@@ -141,37 +138,37 @@ class Trainer:
     def _step(self, step: int) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self._at.steps)
-        load, thresholds = self._gradients(step)
+        load, levels = self._gradients(step)
         parameters = list(self.weights.parameters().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not bool(torch.isfinite(norm)):
             raise PassError(f"healing diverged at step {step + 1}: the gradient is not finite", hint="lower the learning rate (lr)")
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._move_biases(load, thresholds)
+        self._move_biases(load, levels)
 
     def _gradients(self, step: int) -> tuple[list[Tensor], Tensor]:
         """Accumulate the gradient of the batch's mean loss, over all processes.
 
         Returns:
-            For each router its load, [E], and the score at which as many experts are active as should be, [routers].
+            For each router its load, [E], and the score at which as many gates are open as should be, [thresholds].
         """
         s = self.settings
         parts = split_rows(self._batch(step), s.together or max(1, s.batch // ranks.world()))
         load = [torch.zeros(r.gates.meta["val"].shape[-1]) for r in self._routers]
-        thresholds = torch.zeros(len(self._routers))
+        levels = torch.zeros(len(self._thresholds))
         for part, ids in list(enumerate(parts))[ranks.rank() :: ranks.world()]:
             with _noise_of(self._seed, step, part) if s.noise else contextlib.nullcontext():
                 loss, gates = self._loss(ids)
                 (loss * len(ids) / s.batch).backward()
-            for index, (router, gate) in enumerate(zip(self._routers, gates, strict=True)):
+            for index, gate in enumerate(gates):
                 load[index] += (gate.detach() != 0).float().flatten(0, -2).mean(0) * len(ids) / s.batch
-                if router.threshold:
-                    thresholds[index] += self._levels[index] * len(ids) / s.batch
+            for index, level in enumerate(self._levels):
+                levels[index] += level * len(ids) / s.batch
         for p in self.weights.parameters().values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, thresholds])
-        return load, thresholds
+        ranks.add_up([*(p.grad for p in self.weights.parameters().values() if p.grad is not None), *load, levels])
+        return load, levels
 
     def _loss(self, ids: Rows) -> tuple[Tensor, list[Tensor]]:
         """(loss, gates of every router)"""
@@ -196,15 +193,15 @@ class Trainer:
         return loss, gates
 
     @torch.no_grad()
-    def _move_biases(self, load: list[Tensor], thresholds: Tensor) -> None:
-        """Thresholds follow the active fraction; with ``balance_rate``, experts' biases follow equal load."""
-        for router, used, threshold in zip(self._routers, load, thresholds, strict=True):
+    def _move_biases(self, load: list[Tensor], levels: Tensor) -> None:
+        """Thresholds follow the fraction of gates that should be open; with ``balance_rate``, experts' biases follow equal load."""
+        for threshold, level in zip(self._thresholds, levels, strict=True):
+            self.weights(threshold.bias)[threshold.shared :] -= self.settings.hold * level
+        for router, used in zip(self._routers, load, strict=True):
             if router.bias is None:
                 continue
             bias = self.weights(router.bias)
             bias = bias[router.shared :] if len(bias) == len(used) else bias
-            if router.threshold:
-                bias -= self.settings.hold * threshold
             bias += bias_step(used[router.shared :][-len(bias) :], self.settings.balance_rate)
 
     def _batch(self, step: int) -> Rows:
@@ -221,10 +218,11 @@ class Trainer:
     def _evaluate(self) -> float:
         """Mean loss on the held-out windows, without the terms that only guide training."""
         total = torch.zeros(1, dtype=torch.float64)
-        for ids in split_rows(self._held_out[ranks.rank() :: ranks.world()], 1):
-            wanted, _ = self.teacher(model_inputs(self.teacher.graph, ids))
+        parts = split_rows(self._held_out[ranks.rank() :: ranks.world()], max(1, _LOOK // row_tokens(self.student.graph, self._held_out)))
+        self._wanted = self._wanted or [self.teacher(model_inputs(self.teacher.graph, ids))[0] for ids in parts]
+        for ids, wanted in zip(parts, self._wanted, strict=True):
             output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)
-            total += output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish).double()
+            total += output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish).double() * len(ids)
         ranks.add_up([total])
         return float(total) / len(self._held_out)
 
@@ -242,11 +240,11 @@ class Trainer:
         return ranks.agreed(max(1, int(left / (step * 1.03))))
 
     def _hold(self, index: int, scores: Tensor) -> Tensor:
-        """Scores moved so that as many experts have positive ones as should be active (over a batch, as BatchTopK, 2412.06410): else
-        gradients would open more, and losses would be compared at different costs."""
-        router = self._routers[index]
-        self._levels[index] = level = router.level(scores)
-        return torch.cat([scores[..., : router.shared], scores[..., router.shared :] - level.to(scores.dtype)], -1)
+        """Scores moved so that as many gates are open as should be (over a batch, as BatchTopK, 2412.06410): else gradients would open
+        more, and losses would be compared at different costs."""
+        threshold = self._thresholds[index]
+        self._levels[index] = level = threshold.level(scores)
+        return threshold.moved(scores, level)
 
     def _disturb(self, hold: Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
         scores = noisy(scores, self.settings.noise)
@@ -257,7 +255,7 @@ class Trainer:
         s = self.settings
         found: dict[fx.Node, Callable[[Tensor], Tensor]] = dict(self._held)
         for router in self._routers:
-            if s.noise and router.scores.meta["val"].shape[-1] > 1:
+            if s.noise:
                 found[router.scores] = partial(self._disturb, self._held.get(router.scores))
             if s.capacity:
                 found[router.gates] = partial(_limited, shared=router.shared, factor=s.capacity)
@@ -320,16 +318,13 @@ def _limited(gates: Tensor, shared: int, factor: float) -> Tensor:
 
 
 def _routers(graph: Graph) -> list[_Router]:
-    """Routed FFNs whose gates a router computes; others (a fixed mask, a table of token ids) have nothing to guide."""
+    """Routed FFNs whose gates a router computes; others (a fixed mask, a table of token ids, one expert) have nothing to guide."""
     found, facts = [], graph.info.get("routing", {})
     for region in find_routed(graph):
         noted, scores = facts.get(region.name, {}), find_scores(graph, region)
-        if scores is not None:
-            threshold = region.gates.target is torch.ops.dyncomp.threshold_gates.default
+        if scores is not None and region.experts > 1:
             bias = selection_bias(graph, region, scores)
-            found.append(
-                _Router(region.gates, scores, bias, threshold and bias is not None, noted.get("active", 1.0), noted.get("shared", 0))
-            )
+            found.append(_Router(region.gates, scores, bias, noted.get("active", 1.0), noted.get("shared", 0)))
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyncomp.graph import Graph
 from dyncomp.regions import find_linears, find_regions, find_routed
+from dyncomp.regions.depth import find_skips
 
 
 class Weights:
@@ -82,8 +83,8 @@ class Weights:
 
 
 def router_names(graph: Graph) -> set[str]:
-    """Constants that only serve to compute gates."""
-    inside = {n for r in find_routed(graph) for n in r.router}
+    """Constants that only serve to compute gates, of experts and of tokens that skip."""
+    inside = {n for r in find_routed(graph) for n in r.router} | {s.scores for s in find_skips(graph)}
     return {str(i.target) for n in inside for i in n.all_input_nodes if i.op == "get_attr"}
 
 
