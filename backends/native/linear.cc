@@ -97,21 +97,35 @@ void in_two_terms(Call& call, Work& work) {
   }
 }
 
+// The rows of a unit: neighbours go to different threads, for likely words often have numbers near each other.
+constexpr int64_t kUnits = 16, kStride = 5;
+
+struct Refinement {
+  RefineJob job;
+  int64_t rows;
+};
+
+void refine_units(const void* user, int64_t first, int64_t last) {
+  const auto& [job, rows] = *static_cast<const Refinement*>(user);
+  const int64_t tiles = tiles_of(rows);
+  for (int64_t i = first; i < last; i++) {
+    const int64_t unit = i * kStride % kUnits, end = std::min(tiles * (unit + 1) / kUnits * kTile, rows);
+    active->refine(job, tiles * unit / kUnits * kTile, end);
+  }
+}
+
 // Adds the lower halves where they count.
 void refine(Call& call, const LinearJob& linear, const LowerHalves& lower, float margin, float* scales, float* middles) {
   const int64_t rows = linear.weight.rows, blocks = lower.columns / kBlock;
   for (int64_t t = 0; t < linear.tokens; t++) {
-    RefineJob job = {lower, linear.blocks + t * blocks, scales, middles, 0.0f, linear.output + t * rows};
+    Refinement refinement = {{lower, linear.blocks + t * blocks, scales, middles, 0.0f, linear.output + t * rows}, rows};
+    RefineJob& job = refinement.job;
     for (int64_t b = 0; b < tiles_of(blocks) * kTile; b++) {
       scales[b] = b < blocks ? job.blocks[b].scale : 0.0f;
       middles[b] = b < blocks ? 7.5f * scales[b] * static_cast<float>(job.blocks[b].correction) : 0.0f;
     }
     job.floor = active->peak(job.output, rows) - margin;
-    const auto run = [](const void* user, int64_t first, int64_t last) {
-      const RefineJob& j = *static_cast<const RefineJob*>(user);
-      active->refine(j, first, last);
-    };
-    call.parallel(rows * lower.columns / 8, rows, run, &job);
+    call.parallel(rows * lower.columns / 8, kUnits, refine_units, &refinement);
   }
 }
 

@@ -68,11 +68,10 @@ def find_thresholds(graph: Graph) -> list[Threshold]:
         gates, tokens = _own_gates(region, computed)
         if gates is None or gates in computed or noted.get("standin"):
             continue
-        scores = gates.args[0]
-        bias = _bias(scores) if isinstance(scores, fx.Node) else None
-        if bias is not None and isinstance(scores, fx.Node):
+        (scored,) = gates.all_input_nodes
+        if (bias := _bias(scored)) is not None:
             share = min(noted.get("active", 1.0) / tokens, 1.0)  # passes note what runs of the tokens that do not skip as well
-            found.append(Threshold(region.name, gates, scores, bias, share, noted.get("shared", 0)))
+            found.append(Threshold(region.name, gates, scored, bias, share, noted.get("shared", 0)))
     return sorted(found, key=lambda t: t.gates)
 
 
