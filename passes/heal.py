@@ -14,6 +14,7 @@ from dyncomp.evaluate import model_inputs
 from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
+from dyncomp.heal.budget import settle
 from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.thresholds import find_thresholds
@@ -46,12 +47,16 @@ class Heal(Settings, Pass):
         if held_out == 0:
             raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
         train, chosen_by = ctx.text[:-held_out], ctx.text[-held_out:]
+        unseen = Calibration([model_inputs(graph, rows) for rows in split_rows(chosen_by, 1)], "held out")
+        if self.budget:
+            settle(graph, unseen.batches, self.budget)
         share(graph, ctx.dense, train, chosen_by, self, ctx.seed, ctx.folder)
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         healed = trainer.run()
         del trainer
+        if self.budget:
+            settle(graph, unseen.batches, self.budget)
         if find_thresholds(graph):
-            unseen = Calibration([model_inputs(graph, rows) for rows in split_rows(chosen_by, 1)], "held out")
             Recalibrate().run(graph, dataclasses.replace(ctx, calibration=unseen))
         facts = {
             "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": held_out,

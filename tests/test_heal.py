@@ -26,6 +26,7 @@ from dyncomp.errors import PassError, RequestError
 from dyncomp.evaluate import evaluate
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
+from dyncomp.heal.budget import DepthBudget
 from dyncomp.heal.losses import divergence
 from dyncomp.heal.program import Program
 from dyncomp.heal.weights import Weights
@@ -114,6 +115,26 @@ def test_tokens_that_skip_are_healed_at_the_same_cost(passes: list[Pass]) -> Non
         opened = (scores[:, threshold.first :, threshold.shared :] > 0).float().mean()
         assert float(opened) == pytest.approx(threshold.open, abs=0.01)  # equal tokens score alike in the first layer
     assert Weights(graph).routers >= {s.scores.args[1].target for s in find_skips(graph)}
+
+
+def test_layers_trade_a_budget() -> None:
+    dense = trace_tiny("llama")
+    ctx = context("llama", dense)
+    ctx.text = tokens(400, 16, seed=9)
+    graph = dense.copy()
+    Pipeline([SkipDepth(what="block", active=0.8, blocks="all", rank=4)]).run(graph, ctx)
+    Pipeline([Heal(steps=40, budget=0.7, **(QUICK | {"router_lr": 20.0}))]).run(graph, ctx)
+    spent, shares = DepthBudget(graph), []
+    for threshold in spent.thresholds:
+        (scores,) = Sweep(graph, [{"input_ids": ctx.text[-100:]}]).advance(threshold.scores)
+        shares.append(float((scores[:, threshold.first :] > 0).float().mean()))
+        assert graph.info["depth"][threshold.name.removesuffix(".depth")]["skipped"] == pytest.approx(1 - shares[-1], abs=0.01)
+    assert spent.cost(shares) == pytest.approx(0.7, abs=0.01)
+    assert abs(shares[0] - shares[1]) > 0.02, "each layer has the share that helps most, not the same"
+    assert 1 < spent.cost([1.0, 1.0]) < 1.02, "open gates cost what there was before, and the routers"
+    assert 0 < spent.cost([0.0, 0.0]) < 0.1, "stand-ins"
+    with pytest.raises(RequestError, match="no token skips a layer"):
+        Pipeline([Heal(steps=1, budget=0.7)]).run(dense.copy(), ctx)
 
 
 def test_static_pruning_is_healed_by_the_same_pass() -> None:

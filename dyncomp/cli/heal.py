@@ -24,6 +24,11 @@ from dyncomp.cli import options
 @click.option("--minutes", type=float, help="Time for training: as many steps as fit, found once by timing. [default: 10]")
 @click.option("--steps", type=int, help="Optimiser steps, in place of a time: exactly repeatable.")
 @click.option(
+    "--budget",
+    metavar="PERCENT",
+    help="Operations of the layers that tokens skip, as 70%: part of the loss, and layers trade what they skip.",
+)
+@click.option(
     "--option", "choices", multiple=True, metavar="NAME=VALUE", help="Another option of the pass heal, as lr=1e-4; may be repeated."
 )
 @click.option("--calibrate", metavar="TEXT|IMAGES|SOUND", help=options.CALIBRATE)
@@ -33,7 +38,9 @@ from dyncomp.cli import options
 @options.threads
 @options.seed
 @options.as_json
-def command(bundle: Path, json_: bool, minutes: float | None, steps: int | None, choices: tuple[str, ...], **request: Any) -> None:
+def command(
+    bundle: Path, json_: bool, minutes: float | None, steps: int | None, budget: str | None, choices: tuple[str, ...], **request: Any
+) -> None:
     """Train BUNDLE's model to give what its dense model gives (distillation), and write a new bundle with its evidence.
 
     Static pruning at the same cost, healed for as many steps on the same text, stands beside it. A quantized bundle is healed in
@@ -47,7 +54,7 @@ def command(bundle: Path, json_: bool, minutes: float | None, steps: int | None,
     from dyncomp.report.tables import print_report
 
     opened = open_bundle(bundle)
-    given = [f"{name}={value}" for name, value in (("minutes", minutes), ("steps", steps)) if value is not None]
+    given = [f"{name}={value}" for name, value in (("minutes", minutes), ("steps", steps), ("budget", budget)) if value is not None]
     passes = healing_passes(opened, " ".join([*given, *choices]))
     with leading() as first:
         if not first:

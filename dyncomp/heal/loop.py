@@ -22,6 +22,7 @@ from dyncomp.evaluate import model_inputs
 from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
+from dyncomp.heal.budget import DepthBudget
 from dyncomp.heal.losses import output_loss, relative_square
 from dyncomp.heal.program import Program
 from dyncomp.heal.settings import Settings
@@ -93,10 +94,12 @@ class Trainer:
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
         self._thresholds = find_thresholds(self.student.graph)
+        self._budget = DepthBudget(self.student.graph) if settings.budget else None
+        traded = {t.scores for t in self._budget.thresholds} if self._budget else set()
         self._wanted: list[Tensor] = []  # the dense model's states on the held-out windows
         self._levels = [torch.zeros(()) for _ in self._thresholds]
         self._held: dict[fx.Node, Callable[[Tensor], Tensor]] = (
-            {t.scores: partial(self._hold, i) for i, t in enumerate(self._thresholds)} if settings.hold else {}
+            {t.scores: partial(self._hold, i) for i, t in enumerate(self._thresholds) if t.scores not in traded} if settings.hold else {}
         )
         self._in_training = self._changes()
         self._optimizer = self._make_optimizer()
@@ -176,10 +179,12 @@ class Trainer:
         ours, theirs = self._streams
         with torch.no_grad():
             wanted, streams = self.teacher(model_inputs(self.teacher.graph, ids), theirs)
-        watch = [*(r.gates for r in self._routers), *(r.scores for r in self._routers), *ours]
+        tokens = self._budget.thresholds if self._budget else []
+        watch = [*(r.gates for r in self._routers), *(r.scores for r in self._routers), *ours, *(t.gates for t in tokens)]
         output, values = self.student(model_inputs(self.student.graph, ids), watch, self._in_training)
         count = len(self._routers)
-        gates, scores, ours_now = values[:count], values[count : 2 * count], values[2 * count :]
+        gates, scores = values[:count], values[count : 2 * count]
+        ours_now, computed = values[2 * count : 2 * count + len(ours)], values[2 * count + len(ours) :]
         loss = output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish)
         if s.hidden:
             loss = loss + s.hidden * torch.stack([relative_square(a, b) for a, b in zip(ours_now, streams, strict=True)]).mean()
@@ -190,6 +195,9 @@ class Trainer:
         if s.sparsity and gates:
             off = torch.stack([g.float().mean() - r.active for g, r in zip(gates, self._routers, strict=True)])
             loss = loss + s.sparsity * off.square().mean()
+        if self._budget is not None:
+            spent = self._budget.cost([g[:, t.first :].float().mean() for g, t in zip(computed, tokens, strict=True)])
+            loss = loss + s.budget_weight * (spent - s.budget) ** 2
         return loss, gates
 
     @torch.no_grad()

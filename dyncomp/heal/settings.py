@@ -44,6 +44,12 @@ class Settings:
     hold: float = 0.1
     """Rate at which thresholds follow those that give each batch the calibrated active fraction. Training and its held-out curve use the
     batch's own, exactly; 0 leaves thresholds to the gradients. All are set again at the end."""
+    budget: float = 0.0
+    """Operations of the layers that tokens skip, over those without routers, that training aims at: its squared difference is part of the
+    loss, and layers trade what they skip. Before and after training all thresholds are moved alike to where it is met. 0 keeps each
+    layer's share."""
+    budget_weight: float = 100.0
+    """Of that squared difference."""
     bfloat16: bool = True
     """Products in bfloat16 where the CPU has it; weights and optimiser stay in float32."""
     checkpoints: bool = False
@@ -59,8 +65,11 @@ class Settings:
         for name in ("lr", "router_lr", "batch", "evaluations", "patience"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must be positive")
-        for name in ("rank", "together", "hidden", "balance", "balance_rate", "noise", "capacity", "z_loss", "sparsity", "hold"):
+        weights = ("hidden", "balance", "balance_rate", "noise", "capacity", "z_loss", "sparsity", "hold", "budget", "budget_weight")
+        for name in ("rank", "together", *weights):
             if not getattr(self, name) >= 0:
                 raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must not be negative")
+        if self.budget > 1:
+            raise RequestError(f"heal: a budget of {self.budget:.0%} of the operations", hint="at most 100%, for example budget=70%")
         if self.together and self.batch % self.together:
             raise RequestError(f"heal: together={self.together} does not divide batch={self.batch}")
