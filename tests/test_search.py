@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import xml.etree.ElementTree
 
 import click
 import pytest
@@ -24,6 +25,7 @@ from dyncomp.errors import RequestError, SearchError
 from dyncomp.latency import LatencyTable, Layer, layers_of
 from dyncomp.models import load_model
 from dyncomp.pipeline import Context, Pipeline, no_progress
+from dyncomp.report.frontier import frontier, report_html
 from dyncomp.report.inspection import bundle_tables
 from dyncomp.report.tables import search_table
 from dyncomp.search import Goal, Trial
@@ -349,3 +351,21 @@ def test_a_recipe_and_a_search_exclude_each_other(place) -> None:
         convert(place, "both", "--max-loss", "1%", "--active", "75%")
     with pytest.raises(RequestError, match="nothing can be searched"):
         convert(place, "torch", "--backend", "torch")
+
+
+def test_the_frontier_is_what_no_other_candidate_beats() -> None:
+    def trial(name: str, loss: float | None, speed: float | None, **more: object) -> dict:
+        return {"name": name, "loss": loss, "speed": speed, "quick": False} | more
+
+    trials = [
+        trial("slow", 0.001, 1.5), trial("beaten", 0.004, 1.4), trial("fast <b>", 0.02, 3.0), trial("middle", 0.01, 2.0),
+        trial("as fast", 0.03, 3.0), trial("not timed", 0.0001, None), trial("a look", 0.0001, 9.0, quick=True),
+    ]  # fmt: skip
+    assert frontier(trials) == ["slow", "middle", "fast <b>"]
+    search = {"trials": trials, "chosen": "middle", "goal": "at most 1%"}
+    page = report_html("a model", ["text & tables"], search)
+    picture = xml.etree.ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    names = [node.text.split(":")[0] for node in picture.iter() if node.text and ", " in node.text and ": " in node.text]
+    assert sorted(names) == sorted(["slow", "beaten", "middle", "fast <b>", "as fast"])
+    assert "text &amp; tables" in page
+    assert "<svg" not in report_html("a model", [], {"trials": trials[:1], "chosen": "slow"})

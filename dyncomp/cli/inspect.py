@@ -28,7 +28,9 @@ from dyncomp.cli import options
     help="Print a text coloured by how much of the model each token computed, and the KV bytes that needs (with --text).",
 )
 @click.option("--text", help="What --depth shows.")
-@click.option("--html", type=click.Path(dir_okay=False), help="Write what --depth shows as a page as well.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False), help="Write what is shown of a BUNDLE as a page as well, with a plot of the search."
+)
 @options.as_json
 def command(
     target: str, graph: bool, diff: bool, experts: bool, routers: bool, depth: bool, text: str | None, html: str | None, json_: bool,
@@ -38,8 +40,10 @@ def command(
     from dyncomp.bundle import is_bundle, open_bundle
     from dyncomp.errors import RequestError
 
-    if (text is not None or html is not None) and not depth:
-        raise RequestError("--text and --html belong to --depth")
+    if text is not None and not depth:
+        raise RequestError("--text belongs to --depth")
+    if html is not None and (graph or diff or experts or routers or not is_bundle(target)):
+        raise RequestError("--html writes what is shown of a bundle, alone or with --depth", hint="dyncomp inspect BUNDLE --html FILE")
     if routers:
         if is_bundle(target):
             raise RequestError(f"{target} is a bundle, and --routers needs a dense model", hint="give the model it was made from")
@@ -49,7 +53,7 @@ def command(
             raise RequestError("--depth shows a text in a bundle", hint='dyncomp inspect BUNDLE --depth --text "…"')
         _depth(open_bundle(target), text, html, json_=json_)
     elif is_bundle(target):
-        _bundle(open_bundle(target), graph=graph, diff=diff, experts=experts, json_=json_)
+        _bundle(open_bundle(target), graph=graph, diff=diff, experts=experts, html=html, json_=json_)
     elif diff or experts:
         raise RequestError(f"{target} is not a bundle, and --diff and --experts need one", hint="convert the model first")
     else:
@@ -101,10 +105,13 @@ def _routers(source: str, *, active: float, carve: int, tokens: int, windows: in
     show(router_table(plain, title, loaded.task))
 
 
-def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, json_: bool) -> None:
+def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, html: str | None, json_: bool) -> None:
+    from dyncomp.report.frontier import report_html
     from dyncomp.report.inspection import bundle_as_dict, bundle_tables, experts_table, graph_diff
     from dyncomp.report.tables import show
 
+    if html is not None:
+        _write(html, report_html(opened.manifest.source.name, bundle_tables(opened), opened.report().get("search")))
     if graph:
         click.echo(opened.graph().text(), nl=False)
     elif diff:
@@ -120,17 +127,22 @@ def _bundle(opened: Any, *, graph: bool, diff: bool, experts: bool, json_: bool)
         show(*bundle_tables(opened))
 
 
-def _depth(opened: Any, text: str, html: str | None, *, json_: bool) -> None:
+def _write(file: str, page: str) -> None:
     from pathlib import Path
 
+    from dyncomp.whole import replacing
+
+    with replacing(Path(file)) as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def _depth(opened: Any, text: str, html: str | None, *, json_: bool) -> None:
     from dyncomp.report.depth import depth_html, depth_items, depth_of
     from dyncomp.report.tables import show
-    from dyncomp.whole import replacing
 
     depth = depth_of(opened.graph(), opened.tokenizer(), text)
     if html is not None:
-        with replacing(Path(html)) as part:
-            part.write_text(depth_html(depth), encoding="utf-8")
+        _write(html, depth_html(depth))
     if json_:
         options.print_json(depth.as_dict())
     else:

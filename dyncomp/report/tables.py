@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dyncomp.models.loaded import WRITES
+from dyncomp.report.frontier import frontier
 
 _VARIANTS = {
     "dense": "dense",
@@ -130,6 +131,7 @@ def search_table(search: dict[str, Any], task: str) -> Table:
     causal = task in WRITES
     speed = ">decode x dense" if causal else ">speed x dense"
     result = table(f"search: {search['goal']}", "candidate", ">loss", speed, *([">prefill x dense"] if causal else []), ">MB", ">s", "")
+    best = frontier(search["trials"])
     for t in search["trials"]:
         ratios = [t["speed"], *([t["prefill"]] if causal else [])]
         cells = ["" if r is None else f"{r:.2f}" for r in ratios]
@@ -139,7 +141,7 @@ def search_table(search: dict[str, Any], task: str) -> Table:
         size = "" if t["bytes"] is None else f"{t['bytes'] / 1e6:.0f}"
         loss = "" if t["loss"] is None else f"{t['loss']:+.2%}"
         look = "slower, by the table of latencies" if slow else "too large" if not loss else "a quick look" if t["quick"] else ""
-        mark = "<- chosen" if t["name"] == search["chosen"] else look
+        mark = "<- chosen" if t["name"] == search["chosen"] else "on the frontier" if t["name"] in best else look
         result.add_row(t["name"], loss, *cells, size, f"{t['seconds']:.0f}", mark)
     return result
 
