@@ -101,7 +101,7 @@ def count(
     members = _members(graph, regions)
     gated = _gated_linears(skips)
     fraction = {r.node: active.get(r.name, 1.0) for r in regions.routed} | {n: active.get(w, 1.0) for n, w in sparse.items()}
-    fraction |= {n: active.get(s.name, 1.0) for n, s in gated.items()}
+    fraction |= {n: active.get(s.name, 1.0) * fraction.get(n, 1.0) for n, s in gated.items()}
     owner = {node: name for name, member in members.items() for node in member.nodes}
     flops = dict.fromkeys([*members, OTHER], 0.0)
     size = Sizes(graph, batch, sequence or (WRITTEN if _hears(graph) else 512))
@@ -112,8 +112,9 @@ def count(
     tokens = size.tokens()
     parts: list[tuple[str, tuple[str | None, ...]]] = [(r.name, (r.w_up, r.b_up, r.w_down)) for r in regions.routed]
     parts += [(weight, (weight,)) for weight in sparse.values()]
-    parts += [(s.name, tuple(str(a.target) for a in n.args[2:] if isinstance(a, fx.Node))) for n, s in gated.items()]
-    parameters = _parameters(graph, members, parts, active)
+    parts += [(s.name, tuple(str(a.target) for a in n.args[2:] if isinstance(a, fx.Node))) for n, s in gated.items() if n not in sparse]
+    both = {weight: fraction[node] for node, weight in sparse.items()}  # that of inputs, of the tokens that do not skip
+    parameters = _parameters(graph, members, parts, active | both)
     by_region = {
         name: RegionCost(members[name].kind if name in members else OTHER, *parameters[name], flops[name] / tokens) for name in flops
     }
@@ -194,8 +195,8 @@ def _nearest(
 
 
 def _gated_linears(skips: list[Skip]) -> dict[fx.Node, Skip]:
-    """The linear layers under gates; FFNs under gates count as routed."""
-    return {node: skip for skip in skips for node in skip.members if node.target is torch.ops.dyncomp.gated_linear.default}
+    """The linear layers under gates, sparse FFNs' too; other FFNs under gates count as routed."""
+    return {node: skip for skip in skips for node in skip.members if node.target is not torch.ops.dyncomp.routed_ffn.default}
 
 
 def _parameters(

@@ -12,8 +12,8 @@ from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
-from dyncomp.ops import expert_hidden, gated_linear
-from dyncomp.regions import FFN, find_routed
+from dyncomp.ops import expert_hidden, gated_linear, keep_large
+from dyncomp.regions import FFN, RoutedFFN, find_routed
 from dyncomp.regions.depth import Part
 from dyncomp.regions.linear import Linear
 
@@ -45,11 +45,17 @@ class Gated:
     Attributes:
         result: what is added to the residual stream.
         inputs: what the projection to the residual stream reads ([B, S, H * D]) for an attention; the FFN's input otherwise.
+        routed: what an FFN has become; None for an attention, and for an FFN of linear layers that count small inputs as zero, which
+            stays as it is, its result times the gates.
+        refittable: whether its last projection may be replaced.
     """
 
     def __init__(self, graph: Graph, part: Part, gates: fx.Node, closed: fx.Node | None, rank: int, kv: KeysAndValues | None) -> None:
         self.graph, self.part, self.name = graph, part, part.name
         self.source, self.stream, self.gates = part.source, part.stream, gates
+        self.routed: RoutedFFN | None = None
+        self.bias: str | None = None
+        self.refittable = True
         computed = self._attention(part, kv) if part.output is not None else self._ffn(part)
         self.d_out = int(computed.meta["val"].shape[-1])
         self.result = computed if closed is None else self._stand_in(computed, closed, rank)
@@ -63,24 +69,49 @@ class Gated:
             kv.apply(graph, self.gates)
         for linear in part.projections if kv is not None else (part.query,) if part.query is not None else ():
             node = linear.nodes[0]
+            if linear.thresholds is not None:
+                self._gate_sparse(node)
+                continue
             with graph.inserting(before=node, path=part.name) as b:
                 x, weight, *biases = node.args
                 gated = b.call(gated_linear._opoverload, x, self.gates, weight, *biases)
             node.replace_all_uses_with(gated)
             graph.module.graph.erase_node(node)
-        self.refittable = True
-        self.inputs, self.weight, self.bias = output.input, _by_rows(graph, output), f"{part.name}.output_bias"
-        bias = output.bias_vector(graph)
+        self.inputs, self.weight = output.input, _by_rows(graph, output)
+        if output.thresholds is not None:
+            return self._sparse_output(output)
+        bias, self.bias = output.bias_vector(graph), f"{part.name}.output_bias"
         graph.add_tensor(self.bias, torch.zeros(output.out_features) if bias is None else bias.clone())
         with graph.inserting(before=output.node, path=part.name) as b:
             y = b.call(gated_linear._opoverload, output.input, self.gates, graph.read(self.weight), graph.read(self.bias))
         output.node.replace_all_uses_with(y)
         return y
 
+    def _sparse_output(self, output: Linear) -> fx.Node:
+        """A last projection that counts small inputs as zero goes on doing so: its result times the gates."""
+        graph, node = self.graph, output.nodes[0]
+        if self.weight != output.weight:
+            with graph.inserting(before=node, path=self.name):
+                node.update_arg(1, graph.read(self.weight))
+            noted = graph.info.get("active_inputs", {})
+            if output.weight in noted:
+                graph.info["active_inputs"] = {**noted, self.weight: noted[output.weight]}
+        self.bias = output.bias
+        return self._gate_sparse(node)
+
+    def _gate_sparse(self, node: fx.Node) -> fx.Node:
+        with self.graph.inserting(before=node.next, path=self.name) as b:
+            y = b.call(aten.mul.Tensor, node, self.gates)
+        node.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
+        return y
+
     def _ffn(self, part: Part) -> fx.Node:
         graph, ffn = self.graph, part.ffn
         assert ffn is not None
         self.inputs = part.source
+        if isinstance(ffn, FFN) and ffn.sparse:
+            self.weight = _by_rows(graph, ffn.down)
+            return self._sparse_output(ffn.down)
         if isinstance(ffn, FFN):
             y = carve(graph, ffn, ffn.weights(graph), torch.arange(ffn.d_ff)[None], self.gates)
         else:
@@ -88,7 +119,7 @@ class Gated:
             with graph.inserting(before=ffn.node, path=part.name) as b:
                 ffn.node.update_arg(1, b.call(aten.mul.Tensor, ffn.gates, self.gates))
         self.refittable = isinstance(ffn, FFN)
-        self._routed = next(r for r in find_routed(graph) if y in (r.node, r.output))
+        self.routed = next(r for r in find_routed(graph) if y in (r.node, r.output))
         return y
 
     def _stand_in(self, computed: fx.Node, closed: fx.Node, rank: int) -> fx.Node:
@@ -106,27 +137,37 @@ class Gated:
     # ---- what it computes, and what may be fitted ------------------------------------------------------------------
     def features(self, inputs: Tensor) -> Tensor:
         """What the last projection reads, for every token: ``inputs`` [n, …] -> [n, features]."""
-        if self.part.output is not None:
-            return inputs
-        up, down = self.graph.tensor(self._routed.w_up).detach(), self.graph.tensor(self._routed.w_down).detach()
-        b_up = self.graph.tensor(self._routed.b_up).detach() if self._routed.b_up else None
-        return expert_hidden(inputs, up, b_up, down.shape[2], self._routed.activation).flatten(1)
+        graph, ffn = self.graph, self.part.ffn
+        if self.routed is not None:
+            up, down = graph.tensor(self.routed.w_up).detach(), graph.tensor(self.routed.w_down).detach()
+            b_up = graph.tensor(self.routed.b_up).detach() if self.routed.b_up else None
+            return expert_hidden(inputs, up, b_up, down.shape[2], self.routed.activation).flatten(1)
+        if isinstance(ffn, FFN):
+            weights = ffn.weights(graph)
+            x, b_up = self._large(inputs, ffn.ups[0]), None if weights.b_up is None else weights.b_up[None]
+            return self._large(expert_hidden(x, weights.w_up[None], b_up, ffn.d_ff, ffn.activation).flatten(1), ffn.down)
+        assert self.part.output is not None
+        return self._large(inputs, self.part.output)
+
+    def _large(self, x: Tensor, linear: Linear) -> Tensor:
+        """The inputs [n, K] of a linear layer as they count."""
+        return x if linear.thresholds is None else keep_large(x, self.graph.tensor(linear.thresholds))
 
     def projection(self) -> tuple[Tensor, Tensor]:
         """The last projection: (weight [d_out, features], bias [d_out])."""
-        if self.part.output is not None:
-            return self.graph.tensor(self.weight).detach(), self.graph.tensor(self.bias).detach()
-        down = self.graph.tensor(self._routed.w_down).detach()
-        bias = self._routed.b_down
-        return down.transpose(0, 1).flatten(1), torch.zeros(self.d_out) if bias is None else self.graph.tensor(bias).detach()
+        if self.routed is None:
+            matrix, bias = self.graph.tensor(self.weight).detach(), self.bias
+        else:
+            matrix, bias = self.graph.tensor(self.routed.w_down).detach().transpose(0, 1).flatten(1), self.routed.b_down
+        return matrix, torch.zeros(self.d_out) if bias is None else self.graph.tensor(bias).detach()
 
     def set_projection(self, weight: Tensor) -> None:
         """Replace the weight of the last projection, [d_out, features]."""
-        if self.part.output is not None:
+        if self.routed is None:
             self.graph.add_tensor(self.weight, weight)
         else:
-            experts = self.graph.tensor(self._routed.w_down).shape[0]
-            self.graph.add_tensor(self._routed.w_down, weight.unflatten(1, (experts, -1)).transpose(0, 1).contiguous())
+            experts = self.graph.tensor(self.routed.w_down).shape[0]
+            self.graph.add_tensor(self.routed.w_down, weight.unflatten(1, (experts, -1)).transpose(0, 1).contiguous())
 
     def set_stand_in(self, down: Tensor, up: Tensor, bias: Tensor) -> None:
         """z = source @ down @ up + bias: down [features, rank - 1], up [rank - 1, d_out], bias [d_out]."""
@@ -145,8 +186,8 @@ class Gated:
 
     @property
     def constant(self) -> Tensor:
-        """[d_out]: the bias that skipping does not spare, an FFN's."""
-        bias = None if self.part.output is not None else self._routed.b_down
+        """[d_out]: the bias that skipping does not spare, a routed FFN's."""
+        bias = None if self.routed is None else self.routed.b_down
         return torch.zeros(self.d_out) if bias is None else self.graph.tensor(bias).detach()
 
 
@@ -181,7 +222,8 @@ def insert_gates(graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | None =
     before:  x + attention(linear(n, Wq), k, v) @ Wo
     after:   gates = threshold_gates(linear(n, router) + first position)
              x + gated_linear(attention(gated_linear(n, gates, Wq), k, v), gates, Wo) + routed_ffn(n, 1 - gates, stand-in)
-    An FFN becomes ``routed_ffn`` with one expert, or its gates are multiplied.
+    An FFN becomes ``routed_ffn`` with one expert, or its gates are multiplied. Linear layers that count small inputs as zero keep their
+    thresholds: what they give is multiplied by the gates, ``sparse_linear(…) * gates``; of a sparse FFN, what the FFN gives.
 
     Args:
         rank: of the stand-in, its constant counted; 0 for none.

@@ -203,7 +203,7 @@ class SkipDepth(Pass):
                 if alone:
                     inputs = [torch.where(g != 0, s, i) for g, s, i in zip(kept, sweep.advance(part.inputs), inputs, strict=True)]
                 self._fit_part(part, x, inputs, wanted, kept)
-                if part.part.ffn is not None:
+                if part.routed is not None:
                     routing = routing_facts(graph, part.name)
                     routing["active"] = routing.get("active", 1.0) * (1 - share)
             ctx.progress(self.name, position + 1, len(gated))

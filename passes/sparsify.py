@@ -15,14 +15,16 @@ from torch import Tensor, fx
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
-from dyncomp.ops import keep_large, sparse_linear
+from dyncomp.ops import gated_linear, keep_large, sparse_linear
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import Linear, find_linears, find_regions
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.linear import PRODUCTS
 from dyncomp.regions.refusal import Refusal
 from dyncomp.sweep import Sweep, fast_matmul
 
 aten = torch.ops.aten
+_GATED = gated_linear._opoverload
 BUDGETS = ("block", "global", "uniform")
 _SAMPLE = 4_000_000  # values that a threshold is taken from
 
@@ -80,7 +82,8 @@ class Sparsify(Pass):
         batches = ctx.need_calibration(self.name).batches
         sites = self._sites(graph, result)
         if not sites:
-            raise RequestError("sparsify: the graph has no linear layer that can be sparsified")
+            reasons = "; ".join(sorted({f"{r.reason}: {r.remedy}" if r.remedy else r.reason for r in result.refused}))
+            raise RequestError("sparsify: the graph has no linear layer that can be sparsified", hint=reasons or None)
         shares = dict.fromkeys((s.input for s in sites), self.active)
         found = None
         if self.score == "fisher" or self.budgets == "global":
@@ -114,7 +117,7 @@ class Sparsify(Pass):
     def _sites(self, graph: Graph, result: PassResult) -> list[_Site]:
         """Linear layers by what they read, in graph order; notes those that are refused."""
         regions = find_regions(graph)
-        routers = {n for r in regions.routed for n in r.router}
+        routers = {n for r in regions.routed for n in r.router} | {s.scores for s in find_skips(graph)}
         inside = {n for f in regions.ffns for linear in (*f.ups, f.down) for n in linear.nodes}
         head = regions.head.node if regions.head is not None else None
         found: dict[fx.Node, list[Linear]] = {}
@@ -124,6 +127,8 @@ class Sparsify(Pass):
                 continue
             if linear.thresholds is not None:
                 result.refused.append(Refusal(linear.weight, self.name, "small inputs of it count as zero already"))
+            elif product.target is _GATED:
+                result.refused.append(Refusal(linear.weight, self.name, "tokens skip it", "sparsify before skip-depth"))
             elif linear.axis != -1 or product.target not in PRODUCTS:
                 result.refused.append(Refusal(linear.weight, self.name, "it is not a plain linear layer"))
             elif linear.weight in graph.quantized and linear.transposed:

@@ -16,7 +16,9 @@ from torch import fx
 
 from dyncomp.activations import emit_activation
 from dyncomp.graph import Builder, Graph
-from dyncomp.ops import gated_linear, routed_ffn, threshold_gates, topk_gates
+from dyncomp.ops import gated_linear, routed_ffn, sparse_linear, threshold_gates, topk_gates
+from dyncomp.regions.depth import gated_sparse
+from dyncomp.regions.hidden import is_pointwise
 
 aten = torch.ops.aten
 _GATED, _ROUTED = gated_linear._opoverload, routed_ffn._opoverload
@@ -24,10 +26,12 @@ _BINARY = {threshold_gates._opoverload, topk_gates._opoverload}
 
 
 def select_gated(graph: Graph) -> None:
-    """Lower every ``dyncomp.gated_linear``, and every ``dyncomp.routed_ffn`` with one expert.
+    """Lower every ``dyncomp.gated_linear``, every ``dyncomp.routed_ffn`` with one expert, and what is multiplied by gates of tokens.
 
     before:  gated_linear(x, gates, W, b)
     after:   put_rows(linear(take_rows(x, gates), W, b), gates)
+    before:  sparse_linear(silu(sparse_linear(x, Wg, s)) * sparse_linear(x, Wu, s), Wd, t) * gates
+    after:   the same of take_rows(x, gates), put_rows(…, gates)
     """
     _fuse_projections(graph)
     for node in graph.nodes:
@@ -40,6 +44,9 @@ def select_gated(graph: Graph) -> None:
             x, gates, *_ = node.args
             with graph.inserting(before=node) as b:
                 _put(b, node, _expert(graph, b, b.call(ops.take_rows, x, gates), node), gates)
+        elif (sparse := gated_sparse(node)) is not None and _binary(node.args[1]):
+            with graph.inserting(before=node) as b:
+                _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])  # type: ignore[arg-type]
     graph.clean()
     join_rows(graph)
 
@@ -49,21 +56,58 @@ def _fuse_projections(graph: Graph) -> None:
     alike: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is _GATED:
-            alike.setdefault(node.args[:2], []).append(node)
-    for (x, gates), nodes in alike.items():
+            alike.setdefault((*node.args[:2], None), []).append(node)
+        elif (sparse := gated_sparse(node)) is not None:
+            alike.setdefault((sparse.args[0], node.args[1], sparse.args[3]), []).append(node)
+    for (x, gates, thresholds), nodes in alike.items():
         if len(nodes) == 1:
             continue
         with graph.inserting(before=nodes[0]) as b:
-            linears = [b.call(aten.linear.default, x, *n.args[2:]) for n in nodes]
+            linears = [b.call(aten.linear.default, x, *n.args[2:]) if thresholds is None else _again(b, n.args[0]) for n in nodes]
             fused = fused_linear(graph, b, linears)
             if fused is not None:
-                y = b.call(_GATED, x, gates, *fused.args[1:])
+                y = b.call(_GATED, x, gates, *fused.args[1:]) if thresholds is None else b.call(aten.mul.Tensor, fused, gates)
                 start = 0
                 for node in nodes:
                     width = int(node.meta["val"].shape[-1])
                     node.replace_all_uses_with(b.call(aten.slice.Tensor, y, 2, start, start + width))
                     start += width
     graph.clean()
+
+
+def _again(b: Builder, node: Any) -> fx.Node:
+    return b.call(node.target, *node.args)
+
+
+def _own(mark: fx.Node) -> set[fx.Node]:
+    """What treats each token by itself and is only for ``mark``, as far back as linear layers and what is pointwise reach."""
+    found: set[fx.Node] = set()
+    waiting = [a for a in mark.args if isinstance(a, fx.Node)]
+    while waiting:
+        node = waiting.pop(0)
+        if node in found or not all(u is mark or u in found for u in node.users) or not _is_token_wise(node):
+            continue
+        found.add(node)
+        waiting += node.all_input_nodes
+    return found
+
+
+def _is_token_wise(node: fx.Node) -> bool:
+    if node.target in (sparse_linear._opoverload, aten.linear.default):
+        return True
+    value = node.meta.get("val")
+    tensors = [n.meta["val"] for n in node.all_input_nodes]
+    return is_pointwise(node.target) and not node.kwargs and all(str(t.shape) == str(value.shape) for t in tensors)  # type: ignore[union-attr]
+
+
+def _rows(b: Builder, node: fx.Node, gates: Any, own: set[fx.Node]) -> fx.Node:
+    """``node`` [B, S, features] for the tokens whose gate is open: [n, features]."""
+    if node not in own:
+        return b.call(ops.take_rows, node, gates)
+    first, *others = node.args
+    if is_pointwise(node.target):
+        others = [_rows(b, a, gates, own) if isinstance(a, fx.Node) else a for a in others]
+    return b.call(node.target, _rows(b, first, gates, own), *others)  # type: ignore[arg-type]
 
 
 def _put(b: Builder, node: fx.Node, y: fx.Node, gates: Any) -> None:
@@ -144,6 +188,7 @@ class _Branches:
         """``base`` (zeros when None) with the rows y where the gates are not 0; what makes y moves into the branch."""
         ir, last = self.ir, self.ir.tape.Tape()
         inside, takes = _between(y)
+        inside, y = self._private(inside, y)
         first = ir.tape.Tape()
         rows = first.op("Transpose", [first.op("NonZero", [first.op("Squeeze", [gates, _ints(ir, first, 2)])])], {"perm": [1, 0]})  # [n, 2]
         gathered = {take.outputs[0]: first.op("GatherND", [take.inputs[0], rows]) for take in takes}
@@ -157,7 +202,6 @@ class _Branches:
         if not binary:
             y = last.op("Mul", [y, last.op("GatherND", [gates, rows])])
         result = last.op("ScatterND", [self._zeros(last) if base is None else base, rows, y])
-        self.graph.remove(inside)
         empty = ir.tape.Tape()
         nothing = self._zeros(empty) if base is None else empty.op("Identity", [base])
         self.count += 1
@@ -167,6 +211,29 @@ class _Branches:
             "else_branch": _graph(ir, list(empty.nodes), nothing, f"{name}_skipped"),
         }
         return self.tape.op("If", [self._any(gates, binary)], branches)
+
+    def _private(self, inside: list[Any], y: Any) -> tuple[list[Any], Any]:
+        """The nodes from the rows to ``y``, and ``y``; copies of those that something outside the branch reads as well."""
+        shared: set[Any] = set()
+        for node in reversed(inside):
+            readers = {use.node for value in node.outputs for use in value.uses()} - {self.mark}
+            if any(reader in shared or reader not in inside for reader in readers):
+                shared.add(node)
+        copied: dict[Any, Any] = {}
+        nodes = []
+        for node in inside:
+            if node in shared:
+                inputs = [copied.get(value, value) for value in node.inputs]
+                copy = self.ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+                copied |= dict(zip(node.outputs, copy.outputs, strict=True))
+                nodes.append(copy)
+                continue
+            for index, value in enumerate(node.inputs):
+                if value in copied:
+                    node.replace_input_with(index, copied[value])
+            nodes.append(node)
+        self.graph.remove([n for n in inside if n not in shared])
+        return nodes, copied.get(y, y)
 
     def replace(self, y: Any) -> None:
         y.type = self.mark.outputs[0].type

@@ -129,13 +129,13 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
     if native:
-        select_sparse_ffns(graph, ops)
         select_quantized_ffns(graph, ops)
     else:
         select_quantized_moe(graph)
     decoded = _quantized_weights(graph) & {name for r in find_routed(graph) for name in (r.w_up, r.w_down)}
     select_gated(graph)
     if native:
+        select_sparse_ffns(graph, ops)
         select_routed_ffns(graph)
     select_attention(graph, native=native)
     select_moe(graph)

@@ -12,7 +12,7 @@ import dyncomp.ops  # noqa: F401  (registers the gated operations)
 from dyncomp.graph import Graph
 from dyncomp.regions.attention import Attention
 from dyncomp.regions.blocks import Block
-from dyncomp.regions.ffn import FFN
+from dyncomp.regions.ffn import FFN, find_sparse_ffns
 from dyncomp.regions.linear import RESHAPES, TRANSPOSES, Linear, aten
 from dyncomp.regions.refusal import Refusal
 from dyncomp.regions.routed import RoutedFFN
@@ -21,6 +21,7 @@ from dyncomp.regions.walk import ancestors
 _THRESHOLD = torch.ops.dyncomp.threshold_gates.default
 _GATED = torch.ops.dyncomp.gated_linear.default
 _ROUTED = torch.ops.dyncomp.routed_ffn.default
+_SPARSE = torch.ops.dyncomp.sparse_linear.default
 _SAME = {aten.reshape.default, aten.view.default, aten.mul.Tensor, aten.rsub.Scalar}
 
 
@@ -33,7 +34,7 @@ class Part:
         kind: ``"attention"`` or ``"ffn"``.
         source: what it is computed from, normed, [B, S, d].
         stream: the residual stream it is added to.
-        ffn: the FFN, dense or routed; None for an attention.
+        ffn: the FFN, dense, routed or sparse; None for an attention.
         attention: None for an FFN.
         query, output: the projections of an attention's queries (None when they are projected together with the keys) and of its output.
         projections: all that make queries, keys and values, each of tokens [B, S, features].
@@ -66,7 +67,8 @@ class Skip:
         name: the module path they were made under.
         gates: [B, S, 1], 1 where the token is computed.
         scores: the linear layer that they are the sign of.
-        members: the gated operations: ``gated_linear``, ``routed_ffn``.
+        members: the gated operations: ``gated_linear``, ``routed_ffn``, and ``sparse_linear`` whose result, or that of the FFN it is in, is
+            multiplied by the gates.
         standins: ``routed_ffn`` nodes that run for the tokens that skip.
     """
 
@@ -86,6 +88,8 @@ def find_parts(blocks: list[Block], linears: Mapping[fx.Node, Linear]) -> tuple[
         for region in block.regions:
             name = region.path if isinstance(region, Attention) else region.name
             found = _attention(name, region, block, products) if isinstance(region, Attention) else _ffn(region, block)
+            if isinstance(found, Part) and _is_gated(found):
+                found = "tokens skip it already"
             if isinstance(found, Part):
                 parts.append(found)
             else:
@@ -99,6 +103,11 @@ def _ffn(region: FFN | RoutedFFN, block: Block) -> Part | str:
         return "its features are not on the last axis"
     if isinstance(region, FFN) and region.shared_weights:
         return "its weights are read by another layer"
+    if isinstance(region, FFN) and region.sparse:
+        if region.output.target is not _SPARSE or len({up.thresholds for up in region.ups}) > 1:
+            return "only some of its linear layers count small inputs as zero: sparsify after skip-depth, or with where=all"
+        if not _is_tokens(region.output):
+            return _FLAT
     return Part(region.name, "ffn", source, block.input, ffn=region) if _is_tokens(source) else _FLAT
 
 
@@ -120,8 +129,23 @@ def _attention(name: str, region: Attention, block: Block, products: Mapping[fx.
     return Part(name, "attention", first.input, block.input, attention=region, query=alone, output=output, projections=every)
 
 
+def _is_gated(part: Part) -> bool:
+    """Whether its result has gates of tokens already."""
+    if isinstance(part.ffn, RoutedFFN):
+        return _of_tokens(part.ffn.gates)
+    node = part.output.nodes[0] if part.output is not None else part.result
+    return node.target is _GATED or any(gated_sparse(user) is node for user in node.users)
+
+
+def _of_tokens(gates: fx.Node) -> bool:
+    """Whether gates are those of tokens, or have them as a factor."""
+    if gates.target is _THRESHOLD:
+        return bool(gates.meta["val"].shape[-1] == 1)
+    return gates.target in _SAME and any(_of_tokens(a) for a in gates.args if isinstance(a, fx.Node))
+
+
 def _is_row_by_row(linear: Linear) -> bool:
-    return linear.nodes[0].target is aten.linear.default and linear.axis == -1 and _is_tokens(linear.input)
+    return linear.nodes[0].target in (aten.linear.default, _SPARSE) and linear.axis == -1 and _is_tokens(linear.input)
 
 
 def _output_projection(node: fx.Node, products: Mapping[fx.Node, Linear]) -> Linear | None:
@@ -148,10 +172,15 @@ def _is_tokens(node: fx.Node) -> bool:
 def find_skips(graph: Graph) -> list[Skip]:
     """All gates of tokens, in graph order."""
     found = []
+    sparse: dict[fx.Node, FFN] | None = None
     for node in graph.module.graph.nodes:
         if node.target is not _THRESHOLD or node.meta["val"].shape[-1] != 1:
             continue
         members, standins = _gated(node)
+        if sparse is None and any(n.target is _SPARSE for n in members):
+            sparse = {ffn.output: ffn for ffn in find_sparse_ffns(graph)}
+        inside = {linear.node for n in members if (ffn := (sparse or {}).get(n)) is not None for linear in ffn.ups}
+        members = sorted({*members, *inside})
         if members:
             found.append(Skip(str(node.meta.get("path", "")), node, _scores(node), tuple(members), tuple(standins)))
     return found
@@ -166,9 +195,19 @@ def _gated(gates: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         for user in node.users:
             if user.target in (_GATED, _ROUTED):
                 (standins if closed else members).append(user)
+            elif (sparse := gated_sparse(user)) is not None:
+                members.append(sparse)
             elif user.target in _SAME:
                 waiting.append((user, closed != (user.target is aten.rsub.Scalar)))
     return sorted(members), sorted(standins)
+
+
+def gated_sparse(node: fx.Node) -> fx.Node | None:
+    """The ``sparse_linear`` [B, S, features] whose result ``node`` multiplies by gates [B, S, 1], or None."""
+    if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) and _is_tokens(a) for a in node.args):
+        return None
+    linear, gates = node.args
+    return linear if linear.target is _SPARSE and gates.meta["val"].shape[-1] == 1 else None  # type: ignore[union-attr, return-value]
 
 
 def _scores(gates: fx.Node) -> fx.Node:
