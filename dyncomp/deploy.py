@@ -85,6 +85,7 @@ def backend_of(name: str) -> Backend:
     """The backend ``ort`` or ``tvm``; what it needs is imported only now."""
     if name == "tvm":
         from dyncomp.backends.tvm import decoder as tvm_decoder
+        from dyncomp.backends.tvm import layout as tvm_layout
         from dyncomp.backends.tvm import lower as tvm_lower
         from dyncomp.backends.tvm import machine as tvm_machine
         from dyncomp.backends.tvm import run as tvm_run
@@ -93,7 +94,7 @@ def backend_of(name: str) -> Backend:
         def tuning() -> str:
             return tvm_tuned.Database().digest(tvm_machine.this_machine())
 
-        return Backend("tvm", "TVM", tvm_lower.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for, tuning)
+        return Backend("tvm", "TVM", tvm_layout.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for, tuning)
     from dyncomp.backends.ort import decoder, lower, run
 
     return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for)

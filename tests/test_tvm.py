@@ -33,13 +33,15 @@ from dyncomp.trace import trace
 
 tvm = pytest.importorskip("tvm")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine, require
 from dyncomp.backends.tvm.decoder import TvmDecoder, decoder_for
 from dyncomp.backends.tvm.kernels import attention, functions, gated_linear, linear, norm, sdpa
 from dyncomp.backends.tvm.kernels import routed_ffn as routed
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
-from dyncomp.backends.tvm.lower import CONFIG, PARAMETERS, lower
+from dyncomp.backends.tvm.layout import PARAMETERS
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 from dyncomp.backends.tvm.script import stack
 
@@ -331,16 +333,17 @@ def test_what_tvm_lacks_is_spelled_otherwise(tmp_path: Path) -> None:
 
 
 # ---- artifacts -----------------------------------------------------------------------------------------------------
-def test_runs_without_the_compiler(llama: tuple[Graph, Path]) -> None:
+def test_opens_and_runs_without_pytorch_and_the_compiler(llama: tuple[Graph, Path]) -> None:
     code = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom dyncomp.backends.tvm.run import TvmModel\n"
-        "from dyncomp.backends.tvm.decoder import decoder_for\nsession = decoder_for(TvmModel(sys.argv[1], threads=1))\n"
-        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 1).shape)\nassert 'tvm' not in sys.modules"
+        "import sys, numpy as np\nfrom dyncomp.backends.tvm.run import TvmModel\nfrom dyncomp.backends.tvm.decoder import decoder_for\n"
+        "session = decoder_for(TvmModel(sys.argv[1], threads=1))\n"
+        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 2).shape, session.step(np.array([3])).shape)\n"
+        "print({'torch', 'tvm', 'transformers', 'onnxruntime'} & sys.modules.keys())"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, str(llama[1])], capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 96)"
+    assert done.stdout.split("\n")[:2] == ["(1, 96) (1, 96)", "set()"]
 
 
 def test_arrays_that_begin_anywhere_are_taken(llama: tuple[Graph, Path]) -> None:

@@ -34,11 +34,13 @@ from dyncomp.regions import find_linears, find_routed
 tvm = pytest.importorskip("tvm")
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or "")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine
 from dyncomp.backends.tvm.decoder import decoder_for
 from dyncomp.backends.tvm.kernels.tile import Tile
-from dyncomp.backends.tvm.lower import CONFIG, NATIVE, PARAMETERS, lower
+from dyncomp.backends.tvm.layout import NATIVE, PARAMETERS
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.native import instruction_set, library
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros, load_runtime, use_threads
 from dyncomp.backends.tvm.select import select
@@ -292,17 +294,25 @@ def test_missing_or_damaged_operators_are_named(llama: tuple[Graph, Path], tmp_p
             TvmModel(folder)
 
 
-def test_runs_without_the_compiler(llama: tuple[Graph, Path]) -> None:
+def test_opens_and_runs_without_pytorch_and_the_compilers(llama: tuple[Graph, Path]) -> None:
     code = (
         "import sys, numpy as np\nfrom dyncomp.backends.tvm.run import TvmModel\nfrom dyncomp.backends.tvm.decoder import decoder_for\n"
         "session = decoder_for(TvmModel(sys.argv[1], threads=2))\n"
-        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 1).shape)\nassert 'tvm' not in sys.modules"
+        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 2).shape, session.step(np.array([3])).shape)\n"
+        "print({'torch', 'tvm', 'transformers', 'onnxruntime'} & sys.modules.keys())"
     )
     environment = os.environ | {"CXX": "no-such-compiler"}
     command = [sys.executable, "-c", code, str(llama[1])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 96)"
+    assert done.stdout.split("\n")[:2] == ["(1, 96) (1, 96)", "set()"]
+
+
+def test_the_artifact_runs_with_the_runtime_alone(llama: tuple[Graph, Path]) -> None:
+    ids = [5, 17, 40, 3]
+    command = [sys.executable, "examples/tvm_only.py", str(llama[1]), *map(str, ids)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert [int(t) for t in done.stdout.split()] == greedy(decoder_for(TvmModel(llama[1], threads=1)), ids, 16)
 
 
 def test_what_cannot_be_lowered_is_refused_by_name(llama: tuple[Graph, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,19 +6,22 @@ import ctypes
 import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
-from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
+from dyncomp.backends.tvm.layout import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import Machine, require_machine
 from dyncomp.backends.tvm.native import instruction_set
 from dyncomp.backends.tvm.require import require_runtime
-from torch import Tensor
 
 from dyncomp.errors import BackendError, DyncompError, ModelError, RequestError
 from dyncomp.hardware import default_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _AGAIN = "lower the model again: dyncomp convert --backend tvm"
 _POOLED = 2  # kind of allocator, as relax.VirtualMachine numbers them
@@ -122,8 +125,7 @@ def load_runtime() -> Any:
     """
     require_runtime()
     os.environ.setdefault("TVM_NUM_THREADS", str(default_threads()))
-    import tvm_ffi
-
+    tvm_ffi = _import_ffi()
     found = importlib.util.find_spec("tvm")
     assert found is not None
     assert found.origin is not None
@@ -132,6 +134,20 @@ def load_runtime() -> Any:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise BackendError(f"TVM's runtime cannot be loaded: {first_line(error)}") from error
+    return tvm_ffi
+
+
+def _import_ffi() -> Any:
+    """``tvm_ffi``, which imports PyTorch where it is installed (seconds), in a process that works without it: as if it were not installed.
+    What that costs is its short cut for PyTorch's tensors, which are not given to it here."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import then raises ImportError
+    try:
+        import tvm_ffi
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     return tvm_ffi
 
 
@@ -167,7 +183,7 @@ def use_threads(configure: Any, threads: int) -> None:
 
 
 def aligned_zeros(shape: list[int] | tuple[int, ...], dtype: Any) -> Array:
-    """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.lower.ALIGNMENT` bytes."""
+    """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.layout.ALIGNMENT` bytes."""
     count, size = int(np.prod(shape, dtype=np.int64)), np.dtype(dtype).itemsize
     memory = np.zeros(max(count, 1) * size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
