@@ -76,7 +76,8 @@ def main() -> None:
     from dyncomp.trace import trace_model
 
     dense = trace_model(load_model(given.model))
-    print(f"{backend_of(given.backend).label}\nprecision  compile s  file MiB  load s  from start s (CPU)  resident MiB: loaded        after a run")
+    print(backend_of(given.backend).label)
+    print("precision  compile s  file MiB  load s  from start s (CPU)  resident MiB: loaded        after a run")
     for precision in given.precision:
         graph = dense.copy()
         if precision != "fp32":

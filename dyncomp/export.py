@@ -246,8 +246,8 @@ def _tvm(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
     made = lower(lowered, folder, machine=machine)
     _save_tokenizer(opened, folder)
     notes = [
-        f"{LIBRARY} runs on {machine.title}, its weights are in {PARAMETERS}: TVM's runtime alone runs a decoder, as examples/tvm_only.py of "
-        "dyncomp shows",
+        f"{LIBRARY} runs on {machine.title}, its weights are in {PARAMETERS}: TVM's runtime alone runs a decoder, as "
+        "examples/tvm_only.py of dyncomp shows",
         *(f"no KV cache: {r.reason}" for r in refused),
     ]
     record: dict[str, Any] = {"target": request.target, "machine": machine.describe(), "kernels": made.kernels, "notes": notes}

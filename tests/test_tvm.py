@@ -35,7 +35,7 @@ tvm = pytest.importorskip("tvm")
 
 from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.parity import parity
-from dyncomp.backends.tvm import machine, require
+from dyncomp.backends.tvm import machine, require, run
 from dyncomp.backends.tvm.decoder import TvmDecoder, decoder_for
 from dyncomp.backends.tvm.kernels import attention, functions, gated_linear, linear, norm, sdpa
 from dyncomp.backends.tvm.kernels import routed_ffn as routed
@@ -360,6 +360,18 @@ def test_arrays_that_begin_anywhere_are_taken(llama: tuple[Graph, Path]) -> None
         assert np.array_equal(next(iter(model.run(**moved).values())), expected)
     with pytest.raises(RequestError, match="multiple of 64"):
         model.bind(aligned_zeros([20], np.float32)[1:])
+
+
+def test_large_parameters_are_mapped(llama: tuple[Graph, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, folder = llama
+    inputs = random_inputs(graph, {"batch": 1, "sequence": 3, "capacity": 8, "chosen": 1})
+    expected, before = TvmModel(folder, threads=1).run(**inputs), (folder / PARAMETERS).read_bytes()
+    monkeypatch.setattr(run, "_MAPPED", 0)
+    mapped = TvmModel(folder, threads=1)
+    assert str(folder / PARAMETERS) in Path("/proc/self/maps").read_text()
+    assert all(np.array_equal(value, expected[name]) for name, value in mapped.run(**inputs).items())
+    mapped._memory[:] = 0
+    assert (folder / PARAMETERS).read_bytes() == before
 
 
 def test_a_library_for_another_processor_is_refused(llama: tuple[Graph, Path], tmp_path: Path) -> None:

