@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from dyncomp.backends.tvm.layout import PARAMETERS
 from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 from dyncomp.backends.tvm.script import stack
+from dyncomp.backends.tvm.slots import TvmSlots
 
 HERE = machine.this_machine()
 TILE = Tile(HERE.lanes, HERE.vectors, HERE.rows)
@@ -360,6 +362,15 @@ def test_arrays_that_begin_anywhere_are_taken(llama: tuple[Graph, Path]) -> None
         assert np.array_equal(next(iter(model.run(**moved).values())), expected)
     with pytest.raises(RequestError, match="multiple of 64"):
         model.bind(aligned_zeros([20], np.float32)[1:])
+
+
+@pytest.mark.parametrize("capacity", [3, 17, 64])
+def test_every_slot_begins_where_tvm_can_read(capacity: int) -> None:
+    cache = {"name": "key_cache_0", "dtype": "float32", "shape": ["batch", 1, "capacity", 4]}
+    model = SimpleNamespace(kv_cache={"context_length": 64}, encoder=None, threads=1, inputs=(cache["name"],), config={"inputs": [cache]})
+    slots = TvmSlots(model, slots=5, capacity=capacity)
+    assert slots.bytes_per_token == 16
+    assert all(part[slot:].ctypes.data % 64 == 0 for part in slots._caches for slot in range(5))
 
 
 def test_large_parameters_are_mapped(llama: tuple[Graph, Path], monkeypatch: pytest.MonkeyPatch) -> None:

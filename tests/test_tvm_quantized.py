@@ -65,7 +65,7 @@ class Packed(Native):
         first = next(v for v in inputs.values() if v is not None)
         lead = first.shape if name == "embedding" else first.shape[:-1]
         y = aligned_zeros([*lead, attributes["columns" if name == "embedding" else "rows"]], np.float32)
-        count = {"linear": 6, "ffn": 12, "embedding": 5}[name]
+        count = {"linear": 7, "ffn": 12, "embedding": 5}[name]
         given = [*inputs.values(), *constants.values()]
         self.call(f"quantized_{name}", attributes, [*given, *[None] * (count - len(given))], y, threads)
         return y
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     packed, rng = Packed(isas()[-1], tmp_path), np.random.default_rng(0)
     w, x = Quantized(rng, (20, 64), 8, 32, False), rng.standard_normal((3, 64), np.float32)
     codes, scales, _ = w.packed().values()
-    good, attributes = [x, codes, scales, None, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
+    good, attributes = [x, codes, scales, None, None, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
     y = aligned_zeros([3, 20], np.float32)
     packed.call("quantized_linear", attributes, good, y)
     for change, inputs, output, message in [
@@ -137,6 +137,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({}, [x, None, *good[2:]], y, "the input codes is missing"),
         ({}, good, aligned_zeros([60], np.float32), "the output has 60 elements in 1 dimensions; it should have 60 in 2"),
         ({}, good[:-1], y, "called with a text, its inputs and its output"),
+        ({"terms": 2}, [*good[:-1], np.ones((3, 1), np.float32)], y, "gates belong to one term"),
+        ({}, [*good[:-1], np.ones((2, 1), np.float32)], y, "the input gates has 2 elements; it should have 3"),
         ({"bits": 5}, good, y, "bits is 5; it should be 4 or 8"),
         ({"terms": None}, good, y, "the attribute terms is missing"),
     ]:
@@ -146,6 +148,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert error(y, emulate(x, w)).max() < 1e-5  # the refusals have left it, and the next call is none
     with pytest.raises(ValueError, match="the id 50 is not in"):
         packed.run("QuantizedEmbedding", {"ids": np.array([3, 50])}, w.packed(), rows=20, columns=64, bits=8, block=32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_whose_gate_is_closed_cost_nothing(packed: Packed, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    w = Quantized(rng, (300, 128), bits, 32, bits == 4)
+    bias, attributes = rng.standard_normal(300, np.float32), {"rows": 300, "columns": 128, "bits": bits, "block": 32, "terms": 1}
+    for tokens, share, threads in [(1, 0, 1), (1, 1, 2), (7, 0.5, 1), (100, 0.3, 2), (100, 1, 2), (100, 0, 1)]:
+        x, y = rng.standard_normal((tokens, 128), np.float32), aligned_zeros([tokens, 300], np.float32)
+        gates = np.where(rng.random((tokens, 1)) < share, rng.standard_normal((tokens, 1)), 0).astype(np.float32)
+        expected = (emulate(x, w) + bias) * gates
+        x[gates[:, 0] == 0], y[:] = np.nan, 7.0
+        codes, scales, offsets = w.packed().values()
+        if not gates.any():
+            scales = np.full_like(scales, np.nan)
+        packed.call("quantized_linear", attributes, [x, codes, scales, offsets, bias, None, gates], y, threads)
+        assert error(y, expected).max(initial=0) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
