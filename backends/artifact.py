@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dyncomp.errors import ModelError, RequestError
-from dyncomp.graph import Graph
+
+if TYPE_CHECKING:  # opening and running a model must not take the seconds in which PyTorch is imported
+    from torch import Tensor
+
+    from dyncomp.graph import Graph
 
 Array = np.ndarray[Any, Any]
 CONFIG = "config.json"
@@ -62,7 +64,7 @@ def as_array(value: Array | Tensor, spec: dict[str, Any]) -> Array:
     Raises:
         RequestError: it has the wrong rank, or a dtype of another kind.
     """
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    array = np.asarray(value) if isinstance(value, np.ndarray) or not hasattr(value, "detach") else value.detach().cpu().numpy()
     if array.ndim != len(spec["shape"]):
         raise RequestError(f"the input {spec['name']!r} has shape {list(array.shape)}, it should be {spec['shape']}")
     dtype = np.dtype(spec["dtype"])

@@ -112,6 +112,20 @@ class CachedDecoder:
         self._caches = allocate_caches(self.model, batch, capacity, self.zeros)
 
 
+def append_in_pieces(bind: Callable[[Array, Array, Array], Any], ids: Array, past: int, zeros: Callable[..., Array] = np.zeros) -> Array:
+    """Append ids [1, S] to a sequence of ``past`` tokens, :data:`CHUNK` at a time; the logits [1, V] after the last one.
+
+    Args:
+        bind: (ids, past [1], chosen [1, 1]) -> a call, whose ``run()`` gives the logits [1, 1, V].
+    """
+    logits, reached = np.zeros((1, 0), np.float32), zeros([1], np.int64)
+    for start in range(0, ids.shape[1], CHUNK):
+        piece = np.ascontiguousarray(ids[:, start : start + CHUNK], np.int64)
+        reached[0] = past + start
+        logits = bind(piece, reached, np.array([[piece.shape[1] - 1]])).run()[:, 0]
+    return logits
+
+
 def cache_names(model: Any) -> list[str]:
     """The inputs of a lowered model that are KV caches."""
     return [n for n in model.inputs if "_cache_" in n]

@@ -1,10 +1,12 @@
 """Decode and prefill of SmolLM2-135M dense: this backend beside the engines people would use otherwise, in one run, taking turns.
 
-    python -m bench.peers [--threads 2] [--torch-compile] [--keep FOLDER] [--json FILE]
+    python -m bench.peers [--threads 2] [--prefill 512] [--engines dyncomp-tvm …] [--precisions fp32 …] [--torch-compile] [--keep FOLDER]
+        [--json FILE]
 
-Engines: ONNX Runtime in fp32; ONNX Runtime's own kernels for int8 and int4 (MatMulNBits); dyncomp's kernels on the same weights;
-onnxruntime-genai on the models its builder makes; llama.cpp on the packaged GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0);
-on request torch.compile in fp32. All read and decode the same text, for a screened head costs what the text asks for.
+Engines: ONNX Runtime with its own kernels (MatMulNBits for int8 and int4); dyncomp's on the same weights, in ONNX Runtime and in TVM;
+PyTorch in fp32 as Hugging Face runs it, on request compiled; onnxruntime-genai on the models its builder makes; llama.cpp on the packaged
+GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0). All read and decode the same text, for a screened head costs what the text asks
+for. Figures are medians; the machine may be busy, so the last column is what holds: decoding as a multiple of the first row's.
 An engine that is not installed is named, not left out silently: ``pip install -e '.[peers]'``.
 """
 
@@ -26,12 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dyncomp.backends.ort.decoder import decoder_for
-from dyncomp.backends.ort.lower import lower
-from dyncomp.backends.ort.run import OrtModel
+from dyncomp.backends.ort.lower import lower as lower_to_onnx
 from dyncomp.passes import Quantize
 
-from dyncomp.deploy import with_cache
+from dyncomp.deploy import backend_of, with_cache
 from dyncomp.examples import packaged_text
 from dyncomp.graph import Graph
 from dyncomp.hardware import detect
@@ -44,11 +44,13 @@ from dyncomp.runtime.session import Array, DecoderSession
 from dyncomp.search import SCREEN
 from dyncomp.trace import trace_model
 
-PRECISIONS = {
+PRECISIONS: dict[str, Quantize | None] = {
+    "fp32": None,
     "int8": Quantize(bits=8), "int8, screened head": Quantize(bits=8, screen=SCREEN),
     "int4": Quantize(bits=4, symmetric=False), "int4, screened head": Quantize(bits=4, symmetric=False, screen=SCREEN),
 }  # fmt: skip
 CONTEXT, PREFILL, STEPS, ROUNDS = 64, 512, 16, 6
+NAMES = ("onnxruntime", "dyncomp-ort", "dyncomp-tvm", "torch", "genai", "llama.cpp")
 
 
 @dataclass
@@ -61,49 +63,83 @@ class Engine:
     step: Callable[[int], Any]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What to measure: ``engines`` of :data:`NAMES`, ``precisions`` as rows are named (both empty for all), and on how long a prompt."""
+
+    threads: int
+    prefill: int = PREFILL
+    engines: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    compiled: bool = False
+
+    def wants(self, engine: str, precision: str = "fp32") -> bool:
+        return (not self.engines or engine in self.engines) and (not self.precisions or precision in self.precisions)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefill", type=int, default=PREFILL, help=f"tokens of the prompt that is timed, at most {PREFILL}")
+    parser.add_argument("--engines", nargs="+", default=(), choices=NAMES, help="only these")
+    parser.add_argument("--precisions", nargs="+", default=(), help="only these, as the rows are named")
     parser.add_argument("--torch-compile", action="store_true", help="measure torch.compile too; it compiles for minutes")
     parser.add_argument("--keep", type=Path, help="folder to keep (or find) the lowered models in")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if not 1 <= arguments.prefill <= PREFILL:
+        parser.error(f"--prefill {arguments.prefill}: the text comes in windows of {PREFILL} tokens")
+    request = Request(arguments.threads, arguments.prefill, tuple(arguments.engines), tuple(arguments.precisions), arguments.torch_compile)
+    torch.set_num_threads(request.threads)
     with tempfile.TemporaryDirectory() as scratch:
         loaded = load_model("smollm2-135m")
         graph = trace_model(loaded)
         text = packaged_text(loaded, graph)
         assert text is not None
-        engines = prepare(loaded, graph, arguments.keep or Path(scratch), arguments.threads, compiled=arguments.torch_compile)
-        rows = measure(engines, arguments.threads, text.numpy())
+        engines = prepare(loaded, graph, arguments.keep or Path(scratch), request)
+        if not engines:
+            parser.error("no such engine measures such a precision")
+        rows = measure(engines, request, text.numpy())
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    result = table(
-        f"SmolLM2-135M dense, {arguments.threads} threads, batch 1", "engine", "precision", ">decode tokens/s", f">prefill {PREFILL}"
-    )
+    title = f"SmolLM2-135M dense, {request.threads} threads, batch 1"
+    result = table(title, "engine", "precision", ">decode tokens/s", f">prefill {request.prefill}", ">decode ×")
     for row in rows:
-        result.add_row(row["engine"], row["precision"], f"{row['decode_tokens_per_s']:.1f}", f"{row['prefill_tokens_per_s']:.0f}")
+        decode = row["decode_tokens_per_s"]
+        cells = f"{decode:.1f}", f"{row['prefill_tokens_per_s']:.0f}", f"{decode / rows[0]['decode_tokens_per_s']:.2f}"
+        result.add_row(row["engine"], row["precision"], *cells)
     show(result)
 
 
-def prepare(loaded: LoadedModel, graph: Graph, folder: Path, threads: int, *, compiled: bool = False) -> list[Engine]:
-    """Every engine that is here."""
-    wanted: list[tuple[str, str, Quantize | None, bool]] = [("ONNX Runtime", "fp32", None, False)]
-    for precision, quantize in PRECISIONS.items():
-        wanted += [] if quantize.screen else [("ONNX Runtime MatMulNBits", precision, quantize, False)]
-        wanted.append(("dyncomp", precision, quantize, True))
+def prepare(loaded: LoadedModel, graph: Graph, folder: Path, request: Request) -> list[Engine]:
+    """Every engine that is asked for and here."""
     engines = []
-    for name, precision, quantize, native in wanted:
-        place = folder / f"{precision.replace(', ', '-').replace(' ', '-')}-{'dyncomp' if native else 'onnxruntime'}"
+    for name, precision, quantize, backend in _own():
+        key = f"dyncomp-{backend}" if backend else "onnxruntime"
+        if not request.wants(key, precision):
+            continue
+        place = folder / f"{precision.replace(', ', '-').replace(' ', '-')}-{key}"
         if not (place / "done").is_file():
-            _lower(graph, quantize, native, place)
-        engines.append(_session_engine(name, precision, decoder_for(OrtModel(place, threads=threads))))
-    if compiled:
-        engines.append(_compiled(loaded.module))
-    return [*engines, *_genai(loaded, folder, threads), *_llama_cpp(folder, threads)]
+            _lower(graph, quantize, backend, place)
+        used = backend_of(backend or "ort")
+        engines.append(_session_engine(name, precision, used.session(used.open(place, threads=request.threads))))
+    if request.wants("torch"):
+        engines += [_hugging_face(loaded.module, compiled=compiled) for compiled in (False, True)[: 1 + request.compiled]]
+    others = [*_genai(loaded, folder, request), *_llama_cpp(folder, request)]
+    return [*engines, *others]
 
 
-def measure(engines: list[Engine], threads: int, text: Array) -> list[dict[str, Any]]:
+def _own() -> list[tuple[str, str, Quantize | None, str | None]]:
+    """Name, precision, quantization, and the backend whose kernels are ours: None for ONNX Runtime's."""
+    found: list[tuple[str, str, Quantize | None, str | None]] = []
+    for precision, quantize in PRECISIONS.items():
+        if quantize is None or not quantize.screen:
+            found.append(("ONNX Runtime" if quantize is None else "ONNX Runtime MatMulNBits", precision, quantize, None))
+        found += [("dyncomp, ONNX Runtime", precision, quantize, "ort"), ("dyncomp, TVM", precision, quantize, "tvm")]
+    return found
+
+
+def measure(engines: list[Engine], request: Request, text: Array) -> list[dict[str, Any]]:
     """Medians, on text [windows, 512]; engines take turns, prefill by prefill and block by block of decode steps, the first of which do not
     count."""
     prefills: list[list[float]] = [[] for _ in engines]
@@ -112,7 +148,7 @@ def measure(engines: list[Engine], threads: int, text: Array) -> list[dict[str, 
         window = text[turn % len(text)]
         start, read = window[:CONTEXT], window[CONTEXT : CONTEXT + STEPS].tolist()
         for index, engine in enumerate(engines):
-            seconds = timed(functools.partial(engine.prefill, window[:PREFILL]))
+            seconds = timed(functools.partial(engine.prefill, window[: request.prefill]))
             engine.prefill(start)
             times = [timed(functools.partial(engine.step, token)) for token in read]
             if turn:
@@ -120,21 +156,25 @@ def measure(engines: list[Engine], threads: int, text: Array) -> list[dict[str, 
                 steps[index] += times[3:]
     return [
         {
-            "engine": e.name, "precision": e.precision, "threads": threads, "batch": 1, "prefill_tokens": PREFILL,
-            "decode_tokens_per_s": 1 / statistics.median(steps[i]), "prefill_tokens_per_s": PREFILL / statistics.median(prefills[i]),
+            "engine": e.name, "precision": e.precision, "threads": request.threads, "batch": 1, "prefill_tokens": request.prefill,
+            "decode_tokens_per_s": 1 / statistics.median(steps[i]),
+            "prefill_tokens_per_s": request.prefill / statistics.median(prefills[i]),
         }
         for i, e in enumerate(engines)
     ]  # fmt: skip
 
 
-def _lower(graph: Graph, quantize: Quantize | None, native: bool, place: Path) -> None:
+def _lower(graph: Graph, quantize: Quantize | None, backend: str | None, place: Path) -> None:
     copy = graph.copy()
-    if quantize is not None and not native:  # MatMulNBits is fast on symmetric weights only
+    if quantize is not None and backend is None:  # MatMulNBits is fast on symmetric weights only
         quantize = dataclasses.replace(quantize, symmetric=True)
     if quantize is not None:
         quantize.run(copy, Context())
     cached, _ = with_cache(copy)
-    lower(cached, place, native=native)
+    if backend is None:
+        lower_to_onnx(cached, place, native=False)
+    else:
+        backend_of(backend).lower(cached, place)
     (place / "done").touch()
 
 
@@ -147,31 +187,40 @@ def _session_engine(name: str, precision: str, session: DecoderSession) -> Engin
     )
 
 
-def _compiled(module: torch.nn.Module) -> Engine:
-    """The Hugging Face model with a static KV cache under torch.compile, as its documentation recommends."""
-    from transformers import StaticCache
+def _hugging_face(module: torch.nn.Module, *, compiled: bool) -> Engine:
+    """The Hugging Face model with its usual KV cache; or compiled with a static one, as its documentation recommends."""
+    from transformers import DynamicCache, StaticCache
 
     model: Any = next(m for m in module.modules() if hasattr(m, "generate"))
-    cache = StaticCache(config=model.config, max_cache_len=PREFILL + STEPS + 8)
-    forward = torch.compile(model.forward, dynamic=False)
-    state = {"past": 0}
+    forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+    static = StaticCache(config=model.config, max_cache_len=PREFILL + STEPS + 8) if compiled else None
+    state: dict[str, Any] = {"past": 0, "cache": static}
 
     def run(ids: torch.Tensor, function: Callable[..., Any]) -> None:
         positions = torch.arange(state["past"], state["past"] + ids.shape[1])
         with torch.no_grad():
-            function(input_ids=ids, past_key_values=cache, cache_position=positions, position_ids=positions[None], logits_to_keep=1)
+            function(
+                input_ids=ids, past_key_values=state["cache"], cache_position=positions, position_ids=positions[None], logits_to_keep=1
+            )
         state["past"] += ids.shape[1]
 
     def prefill(ids: Array) -> None:
-        cache.reset()
+        if static is not None:
+            static.reset()
+        else:
+            state["cache"] = DynamicCache(config=model.config)
         state["past"] = 0
         run(torch.from_numpy(ids)[None], model.forward)
 
-    return Engine("torch.compile", "fp32", prefill, lambda token: run(torch.tensor([[token]]), forward))
+    name = "torch.compile" if compiled else "PyTorch, eager"
+    return Engine(name, "fp32", prefill, lambda token: run(torch.tensor([[token]]), forward))
 
 
-def _genai(loaded: LoadedModel, folder: Path, threads: int) -> list[Engine]:
+def _genai(loaded: LoadedModel, folder: Path, request: Request) -> list[Engine]:
     """The models that onnxruntime-genai's own builder makes of the dense one."""
+    wanted = [p for p in ("fp32", "int8", "int4") if request.wants("genai", p)]
+    if not wanted:
+        return []
     try:
         import onnxruntime_genai as genai
     except ImportError as error:
@@ -181,14 +230,14 @@ def _genai(loaded: LoadedModel, folder: Path, threads: int) -> list[Engine]:
         next(m for m in loaded.module.modules() if hasattr(m, "generate")).save_pretrained(source)  # type: ignore[operator]
         loaded.tokenizer.save_pretrained(source)  # type: ignore[union-attr]
     engines = []
-    for precision in ("fp32", "int8", "int4"):
+    for precision in wanted:
         place = folder / f"genai-{precision}"
         config = place / "genai_config.json"
         if not config.is_file():
             options = ["-i", str(source), "-o", str(place), "-p", precision, "-e", "cpu", "-c", str(folder / "genai-cache")]
             subprocess.run([sys.executable, str(builder), *options], check=True, capture_output=True)
         text = json.loads(config.read_text())
-        text["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+        text["model"]["decoder"]["session_options"]["intra_op_num_threads"] = request.threads
         config.write_text(json.dumps(text))
         engines.append(_genai_engine(genai, genai.Model(str(place)), precision))
     return engines
@@ -206,11 +255,14 @@ def _genai_engine(genai: Any, model: Any, precision: str) -> Engine:
     return Engine("onnxruntime-genai", precision, prefill, lambda token: state["generator"].append_tokens(np.array([[token]], np.int32)))
 
 
-def _llama_cpp(folder: Path, threads: int) -> list[Engine]:
+def _llama_cpp(folder: Path, request: Request) -> list[Engine]:
     """The packaged GGUF, and what llama.cpp itself makes of it in its own formats.
 
     On CPUs with AMX without weights repacked for that: with them the library crashes on the first prompt (llama-cpp-python 0.3).
     """
+    wanted = [name for name in ("Q4_1", "F32", "Q8_0", "Q4_0") if request.wants("llama.cpp", name)]
+    if not wanted:
+        return []
     try:
         import llama_cpp.llama_cpp as library
         from llama_cpp import Llama
@@ -227,15 +279,15 @@ def _llama_cpp(folder: Path, threads: int) -> list[Engine]:
         library.llama_model_default_params = without_repacking
     packaged = packaged_path("smollm2-135m")
     files = {"Q4_1": packaged}
-    formats = {"F32": library.LLAMA_FTYPE_ALL_F32, "Q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0}
-    for name, kind in formats.items():
+    kinds = {"F32": library.LLAMA_FTYPE_ALL_F32, "Q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0}
+    for name in [n for n in wanted if n in kinds]:
         files[name] = folder / f"{name}.gguf"
         if not files[name].is_file():
             parameters = library.llama_model_quantize_default_params()
-            parameters.ftype, parameters.allow_requantize = kind, True
+            parameters.ftype, parameters.allow_requantize = kinds[name], True
             if library.llama_model_quantize(str(packaged).encode(), str(files[name]).encode(), ctypes.byref(parameters)):
                 raise RuntimeError(f"llama.cpp cannot write {packaged} as {name}")
-    return [_llama_cpp_engine(Llama, name, file, threads) for name, file in files.items()]
+    return [_llama_cpp_engine(Llama, name, files[name], request.threads) for name in wanted]
 
 
 def _llama_cpp_engine(kind: Any, precision: str, file: Path, threads: int) -> Engine:

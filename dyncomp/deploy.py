@@ -36,7 +36,7 @@ from dyncomp.rows import Rows
 from dyncomp.runtime.batching import Batcher
 from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
-from dyncomp.runtime.session import Array, DecoderSession
+from dyncomp.runtime.session import Array, DecoderSession, Slots
 from dyncomp.runtime.unprompted import write_documents
 from dyncomp.sound import features
 from dyncomp.sweep import release_memory
@@ -69,6 +69,7 @@ class Backend:
         lower: (graph, folder, progress=…) writes an artifact.
         open: (folder, threads=…) opens it.
         session: generates tokens with it.
+        slots: (artifact, slots=…, capacity=…) many sequences that share its KV cache, for a :class:`Batcher`.
         settings: what else an artifact made now depends on; empty for nothing. It keeps artifacts in the cache folder apart, too.
     """
 
@@ -78,6 +79,7 @@ class Backend:
     lower: Callable[..., Any]
     open: Callable[..., Any]
     session: Callable[[Any], Any]
+    slots: Callable[..., Slots]
     settings: Callable[[], str] = str
 
 
@@ -85,18 +87,21 @@ def backend_of(name: str) -> Backend:
     """The backend ``ort`` or ``tvm``; what it needs is imported only now."""
     if name == "tvm":
         from dyncomp.backends.tvm import decoder as tvm_decoder
+        from dyncomp.backends.tvm import layout as tvm_layout
         from dyncomp.backends.tvm import lower as tvm_lower
         from dyncomp.backends.tvm import machine as tvm_machine
         from dyncomp.backends.tvm import run as tvm_run
+        from dyncomp.backends.tvm import slots as tvm_slots
         from dyncomp.backends.tvm import tuned as tvm_tuned
 
         def tuning() -> str:
             return tvm_tuned.Database().digest(tvm_machine.this_machine())
 
-        return Backend("tvm", "TVM", tvm_lower.SCHEMA, tvm_lower.lower, tvm_run.TvmModel, tvm_decoder.decoder_for, tuning)
-    from dyncomp.backends.ort import decoder, lower, run
+        opening = tvm_run.TvmModel, tvm_decoder.decoder_for, tvm_slots.TvmSlots
+        return Backend("tvm", "TVM", tvm_layout.SCHEMA, tvm_lower.lower, *opening, tuning)
+    from dyncomp.backends.ort import decoder, lower, run, slots
 
-    return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for)
+    return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for, slots.OrtSlots)
 
 
 def require_device(device: str, path: Path) -> None:
@@ -285,12 +290,11 @@ def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: in
     """
     file = cache_folder() / "generated" / f"{loaded.fingerprint[:24]}-{tokens}-{length}-{seed}.jsonl"
     if not file.is_file():
-        from dyncomp.backends.ort.slots import OrtSlots
-
-        model = backend_of("ort").open(dense_artifact(dense, loaded.fingerprint, progress))
+        used = backend_of("ort")
+        model = used.open(dense_artifact(dense, loaded.fingerprint, progress))
         if model.kv_cache is None:
             raise RequestError(f"{loaded.name} writes no text of its own: it was refused a KV cache", hint="give a text file")
-        slots = OrtSlots(model, slots=_WRITTEN_TOGETHER, capacity=length)
+        slots = used.slots(model, slots=_WRITTEN_TOGETHER, capacity=length)
         documents = write_documents(Batcher(slots, loaded.tokenizer), tokens=tokens, length=length, seed=seed, progress=progress)
         with replacing(file) as part:
             part.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))

@@ -234,7 +234,8 @@ def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -
 
 def _tvm(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
     from dyncomp.backends.native.cross import architecture_of
-    from dyncomp.backends.tvm.lower import LIBRARY, NATIVE, PARAMETERS, lower
+    from dyncomp.backends.tvm.layout import LIBRARY, NATIVE, PARAMETERS
+    from dyncomp.backends.tvm.lower import lower
     from dyncomp.backends.tvm.machine import machine_named, require_machine, this_machine
     from dyncomp.deploy import check_parity, with_cache
 
@@ -245,7 +246,8 @@ def _tvm(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
     made = lower(lowered, folder, machine=machine)
     _save_tokenizer(opened, folder)
     notes = [
-        f"{LIBRARY} runs on {machine.title}, its weights are in {PARAMETERS}",
+        f"{LIBRARY} runs on {machine.title}, its weights are in {PARAMETERS}: TVM's runtime alone runs a decoder, as "
+        "examples/tvm_only.py of dyncomp shows",
         *(f"no KV cache: {r.reason}" for r in refused),
     ]
     record: dict[str, Any] = {"target": request.target, "machine": machine.describe(), "kernels": made.kernels, "notes": notes}

@@ -72,7 +72,8 @@ def tune(request: TuneRequest, *, progress: Progress = no_progress, say: Callabl
     opened = open_bundle(request.bundle)
     artifact = opened.artifact("tvm")
     require_compiler()
-    from dyncomp.backends.tvm.lower import CONFIG, lower
+    from dyncomp.backends.artifact import CONFIG
+    from dyncomp.backends.tvm.lower import lower
     from dyncomp.backends.tvm.select import select
     from dyncomp.backends.tvm.tune import Stopwatch
     from dyncomp.backends.tvm.tune import tune as search

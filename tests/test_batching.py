@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from dyncomp.backends.ort.decoder import OrtDecoder
-from dyncomp.backends.ort.lower import lower
-from dyncomp.backends.ort.run import OrtModel
-from dyncomp.backends.ort.slots import OrtSlots
+from dyncomp.backends import decoder
 from dyncomp.backends.recompute import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from test_ort import with_cache
 from test_runtime import END, Bytes
 
 from bench.tiny import enliven, trace_tiny
+from dyncomp.deploy import Backend, backend_of
 from dyncomp.errors import BackendError, RequestError
 from dyncomp.runtime.batching import SHORTEST_PREFIX, Batcher
 from dyncomp.runtime.generate import Generator
@@ -166,13 +166,15 @@ def test_a_request_cancelled_while_it_streams() -> None:
 
 
 # ---- a lowered model -----------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
-    graph = trace_tiny("llama")
+@pytest.fixture(scope="module", params=["ort", "tvm"])
+def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Backend, Any]:
+    """A backend, and a small model in it."""
+    pytest.importorskip({"ort": "onnxruntime", "tvm": "tvm"}[request.param])
+    graph, used = trace_tiny("llama"), backend_of(request.param)
     enliven(graph.module, 1)
     folder = tmp_path_factory.mktemp("slots")
-    lower(with_cache(graph, context=96), folder)
-    return OrtModel(folder, threads=1)
+    used.lower(with_cache(graph, context=96), folder)
+    return used, used.open(folder, threads=1)
 
 
 class Modulo(Bytes):
@@ -184,18 +186,21 @@ class Modulo(Bytes):
         return {"input_ids": [b % 60 for b in text.encode()]}
 
 
-def test_a_lowered_model_serves_as_it_generates(model: OrtModel) -> None:
+def test_a_lowered_model_serves_as_it_generates(lowered: tuple[Backend, Any]) -> None:
+    used, model = lowered
     prompts = ["a first prompt, somewhat long", "b", "a first prompt, somewhat else", "the fourth", "and a fifth one"]
     sampling = Sampling(max_tokens=10)
-    expected = [Generator(OrtDecoder(model), Modulo()).generate([p], sampling)[0] for p in prompts]
-    batcher = Batcher(OrtSlots(model, slots=3, capacity=64), Modulo())
+    expected = [Generator(used.session(model), Modulo()).generate([p], sampling)[0] for p in prompts]
+    batcher = Batcher(used.slots(model, slots=3, capacity=61), Modulo())
     assert batcher.complete(prompts, sampling) == expected
-    assert batcher.slots.lengths.max() <= 64
+    assert batcher.slots.lengths.max() <= 61
+    assert batcher.slots.engine == f"dyncomp-{used.name}"
 
 
-def test_slots_continue_and_copy(model: OrtModel) -> None:
+def test_slots_continue_and_copy(lowered: tuple[Backend, Any]) -> None:
+    used, model = lowered
     ids = torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(0)).numpy()
-    slots = OrtSlots(model, slots=2, capacity=48)
+    slots = used.slots(model, slots=2, capacity=48)
     whole = slots.extend(0, ids)
     slots.copy(0, 1, 30)
     assert np.allclose(slots.extend(1, ids[30:]), whole, atol=1e-4 * np.abs(whole).max())
@@ -211,12 +216,24 @@ def test_slots_continue_and_copy(model: OrtModel) -> None:
 
 
 @pytest.mark.parametrize(("slots", "capacity"), [(0, 32), (2, 1), (2, 97)])
-def test_slots_that_cannot_be(model: OrtModel, slots: int, capacity: int) -> None:
+def test_slots_that_cannot_be(lowered: tuple[Backend, Any], slots: int, capacity: int) -> None:
+    used, model = lowered
     with pytest.raises(RequestError):
-        OrtSlots(model, slots=slots, capacity=capacity)
+        used.slots(model, slots=slots, capacity=capacity)
 
 
-def test_a_model_without_a_cache_has_no_slots(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_go_in_pieces(lowered: tuple[Backend, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    used, model = lowered
+    ids = torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(1)).numpy()
+    whole = used.slots(model, slots=3, capacity=43).extend(1, ids)
+    monkeypatch.setattr(decoder, "CHUNK", 7)
+    pieces = used.slots(model, slots=3, capacity=43)
+    assert np.allclose(pieces.extend(2, ids), whole, atol=1e-4 * np.abs(whole).max())
+    assert pieces.lengths.tolist() == [0, 0, 40]
+
+
+def test_a_model_without_a_cache_has_no_slots(lowered: tuple[Backend, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    used, model = lowered
     monkeypatch.delitem(model.config, "kv_cache")
     with pytest.raises(BackendError, match="no KV cache"):
-        OrtSlots(model, slots=1, capacity=8)
+        used.slots(model, slots=1, capacity=8)

@@ -299,6 +299,14 @@ def test_a_quantized_model_through_tvm(place) -> None:
     assert speeds[0] == ("dyncomp-tvm", "dense", "fp32")
     assert speeds[-1] == ("dyncomp-tvm", "converted", "int8")
     assert run(place, "run", "tvm8", "--backend", "tvm", "--prompt", "The river", "--max-tokens", "4")
+    (place / "prompts.txt").write_text("The river\nA boat on the river\nThe\n")
+    served = json.loads(
+        run(place, "run", "tvm8", "--backend", "tvm", "--input", "prompts.txt", "--slots", "2", "--max-tokens", "6", "--json")
+    )
+    for entry in served:
+        alone = ["run", "tvm8", "--backend", "tvm", "--prompt", entry["prompt"], "--max-tokens", "6"]
+        assert run(place, *alone) == run(place, *alone, "--speculate") == f"{entry['prompt']}{entry['text']}\n"
+    assert {e["engine"] for e in served} == {"dyncomp-tvm"}
     entries = json.loads(run(place, "bench", "tvm8", "--backend", "tvm", "--json", "--threads", "1", "--prefill", "32"))["bench"]
     assert [(e["engine"], e["variant"], e["precision"]) for e in entries] == speeds
 

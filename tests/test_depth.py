@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dyncomp.passes import AddKVCache, DropDepth, SkipDepth
+from dyncomp.backends.native import available
+from dyncomp.passes import AddKVCache, DropDepth, Quantize, SkipDepth
 from dyncomp.passes.depth_budget import allocate
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.depth_kv import keys_and_values
@@ -374,6 +376,28 @@ def test_the_evidence_has_baselines_of_the_same_cost() -> None:
     cost = cost_figures(ctx.dense, graph, quality)
     assert cost["flops_per_token"] < cost["dense"]["flops_per_token"]
     assert cost["active_parameters"] < cost["dense"]["active_parameters"]
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("what", ["block", "attention", "ffn"])
+def test_quantized_weights_of_tokens_that_skip_in_tvm(what: str, tmp_path: Path) -> None:
+    """Prefill of rows of different lengths and decoding: attentions under gates are the native operator that gathers open tokens."""
+    pytest.importorskip("tvm")
+    from dyncomp.backends.parity import parity
+    from dyncomp.backends.tvm.decoder import decoder_for
+    from dyncomp.backends.tvm.lower import lower
+    from dyncomp.backends.tvm.run import TvmModel
+
+    graph = gated("llama", what, closed=True)
+    Pipeline([Quantize()]).run(graph, Context())
+    under_gates = [n for n in graph.nodes if n.target is gated_linear._opoverload and str(n.args[2].target) in graph.quantized]
+    assert len(under_gates) == (0 if what == "ffn" else 2 * 2)  # the queries' and the output's projection
+    assert AddKVCache(logits="chosen").run(graph, Context()).changed
+    kernels = lower(graph, tmp_path).kernels
+    assert not any(name.startswith("gated_linear") for name in kernels) or what == "ffn"
+    entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=16, good=1e-3)
+    assert entry["precision"] == "int8"
+    assert entry["relative_error"] <= 2e-2
 
 
 def test_impossible_requests_say_why() -> None:

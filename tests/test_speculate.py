@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from dyncomp.backends.ort.decoder import OrtDecoder
-from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from test_batching import Modulo, model  # noqa: F401  (a fixture)
+from test_batching import Modulo, lowered  # noqa: F401  (a fixture)
 from test_runtime import END, Bytes
 
+from dyncomp.deploy import Backend
 from dyncomp.errors import RequestError
 from dyncomp.runtime.generate import Generator
 from dyncomp.runtime.sampling import Sampler, Sampling
@@ -169,22 +170,24 @@ def test_lookup_takes_the_latest_of_the_longest() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_lowered_model_says_the_same(model: OrtModel, temperature: float) -> None:  # noqa: F811
+def test_a_lowered_model_says_the_same(lowered: tuple[Backend, Any], temperature: float) -> None:  # noqa: F811
+    used, model = lowered
     sampling = Sampling(max_tokens=48, temperature=temperature)
     prompt = "again and again and again and"
-    (plain,) = Generator(OrtDecoder(model), Modulo()).generate([prompt], sampling)
-    session = Speculation(OrtDecoder(model))
+    (plain,) = Generator(used.session(model), Modulo()).generate([prompt], sampling)
+    session = Speculation(used.session(model))
     for _ in range(2):  # the second time with what was learned
         assert Generator(session, Modulo()).generate([prompt], sampling)[0].tokens == plain.tokens
     assert session.report.guessed > 0 or temperature  # a sampled text need not repeat itself
-    drafted = Speculation(OrtDecoder(model), drafter=Draft(OrtDecoder(model)))
+    drafted = Speculation(used.session(model), drafter=Draft(used.session(model)))
     assert Generator(drafted, Modulo()).generate([prompt], sampling)[0].tokens == plain.tokens
     two = Generator(session, Modulo()).generate([prompt, "other"], sampling)
     assert two[0].tokens == plain.tokens
 
 
-def test_batches_do_not_grow_by_several_tokens(model: OrtModel) -> None:  # noqa: F811
-    session = OrtDecoder(model)
+def test_batches_do_not_grow_by_several_tokens(lowered: tuple[Backend, Any]) -> None:  # noqa: F811
+    used, model = lowered
+    session = used.session(model)
     session.prefill(np.ones((2, 3), np.int64), np.array([3, 3]), 8)
     with pytest.raises(RequestError, match="a batch of 2 sequences"):
         session.extend(np.array([1, 2]))

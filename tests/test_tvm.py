@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,18 @@ from dyncomp.trace import trace
 
 tvm = pytest.importorskip("tvm")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.parity import parity
-from dyncomp.backends.tvm import machine, require
+from dyncomp.backends.tvm import machine, require, run
 from dyncomp.backends.tvm.decoder import TvmDecoder, decoder_for
 from dyncomp.backends.tvm.kernels import attention, functions, gated_linear, linear, norm, sdpa
 from dyncomp.backends.tvm.kernels import routed_ffn as routed
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
-from dyncomp.backends.tvm.lower import CONFIG, PARAMETERS, lower
+from dyncomp.backends.tvm.layout import PARAMETERS
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 from dyncomp.backends.tvm.script import stack
+from dyncomp.backends.tvm.slots import TvmSlots
 
 HERE = machine.this_machine()
 TILE = Tile(HERE.lanes, HERE.vectors, HERE.rows)
@@ -331,16 +335,17 @@ def test_what_tvm_lacks_is_spelled_otherwise(tmp_path: Path) -> None:
 
 
 # ---- artifacts -----------------------------------------------------------------------------------------------------
-def test_runs_without_the_compiler(llama: tuple[Graph, Path]) -> None:
+def test_opens_and_runs_without_pytorch_and_the_compiler(llama: tuple[Graph, Path]) -> None:
     code = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom dyncomp.backends.tvm.run import TvmModel\n"
-        "from dyncomp.backends.tvm.decoder import decoder_for\nsession = decoder_for(TvmModel(sys.argv[1], threads=1))\n"
-        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 1).shape)\nassert 'tvm' not in sys.modules"
+        "import sys, numpy as np\nfrom dyncomp.backends.tvm.run import TvmModel\nfrom dyncomp.backends.tvm.decoder import decoder_for\n"
+        "session = decoder_for(TvmModel(sys.argv[1], threads=1))\n"
+        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 2).shape, session.step(np.array([3])).shape)\n"
+        "print({'torch', 'tvm', 'transformers', 'onnxruntime'} & sys.modules.keys())"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, str(llama[1])], capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 96)"
+    assert done.stdout.split("\n")[:2] == ["(1, 96) (1, 96)", "set()"]
 
 
 def test_arrays_that_begin_anywhere_are_taken(llama: tuple[Graph, Path]) -> None:
@@ -357,6 +362,27 @@ def test_arrays_that_begin_anywhere_are_taken(llama: tuple[Graph, Path]) -> None
         assert np.array_equal(next(iter(model.run(**moved).values())), expected)
     with pytest.raises(RequestError, match="multiple of 64"):
         model.bind(aligned_zeros([20], np.float32)[1:])
+
+
+@pytest.mark.parametrize("capacity", [3, 17, 64])
+def test_every_slot_begins_where_tvm_can_read(capacity: int) -> None:
+    cache = {"name": "key_cache_0", "dtype": "float32", "shape": ["batch", 1, "capacity", 4]}
+    model = SimpleNamespace(kv_cache={"context_length": 64}, encoder=None, threads=1, inputs=(cache["name"],), config={"inputs": [cache]})
+    slots = TvmSlots(model, slots=5, capacity=capacity)
+    assert slots.bytes_per_token == 16
+    assert all(part[slot:].ctypes.data % 64 == 0 for part in slots._caches for slot in range(5))
+
+
+def test_large_parameters_are_mapped(llama: tuple[Graph, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, folder = llama
+    inputs = random_inputs(graph, {"batch": 1, "sequence": 3, "capacity": 8, "chosen": 1})
+    expected, before = TvmModel(folder, threads=1).run(**inputs), (folder / PARAMETERS).read_bytes()
+    monkeypatch.setattr(run, "_MAPPED", 0)
+    mapped = TvmModel(folder, threads=1)
+    assert str(folder / PARAMETERS) in Path("/proc/self/maps").read_text()
+    assert all(np.array_equal(value, expected[name]) for name, value in mapped.run(**inputs).items())
+    mapped._memory[:] = 0
+    assert (folder / PARAMETERS).read_bytes() == before
 
 
 def test_a_library_for_another_processor_is_refused(llama: tuple[Graph, Path], tmp_path: Path) -> None:

@@ -34,11 +34,13 @@ from dyncomp.regions import find_linears, find_routed
 tvm = pytest.importorskip("tvm")
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason() or "")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.parity import parity
 from dyncomp.backends.tvm import machine
 from dyncomp.backends.tvm.decoder import decoder_for
 from dyncomp.backends.tvm.kernels.tile import Tile
-from dyncomp.backends.tvm.lower import CONFIG, NATIVE, PARAMETERS, lower
+from dyncomp.backends.tvm.layout import NATIVE, PARAMETERS
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.native import instruction_set, library
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros, load_runtime, use_threads
 from dyncomp.backends.tvm.select import select
@@ -63,7 +65,7 @@ class Packed(Native):
         first = next(v for v in inputs.values() if v is not None)
         lead = first.shape if name == "embedding" else first.shape[:-1]
         y = aligned_zeros([*lead, attributes["columns" if name == "embedding" else "rows"]], np.float32)
-        count = {"linear": 6, "ffn": 12, "embedding": 5}[name]
+        count = {"linear": 7, "ffn": 12, "embedding": 5}[name]
         given = [*inputs.values(), *constants.values()]
         self.call(f"quantized_{name}", attributes, [*given, *[None] * (count - len(given))], y, threads)
         return y
@@ -126,7 +128,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     packed, rng = Packed(isas()[-1], tmp_path), np.random.default_rng(0)
     w, x = Quantized(rng, (20, 64), 8, 32, False), rng.standard_normal((3, 64), np.float32)
     codes, scales, _ = w.packed().values()
-    good, attributes = [x, codes, scales, None, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
+    good, attributes = [x, codes, scales, None, None, None, None], {"rows": 20, "columns": 64, "bits": 8, "block": 32, "terms": 1}
     y = aligned_zeros([3, 20], np.float32)
     packed.call("quantized_linear", attributes, good, y)
     for change, inputs, output, message in [
@@ -135,6 +137,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({}, [x, None, *good[2:]], y, "the input codes is missing"),
         ({}, good, aligned_zeros([60], np.float32), "the output has 60 elements in 1 dimensions; it should have 60 in 2"),
         ({}, good[:-1], y, "called with a text, its inputs and its output"),
+        ({"terms": 2}, [*good[:-1], np.ones((3, 1), np.float32)], y, "gates belong to one term"),
+        ({}, [*good[:-1], np.ones((2, 1), np.float32)], y, "the input gates has 2 elements; it should have 3"),
         ({"bits": 5}, good, y, "bits is 5; it should be 4 or 8"),
         ({"terms": None}, good, y, "the attribute terms is missing"),
     ]:
@@ -144,6 +148,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert error(y, emulate(x, w)).max() < 1e-5  # the refusals have left it, and the next call is none
     with pytest.raises(ValueError, match="the id 50 is not in"):
         packed.run("QuantizedEmbedding", {"ids": np.array([3, 50])}, w.packed(), rows=20, columns=64, bits=8, block=32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_whose_gate_is_closed_cost_nothing(packed: Packed, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    w = Quantized(rng, (300, 128), bits, 32, bits == 4)
+    bias, attributes = rng.standard_normal(300, np.float32), {"rows": 300, "columns": 128, "bits": bits, "block": 32, "terms": 1}
+    for tokens, share, threads in [(1, 0, 1), (1, 1, 2), (7, 0.5, 1), (100, 0.3, 2), (100, 1, 2), (100, 0, 1)]:
+        x, y = rng.standard_normal((tokens, 128), np.float32), aligned_zeros([tokens, 300], np.float32)
+        gates = np.where(rng.random((tokens, 1)) < share, rng.standard_normal((tokens, 1)), 0).astype(np.float32)
+        expected = (emulate(x, w) + bias) * gates
+        x[gates[:, 0] == 0], y[:] = np.nan, 7.0
+        codes, scales, offsets = w.packed().values()
+        if not gates.any():
+            scales = np.full_like(scales, np.nan)
+        packed.call("quantized_linear", attributes, [x, codes, scales, offsets, bias, None, gates], y, threads)
+        assert error(y, expected).max(initial=0) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -292,17 +313,25 @@ def test_missing_or_damaged_operators_are_named(llama: tuple[Graph, Path], tmp_p
             TvmModel(folder)
 
 
-def test_runs_without_the_compiler(llama: tuple[Graph, Path]) -> None:
+def test_opens_and_runs_without_pytorch_and_the_compilers(llama: tuple[Graph, Path]) -> None:
     code = (
         "import sys, numpy as np\nfrom dyncomp.backends.tvm.run import TvmModel\nfrom dyncomp.backends.tvm.decoder import decoder_for\n"
         "session = decoder_for(TvmModel(sys.argv[1], threads=2))\n"
-        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 1).shape)\nassert 'tvm' not in sys.modules"
+        "print(session.prefill(np.array([[5, 9]]), np.array([2]), 2).shape, session.step(np.array([3])).shape)\n"
+        "print({'torch', 'tvm', 'transformers', 'onnxruntime'} & sys.modules.keys())"
     )
     environment = os.environ | {"CXX": "no-such-compiler"}
     command = [sys.executable, "-c", code, str(llama[1])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 96)"
+    assert done.stdout.split("\n")[:2] == ["(1, 96) (1, 96)", "set()"]
+
+
+def test_the_artifact_runs_with_the_runtime_alone(llama: tuple[Graph, Path]) -> None:
+    ids = [5, 17, 40, 3]
+    command = [sys.executable, "examples/tvm_only.py", str(llama[1]), *map(str, ids)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert [int(t) for t in done.stdout.split()] == greedy(decoder_for(TvmModel(llama[1], threads=1)), ids, 16)
 
 
 def test_what_cannot_be_lowered_is_refused_by_name(llama: tuple[Graph, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ from dyncomp.export import ExportRequest, export
 
 tvm = pytest.importorskip("tvm")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.native import cross
 from dyncomp.backends.tvm.kernels import linear, routed_ffn
 from dyncomp.backends.tvm.kernels.tile import Tile
-from dyncomp.backends.tvm.lower import CONFIG, LIBRARY, lower
+from dyncomp.backends.tvm.layout import LIBRARY
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.machine import machine_named, this_machine
 from dyncomp.backends.tvm.run import TvmModel
 

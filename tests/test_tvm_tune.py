@@ -24,9 +24,10 @@ from dyncomp.trace import trace
 
 pytest.importorskip("tvm")
 
+from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.tvm import tune as tuning
 from dyncomp.backends.tvm.kernels.tile import Tile
-from dyncomp.backends.tvm.lower import CONFIG, lower
+from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.machine import this_machine
 from dyncomp.backends.tvm.run import TvmModel
 from dyncomp.backends.tvm.shapes import FFNShape, LinearShape, Shape

@@ -1,5 +1,6 @@
 // QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings. Where W are the upper halves
-// of codes, the lower ones count in the rows whose product comes within `margin` of the token's largest.
+// of codes, the lower ones count in the rows whose product comes within `margin` of the token's largest. With gates, y[t] = gates[t] (W x[t]
+// + bias), and a token whose gate is 0 costs nothing: when all are, no weight is read.
 #include <algorithm>
 
 #include "operators.h"
@@ -11,6 +12,7 @@ constexpr const char* kName = "QuantizedLinear";
 constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false},  // x, codes, scales
     {Type::kHalf, true},   {Type::kFloat, true}, {Type::kByte, true},   // offsets, bias, lower
+    {Type::kFloat, true},                                               // gates
 };
 constexpr int64_t kTokensOfUnit = 48;
 constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
@@ -129,6 +131,49 @@ void refine(Call& call, const LinearJob& linear, const LowerHalves& lower, float
   }
 }
 
+// The tokens whose gate is not 0: `open`, ascending, are `count` of `tokens`.
+struct Gates {
+  const float* values;
+  int64_t* open;
+  int64_t count, tokens;
+};
+
+// Only those are rounded, and multiplied as if there were no others.
+void quantize_open(Call& call, const Gates& gates, LinearJob& job) {
+  struct Rows {
+    const Gates& gates;
+    const LinearJob& job;
+  };
+  const Rows rows = {gates, job};
+  const auto run = [](const void* user, int64_t first, int64_t last) {
+    const auto& [g, j] = *static_cast<const Rows*>(user);
+    const int64_t columns = j.weight.columns, blocks = columns / kBlock;
+    for (int64_t i = first; i < last; i++) active->quantize(j.weight, j.input + g.open[i] * columns, blocks, j.blocks + i * blocks);
+  };
+  call.parallel(gates.count * job.weight.columns * 4, gates.count, run, &rows);
+}
+
+// Their products lie one after the other where the output begins: from the last on, each to its place, times its gate; zeros elsewhere.
+void scatter(Call& call, const Gates& gates, const LinearJob& job) {
+  struct Places {
+    const Gates& gates;
+    float* output;
+    int64_t rows;
+  };
+  const Places places = {gates, job.output, job.weight.rows};
+  const auto run = [](const void* user, int64_t from, int64_t to) {
+    const auto& [g, output, rows] = *static_cast<const Places*>(user);
+    for (int64_t t = g.tokens - 1, i = g.count - 1; t >= 0; t--) {
+      float* y = output + t * rows;
+      const bool open = i >= 0 && g.open[i] == t;
+      const float* product = output + (open ? i : 0) * rows;
+      for (int64_t n = from; n < to; n++) y[n] = open ? product[n] * g.values[t] : 0.0f;
+      i -= open;
+    }
+  };
+  call.parallel(gates.tokens * job.weight.rows * 4, job.weight.rows, run, &places);
+}
+
 void compute(const void* kernel, Call& call) {
   const auto& [op, terms, margin] = *static_cast<const Linear*>(kernel);
   Shape shape;
@@ -142,6 +187,8 @@ void compute(const void* kernel, Call& call) {
   if (lower.rows && (terms == 2 || op.bits != 4 || !job.weight.offsets)) call.fail("lower halves belong to 4 bits with offsets, and one term");
   if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
+  Gates gates = {call.input<float>(6, "gates", true, tokens), nullptr, 0, tokens};
+  if (gates.values && (terms == 2 || lower.rows)) call.fail("gates belong to one term, without lower halves");
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
   if (call.failed() || tokens == 0) return;
@@ -149,10 +196,23 @@ void compute(const void* kernel, Call& call) {
     in_two_terms(call, work);
     return;
   }
-  void* parts[3];
+  void* parts[4];
   const size_t numbers = tiles_of(blocks) * kTile * sizeof(float);
-  if (!call.scratch({tokens * blocks * sizeof(Block), numbers, numbers}, parts)) return;
+  const size_t places = gates.values ? tokens * sizeof(int64_t) : 0;
+  if (!call.scratch({tokens * blocks * sizeof(Block), numbers, numbers, places}, parts)) return;
   job.blocks = static_cast<Block*>(parts[0]);
+  if (gates.values) {
+    gates.open = static_cast<int64_t*>(parts[3]);
+    for (int64_t t = 0; t < tokens; t++) {
+      if (gates.values[t] != 0.0f) gates.open[gates.count++] = t;
+    }
+    if ((job.tokens = gates.count) > 0) {
+      quantize_open(call, gates, job);
+      multiply(call, work);
+    }
+    scatter(call, gates, job);
+    return;
+  }
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
   multiply(call, work);
   if (lower.rows) refine(call, job, lower, margin, static_cast<float*>(parts[1]), static_cast<float*>(parts[2]));
@@ -160,6 +220,6 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator quantized_linear = {kName, kInputs, 6, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
+const Operator quantized_linear = {kName, kInputs, 7, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
 
 }  // namespace dyncomp

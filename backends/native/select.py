@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from dyncomp.graph import Builder, Graph
 from dyncomp.interpret import activation_terms, screen_margin
-from dyncomp.ops import threshold_gates, topk_gates
+from dyncomp.ops import gated_linear, threshold_gates, topk_gates
 from dyncomp.quantized import Quantized, join
 from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
-_THRESHOLD, _TOPK = threshold_gates._opoverload, topk_gates._opoverload
+_THRESHOLD, _TOPK, _GATED = threshold_gates._opoverload, topk_gates._opoverload, gated_linear._opoverload
 _ROWS = 16  # the native layout's tiles
 
 
@@ -34,9 +34,9 @@ def select_quantized_ffns(graph: Graph, ops: Any) -> None:
     graph.clean()
 
 
-def select_quantized_linears(graph: Graph, ops: Any) -> None:
-    """Quantized linear layers and embeddings."""
-    for node, name in quantized_nodes(graph):
+def select_quantized_linears(graph: Graph, ops: Any, *, gated: bool = False) -> None:
+    """Quantized linear layers and embeddings; with ``gated`` also those of tokens whose gate is open, which the operator gathers."""
+    for node, name in quantized_nodes(graph, gated=gated):
         value = graph.quantized[name]
         margin = screen_margin(graph, name)
         lower = None if margin is None else _lower(graph, name, value)
@@ -46,17 +46,18 @@ def select_quantized_linears(graph: Graph, ops: Any) -> None:
             if node.target is aten.embedding.default:
                 y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings, lower)
             else:
-                x, _, bias = (*node.args, None)[:3]
-                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0)
+                x, gates, _, bias = (*node.args, None)[:4] if node.target is _GATED else (node.args[0], None, *(*node.args[1:], None)[:2])
+                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0, *([] if gates is None else [gates]))
                 y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings)
         node.replace_all_uses_with(y)
         graph.module.graph.erase_node(node)
 
 
-def quantized_nodes(graph: Graph) -> Iterator[tuple[fx.Node, str]]:
-    """Linear layers and embeddings with a quantized weight, and its name."""
+def quantized_nodes(graph: Graph, *, gated: bool = False) -> Iterator[tuple[fx.Node, str]]:
+    """Linear layers and embeddings with a quantized weight, and its name; with ``gated`` also ``dyncomp.gated_linear``."""
+    position = {aten.linear.default: 1, aten.embedding.default: 0} | ({_GATED: 2} if gated else {})
     for node in graph.nodes:
-        weight = node.args[1] if node.target is aten.linear.default else node.args[0] if node.target is aten.embedding.default else None
+        weight = node.args[position[node.target]] if node.target in position else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in graph.quantized:
             yield node, str(weight.target)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from dyncomp.backends.decoder import CHUNK, CachedDecoder, cache_names, session_for
+from dyncomp.backends.decoder import CHUNK, CachedDecoder, append_in_pieces, cache_names, session_for
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array, Recompute
 
@@ -31,22 +31,11 @@ class OrtDecoder(CachedDecoder):
 
     def _read_row(self, ids: Array, row: int) -> Array:
         encoded = {name: value[row : row + 1] for name, value in self._encoded.items()}
-        return append_in_pieces(self.model, self._names, ids, 0, [c[row : row + 1] for c in self._caches], encoded)
+        caches = [c[row : row + 1] for c in self._caches]
+        return append_in_pieces(lambda *call: Binding(self.model, self._names, *call, caches, encoded), ids, 0)
 
     def _bind(self, ids: Array, past: Array, chosen: Array) -> Binding:
         return Binding(self.model, self._names, ids, past, chosen, self._caches, self._encoded)
-
-
-def append_in_pieces(
-    model: OrtModel, names: list[str], ids: Array, past: int, caches: list[Array], encoded: Mapping[str, Array] = _NOTHING
-) -> Array:
-    """Append ids [1, S] to the sequence of ``past`` tokens in ``caches`` (a batch of one); the logits [1, V] after the last one."""
-    logits = np.zeros((1, 0), np.float32)
-    for start in range(0, ids.shape[1], CHUNK):
-        chunk = np.ascontiguousarray(ids[:, start : start + CHUNK], np.int64)
-        last = np.array([[chunk.shape[1] - 1]])
-        logits = Binding(model, names, chunk, np.array([past + start]), last, caches, encoded).run()[:, 0]
-    return logits
 
 
 class Binding:

@@ -16,6 +16,7 @@ from dyncomp.backends.native.build import unavailable_reason
 from dyncomp.backends.native.cross import shared_library, this_architecture
 from dyncomp.backends.native.sparse import sparse_kernels
 from dyncomp.backends.program import exported_program
+from dyncomp.backends.tvm.layout import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import Machine, this_machine
 from dyncomp.backends.tvm.native import PREFIX, instruction_set
 from dyncomp.backends.tvm.native import library as native_library
@@ -27,11 +28,6 @@ from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 
-LIBRARY, PARAMETERS = "model.so", "parameters.bin"
-NATIVE = "dyncomp_tvm.so"
-"""The native operators, beside a model that calls them."""
-SCHEMA = 1
-ALIGNMENT = 64
 Progress = Callable[[str, int, int], None]
 
 

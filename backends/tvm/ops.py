@@ -88,11 +88,11 @@ def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int, lower: Tensor | None = None, margin: float = 0.0,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[..., K] -> [..., N]."""
+    """[..., K] -> [..., N]; gates [..., 1]."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
-    return _native("quantized_linear", [x, codes, scales, offsets, bias, lower], attributes, rows)
+    return _native("quantized_linear", [x, codes, scales, offsets, bias, lower, gates], attributes, rows)
 
 
 def quantized_embedding(

@@ -6,23 +6,30 @@ import ctypes
 import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dyncomp.backends.artifact import Array, as_array, first_line, read_config
-from dyncomp.backends.tvm.lower import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
+from dyncomp.backends.tvm.layout import ALIGNMENT, LIBRARY, NATIVE, PARAMETERS, SCHEMA
 from dyncomp.backends.tvm.machine import Machine, require_machine
 from dyncomp.backends.tvm.native import instruction_set
 from dyncomp.backends.tvm.require import require_runtime
-from torch import Tensor
 
 from dyncomp.errors import BackendError, DyncompError, ModelError, RequestError
 from dyncomp.hardware import default_threads
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _AGAIN = "lower the model again: dyncomp convert --backend tvm"
 _POOLED = 2  # kind of allocator, as relax.VirtualMachine numbers them
 _CPU = 1
+_MAPPED = 1 << 28
+"""Bytes from which parameters stay in their file, mapped into memory: copying them would take longer than all else of opening a model.
+Smaller ones are copied, for then they are in large pages, and a step that reads them takes 3 to 5 % less (SmolLM2 in int8; in fp32 the
+same)."""
 
 
 class TvmModel:
@@ -57,7 +64,7 @@ class TvmModel:
             raise BackendError(f"TVM cannot load {self.directory / LIBRARY}: {first_line(error)}", hint=_AGAIN) from error
         self._set_threads = ffi.get_global_func("runtime.config_threadpool")
         self._from_dlpack = ffi.from_dlpack
-        self._memory = _read_aligned(self.directory / PARAMETERS)
+        self._memory = _read_parameters(self.directory / PARAMETERS)
         self._parameters = [self._from_dlpack(_view(self._memory, p, self.directory)) for p in self.config["parameters"]]
         self.inputs: tuple[str, ...] = tuple(i["name"] for i in self.config["inputs"])
         self.outputs: tuple[str, ...] = tuple(self.config["outputs"])
@@ -122,8 +129,7 @@ def load_runtime() -> Any:
     """
     require_runtime()
     os.environ.setdefault("TVM_NUM_THREADS", str(default_threads()))
-    import tvm_ffi
-
+    tvm_ffi = _import_ffi()
     found = importlib.util.find_spec("tvm")
     assert found is not None
     assert found.origin is not None
@@ -132,6 +138,20 @@ def load_runtime() -> Any:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise BackendError(f"TVM's runtime cannot be loaded: {first_line(error)}") from error
+    return tvm_ffi
+
+
+def _import_ffi() -> Any:
+    """``tvm_ffi``, which imports PyTorch where it is installed (seconds), in a process that works without it: as if it were not installed.
+    What that costs is its short cut for PyTorch's tensors, which are not given to it here."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import then raises ImportError
+    try:
+        import tvm_ffi
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     return tvm_ffi
 
 
@@ -167,7 +187,7 @@ def use_threads(configure: Any, threads: int) -> None:
 
 
 def aligned_zeros(shape: list[int] | tuple[int, ...], dtype: Any) -> Array:
-    """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.lower.ALIGNMENT` bytes."""
+    """Zeros that begin at a multiple of :data:`~dyncomp.backends.tvm.layout.ALIGNMENT` bytes."""
     count, size = int(np.prod(shape, dtype=np.int64)), np.dtype(dtype).itemsize
     memory = np.zeros(max(count, 1) * size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -182,9 +202,13 @@ def aligned_copy(array: Array) -> Array:
     return copy
 
 
-def _read_aligned(path: Path) -> Array:
+def _read_parameters(path: Path) -> Array:
+    """The bytes of a file, beginning at a multiple of 64; written to, they are this process's own."""
     try:
-        memory = aligned_zeros([path.stat().st_size], np.uint8)
+        size = path.stat().st_size
+        if size > _MAPPED:
+            return np.memmap(path, np.uint8, mode="c").view(np.ndarray)
+        memory = aligned_zeros([size], np.uint8)
         with path.open("rb") as file:
             file.readinto(memory.data)
     except OSError as error:

@@ -38,7 +38,7 @@ def select(graph: Graph, tiles: Tiles) -> Graph:
     select_norms(graph)
     select_experts(graph, tiles)
     select_sparse_linears(graph, ops)
-    select_quantized_linears(graph, ops)
+    select_quantized_linears(graph, ops, gated=True)
     select_linears(graph, tiles)
     select_gated(graph, tiles.default)
     graph.clean()
@@ -175,7 +175,7 @@ def select_linears(graph: Graph, tiles: Tiles) -> None:
 
 
 def select_gated(graph: Graph, tile: Tile) -> None:
-    """``dyncomp.gated_linear`` on a constant weight that is not quantized."""
+    """``dyncomp.gated_linear`` on a constant weight that is not quantized (those are the native operators')."""
     for node in graph.nodes:
         if node.target is not GATED:
             continue

@@ -97,7 +97,7 @@ def command(
         if speculation is not None:
             click.echo(speculation.report, err=True)
         return
-    completions = _complete(generator, requests, choice, slots)
+    completions = _complete(generator, requests, choice, slots, backend)
     if json_:
         guesses = {} if speculation is None else {"speculation": dataclasses.asdict(speculation.report)}
         options.print_json([_as_dict(t, c) | guesses for t, c in zip(texts, completions, strict=True)])
@@ -120,21 +120,22 @@ def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | N
         click.echo(f"{file}: an embedding of {len(vector)} numbers (--json prints them){likeness}")
 
 
-def _complete(generator: Generator | Seq2SeqGenerator, requests: list[Any], sampling: Sampling, slots: int) -> list[Completion]:
+def _complete(
+    generator: Generator | Seq2SeqGenerator, requests: list[Any], sampling: Sampling, slots: int, backend: str
+) -> list[Completion]:
     """All requests: over slots of one KV cache where there is one, else as one batch."""
-    from dyncomp.backends.ort.decoder import OrtDecoder
-    from dyncomp.backends.ort.slots import OrtSlots
+    from dyncomp.backends.decoder import CachedDecoder
+    from dyncomp.deploy import backend_of
     from dyncomp.runtime.batching import Batcher
     from dyncomp.runtime.generate import Generator
 
     session = generator.session
-    if len(requests) == 1 or not isinstance(generator, Generator) or not isinstance(session, OrtDecoder):
+    if len(requests) == 1 or not isinstance(generator, Generator) or not isinstance(session, CachedDecoder):
         return generator.generate(requests, sampling)
     longest = max(len(generator.encode(r)) for r in requests)
     capacity = min(longest + sampling.max_tokens, session.context_length)
-    return Batcher(OrtSlots(session.model, slots=min(slots, len(requests)), capacity=capacity), generator.tokenizer).complete(
-        requests, sampling
-    )
+    shared = backend_of(backend).slots(session.model, slots=min(slots, len(requests)), capacity=capacity)
+    return Batcher(shared, generator.tokenizer).complete(requests, sampling)
 
 
 def _speculation(session: Any, requests: int, draft: Draft | None) -> Speculation:

@@ -54,7 +54,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     if results.get("peers"):
         lines += [
             "",
-            "## SmolLM2-135M dense beside other engines, batch 1, prefill of 512",
+            f"## SmolLM2-135M dense beside other engines, batch 1, prefill of {results['peers'][0]['prefill_tokens']}",
             "",
             "| engine | precision | threads | decode tokens/s | prefill tokens/s |",
             "|---|---|---|---|---|",

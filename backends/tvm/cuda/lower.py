@@ -11,7 +11,8 @@ from dyncomp.backends.artifact import CONFIG, describe
 from dyncomp.backends.program import exported_program
 from dyncomp.backends.tvm.cuda.gpu import Gpu
 from dyncomp.backends.tvm.cuda.nvcc import Resources, compile_cuda, find_nvcc, threads_of
-from dyncomp.backends.tvm.lower import PARAMETERS, SCHEMA, keep_weights_outside, tensors_of, write_parameters
+from dyncomp.backends.tvm.layout import PARAMETERS, SCHEMA
+from dyncomp.backends.tvm.lower import keep_weights_outside, tensors_of, write_parameters
 from dyncomp.backends.tvm.require import require_compiler
 
 from dyncomp.errors import BackendError
