@@ -107,11 +107,11 @@ def write_checkpoint(shape: Shape, folder: Path) -> int:
 def measure(row: Row) -> dict[str, Any]:
     scratch = os.environ.get("DYNCOMP_SCRATCH")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="memory-") as folder:
-        parameters = _alone(write_checkpoint, SHAPES[row.size], Path(folder) / "model")
-        return {"parameters": parameters, "versions": versions()} | _alone(_convert, Path(folder), row)
+        parameters = alone(write_checkpoint, SHAPES[row.size], Path(folder) / "model")
+        return {"parameters": parameters, "versions": versions()} | alone(_convert, Path(folder), row)
 
 
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

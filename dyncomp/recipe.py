@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +25,8 @@ class Recipe(BaseModel):
         passes: as in ``carve-experts{experts=16}, fit-router{active=75%}``.
         active: what to use when the user gives none.
         experts: the same; None is what suits the model's FFNs, see :func:`suitable_experts`.
+        made: of a preset, how its experts are made: carved (parts of each FFN) or upcycled (copies of it, with noise).
+        otherwise: its passes where they are made in the other way; ``NAME:carved`` or ``NAME:upcycled`` asks for it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -32,6 +35,21 @@ class Recipe(BaseModel):
     passes: str
     active: float = 0.75
     experts: int | None = None
+    made: Literal["", "carved", "upcycled"] = ""
+    otherwise: str = ""
+
+    def made_as(self, made: str) -> Recipe:
+        """This preset with its experts ``carved`` or ``upcycled``.
+
+        Raises:
+            RequestError: it has only one way, or there is no such way.
+        """
+        if made not in MADE or not self.otherwise:
+            what = f"is {self.made} only" if self.made and made in MADE else f"cannot be {made!r}"
+            both = ", ".join(r.name for r in RECIPES.values() if r.otherwise)
+            raise RequestError(f"the recipe {self.name!r} {what}", hint=f"carved or upcycled, as in mixtral-8x2:upcycled: {both}")
+        passes = self.passes if made == self.made else self.otherwise
+        return self.model_copy(update={"name": f"{self.name}:{made}", "passes": passes, "made": made, "otherwise": ""})
 
     def resolve(
         self, *, active: float | None = None, experts: int | None = None, quantize: str | None = None, kv_cache: str | None = None,
@@ -71,6 +89,7 @@ class Recipe(BaseModel):
         return passes
 
 
+MADE = ("carved", "upcycled")
 CACHES: dict[str, Pass] = {"int8": QuantizeCache()}
 """What ``--kv-cache`` takes."""
 
@@ -92,10 +111,17 @@ def suitable_experts(widths: Sequence[int]) -> int:
 _UNBIASED = "fit-router{active={active} gates=topk bias=false}, refit-down{bias=false}"
 
 
-def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "") -> Recipe:
-    """Experts in the numbers of a system people know: ``k`` of ``experts`` run, ``shared`` of them for every token."""
+def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "", copies: str = "", made: str = "carved") -> Recipe:
+    """Experts in the numbers of a system people know: ``k`` of ``experts`` run, ``shared`` of them for every token.
+
+    Args:
+        copies: options of ``upcycle``, where its experts and those that run are not as many as carved ones.
+    """
     carve = f"carve-experts{{experts={experts} shared={shared} keep-dense={keep_dense}}}"
-    return Recipe(name=name, passes=f"{carve}, fit-router{{gates=topk k={k} bias=false}}, refit-down{{bias=false}}")
+    carved = f"{carve}, fit-router{{gates=topk k={k} bias=false}}, refit-down{{bias=false}}"
+    both = {"carved": carved, "upcycled": f"upcycle{{{copies or f'experts={experts} k={k}'}}}"}
+    passes = both.pop(made)
+    return Recipe.model_validate({"name": name, "passes": passes, "made": made, "otherwise": next(iter(both.values()))})
 
 
 RECIPES = {
@@ -115,32 +141,38 @@ RECIPES = {
         Recipe(name="qwen-moe", passes="carve-experts{experts={experts} shared={shared}}, " + _UNBIASED),
         _preset("mixtral-8x2", experts=8, k=2),
         _preset("gpt4-16x2", experts=16, k=2),
-        _preset("qwen-moe-64x8", experts=64, shared=4, k=8),
-        _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0"),
-        # 8 of 56 experts in 4 of 8 groups beside 8 shared ones; `heal` with balance-rate moves the biases that choose.
+        # Upcycled, fine-grained experts are eighths of an FFN, some of them shared and the others copied: a token runs an FFN's worth.
+        _preset("qwen-moe-64x8", experts=64, shared=4, k=8, copies="experts=64 k=8 parts=8 shared=4"),
+        _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0", copies="experts=62 k=8 parts=8 shared=2 keep-dense=0"),
+        # 1 shared and 7 of 56 experts, from 4 of 8 groups; carved, 8 of 56 beside 8 shared ones. Sigmoid scores, normalised weights and a
+        # bias that chooses, which `heal` moves with balance-rate=0.001.
         Recipe(
             name="deepseek-v3",
-            passes="carve-experts{experts=64 shared=8 keep-dense=0}, fit-router{gates=group-topk k=16 groups=8 kept=4}, refit-down",
+            passes="upcycle{experts=57 k=8 parts=8 shared=1 gates=deepseek-v3 groups=8 kept=4 keep-dense=0}",
+            made="upcycled",
+            otherwise="carve-experts{experts=64 shared=8 keep-dense=0}, fit-router{gates=deepseek-v3 k=16 groups=8 kept=4}, refit-down",
         ),
         # An eighth of the tokens in every other layer (2404.02258).
         Recipe(name="mod-12.5", passes="skip-depth{blocks=alternate active=56.25%}"),
-        # Copies of the FFNs: larger models, for `dyncomp heal`; switch with balance=0.01 and capacity=1.25 there.
-        Recipe(name="upcycled-8x2", passes="upcycle{experts=8 k=2}"),
-        Recipe(name="switch", passes="upcycle{experts=8 k=1}"),
-        Recipe(name="soft-moe", passes="soft-moe{experts=8 slots=4}"),
+        # For `dyncomp heal`, with balance=0.01 and capacity=1.25 there.
+        _preset("switch", experts=8, k=1, made="upcycled"),
+        Recipe(name="soft-moe", passes="soft-moe{experts=8 slots=4}", made="upcycled"),
     )
 }
 DEFAULT = "experts"
 
 
 def load_recipe(name: str | None) -> Recipe:
-    """A recipe by name, or from a TOML file with the fields of :class:`Recipe`.
+    """A recipe by name, or from a TOML file with the fields of :class:`Recipe`. A preset's name may end in ``:carved`` or ``:upcycled``.
 
     Raises:
         RequestError: no such recipe, or the file is not one.
     """
     if name is None or name in RECIPES:
         return RECIPES[name or DEFAULT]
+    preset, colon, made = name.rpartition(":")
+    if colon and preset in RECIPES:
+        return RECIPES[preset].made_as(made)
     path = Path(name).expanduser()
     known = f'recipes: {", ".join(RECIPES)}; or a TOML file with passes = "…"'
     if not path.is_file():

@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 
 from dyncomp.passes.across_tokens import refuse_decoders, require_sequences
 from dyncomp.passes.layerwise import ExpertView, Layer, LayerwisePass, active_share, routing_facts, same_region, set_threshold
-from dyncomp.passes.routers import FAMILIES, RouterOptions, install
+from dyncomp.passes.routers import FAMILIES, Biased, RouterOptions, install
 from torch import Tensor
 
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass
 from dyncomp.regions import find_carved
-from dyncomp.routing import expert_choice, group_top_k, sinkhorn_top_k
+from dyncomp.routing import deepseek_v3_parts, expert_choice, group_top_k, sinkhorn_top_k
 
 THRESHOLDS = ("threshold", "relative")
-GATES = (*THRESHOLDS, "topk", "group-topk", "expert-choice", "sinkhorn")
+GATES = (*THRESHOLDS, "topk", "group-topk", "deepseek-v3", "expert-choice", "sinkhorn")
 ACROSS_TOKENS = ("expert-choice", "sinkhorn")
 BUDGETS = ("uniform", "kl")
 
@@ -43,9 +43,9 @@ class FitRouter(LayerwisePass):
     """Mean fraction of active neurons over all FFNs, those kept dense included."""
     gates: str = "threshold"
     """``threshold`` (of the layer: as many experts as a token needs), ``relative`` to the best expert of the token (D2DMoE), ``topk``
-    (the same number for each token), ``group-topk`` (top-k in a token's best groups of experts, DeepSeek-V3); for encoders also
-    ``expert-choice`` (the same number of tokens for each expert) and ``sinkhorn`` (top-k of a balanced assignment). See
-    :mod:`dyncomp.routing`."""
+    (the same number for each token), ``group-topk`` (top-k in a token's best groups of experts), ``deepseek-v3`` (the same, chosen by
+    sigmoid scores and a bias that ``heal{balance-rate}`` moves); for encoders also ``expert-choice`` (the same number of tokens for each
+    expert) and ``sinkhorn`` (top-k of a balanced assignment). See :mod:`dyncomp.routing`."""
     target: str = "energy"
     """What is regressed: ``energy`` (its logarithm) or ``norm`` of an expert's output."""
     ridge: float = 1e-2
@@ -54,12 +54,12 @@ class FitRouter(LayerwisePass):
     """Without a threshold: how many experts each token runs (``expert-choice``: on average), shared ones included, whatever ``active``
     says; 0 is what ``active`` gives."""
     groups: int = 4
-    """With ``group-topk``: groups of the experts that are not shared."""
+    """With ``group-topk`` and ``deepseek-v3``: groups of the experts that are not shared."""
     kept: int = 2
-    """With ``group-topk``: groups that a token may use."""
+    """With them: groups that a token may use."""
     bias: bool = True
     """With ``topk`` and ``ridge``: false fits scores without a bias, by each expert's energy beside the token's mean over experts: most
-    servers' routers have none."""
+    servers' routers have none. ``deepseek-v3`` fits them so in any case; its bias begins at 0."""
     router: str = "ridge"
     """``ridge``, ``mlp``, ``neuron``, ``spectral``, ``mean-gate`` or ``representative``."""
     rank: int = 32
@@ -82,6 +82,8 @@ class FitRouter(LayerwisePass):
             raise RequestError(f"fit-router: budgets={self.budgets} cannot weigh gates={self.gates}", hint="use threshold or topk gates")
         if not 0 < self.kept <= self.groups:
             raise RequestError(f"fit-router: {self.kept} of {self.groups} groups kept", hint="0 < kept <= groups")
+        if self.gates == "deepseek-v3" and self.router != "ridge":
+            raise RequestError(f"fit-router: gates=deepseek-v3 needs router=ridge, not {self.router}", hint="leave one of them out")
         if not self.bias and self.router != "ridge":
             raise RequestError(f"fit-router: bias=false needs router=ridge, not {self.router}", hint="leave one of them out")
 
@@ -120,7 +122,8 @@ class FitRouter(LayerwisePass):
     def _install(self, graph: Graph, layer: Layer, seed: int) -> None:
         """Fit the router of one layer and set its threshold; ``layer.view`` shows it."""
         view = layer.view
-        scores = FAMILIES[self.router](layer, RouterOptions(self.target, self.ridge, self.rank, seed, self.bias))
+        bias = self.bias and self.gates != "deepseek-v3"
+        scores = FAMILIES[self.router](layer, RouterOptions(self.target, self.ridge, self.rank, seed, bias))
         k = max(1, round(routing_facts(graph, view.name).get("active", 1.0) * view.experts))
         install(graph, view, scores, gates=self._gates(view, routing_facts(graph, view.name).get("active", 1.0)), k=k)
         layer.view = ExpertView(graph, same_region(graph, view.region))
@@ -128,8 +131,8 @@ class FitRouter(LayerwisePass):
             set_threshold(graph, layer)
             layer.view = ExpertView(graph, layer.view.region)
 
-    def _gates(self, view: ExpertView, share: float) -> str | Callable[[Tensor], Tensor]:
-        """Of the experts that are not shared: a name that ``install`` knows, or a function of their scores."""
+    def _gates(self, view: ExpertView, share: float) -> str | Callable[[Tensor], Tensor] | Biased:
+        """What ``install`` takes: a name, a function of the scores of the experts that are not shared, or one of all of them and a bias."""
         shared = int(view.shared.sum())
         experts, routed = view.experts - shared, max(1, round(share * view.experts)) - shared
         if self.gates in (*THRESHOLDS, "topk"):
@@ -147,4 +150,6 @@ class FitRouter(LayerwisePass):
                 f"fit-router: {routed} of {experts} experts in {self.kept} of {self.groups} groups",
                 hint="groups must divide the experts that are not shared, and the groups kept must hold as many as run",
             )
+        if self.gates == "deepseek-v3":
+            return Biased(partial(deepseek_v3_parts, k=routed, groups=self.groups, kept=self.kept, shared=shared))
         return partial(group_top_k, k=routed, groups=self.groups, kept=self.kept)

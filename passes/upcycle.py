@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import torch
 from dyncomp.passes.carve_experts import kept_dense
+from dyncomp.passes.clustering import expert_size
 from dyncomp.passes.layerwise import routing_facts
 from torch import Tensor, fx
 
@@ -30,7 +32,11 @@ class Upcycle(Pass):
     before:  linear(x, gate) -> silu -\\
              linear(x, up) ------------*-> linear(., down)
     after:   gates = top_k(linear(x, router), k)                 # plain nodes, see dyncomp.routing
-             dyncomp.routed_ffn(x, gates, w_up[E], w_down[E])    # copies of the FFN
+             dyncomp.routed_ffn(x, gates, w_up[E], w_down[E])    # copies of the FFN, or of its parts
+
+    With ``parts`` experts are fine-grained: each holds a part of the FFN's neurons, the first ``shared`` parts run for every token, and the
+    others are copied. The parts of a copy begin with the same router row, so that a token runs all of them, and part by training
+    ("virtual groups", 2410.07524); weights are scaled by their number.
 
     Without noise the model computes what it did. It is larger and slower by itself: what it is for is ``heal``.
     """
@@ -38,9 +44,13 @@ class Upcycle(Pass):
     name: ClassVar[str] = "upcycle"
 
     experts: int = 8
-    """E, copies of each FFN."""
+    """E, of each FFN: its copies; with ``parts``, the shared parts and the copies of the others."""
     k: int = 2
-    """Experts that each token runs."""
+    """Experts that each token runs, shared ones included."""
+    parts: int = 1
+    """What each FFN's neurons are divided into; must divide its width. A token that runs as many experts computes what the FFN did."""
+    shared: int = 0
+    """Of the parts, those that are not copied and run for every token."""
     noise: float = 0.01
     """Deviation of what is added to each copy's weights, times that of the weights."""
     gates: str = "topk"
@@ -60,13 +70,42 @@ class Upcycle(Pass):
             raise RequestError(
                 f"upcycle: {self.k} of {self.experts} experts, noise {self.noise:g}", hint="0 < k <= experts, experts >= 2, noise >= 0"
             )
+        if not 0 <= self.shared < self.parts or (self.experts - self.shared) % self._copied or (self.k - self.shared) % self._copied:
+            raise RequestError(
+                f"upcycle: {self.k} of {self.experts} experts that are {self.parts} parts, {self.shared} of them shared",
+                hint="experts - shared and k - shared must be multiples of parts - shared: whole copies; shared < parts",
+            )
+        if self._copies < 2 or self._running < 1:
+            raise RequestError(
+                f"upcycle: {self._running} of {self._copies} copies of {self._copied} parts run", hint="at least 1 of at least 2"
+            )
         if self.gates in ("deepseek-v3", "tree") and (
-            not 0 < self.kept <= self.groups or self.experts % self.groups or self.kept * (self.experts // self.groups) < self.k
+            not 0 < self.kept <= self.groups or self._copies % self.groups or self.kept * (self._copies // self.groups) < self._running
         ):
             raise RequestError(
                 f"upcycle: {self.k} of {self.experts} experts in {self.kept} of {self.groups} groups",
-                hint="groups must divide the experts, and the groups kept must hold as many as run",
+                hint="groups must divide the experts into whole copies, and the groups kept must hold as many as run",
             )
+
+    @property
+    def _copied(self) -> int:
+        """Parts of a copy."""
+        return self.parts - self.shared
+
+    @property
+    def _copies(self) -> int:
+        return (self.experts - self.shared) // self._copied
+
+    @property
+    def _running(self) -> int:
+        """Copies that a token runs at first."""
+        return (self.k - self.shared) // self._copied
+
+    def precheck(self, graph: Graph) -> None:
+        ffns = find_regions(graph).require_ffns()
+        for position, ffn in enumerate(ffns):
+            if position not in kept_dense(self.keep_dense, len(ffns)):
+                expert_size(ffn.d_ff, self.parts)
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         ffns = find_regions(graph).ffns
@@ -80,24 +119,26 @@ class Upcycle(Pass):
             if self.gates == "hash" and (why := _without_ids(graph, ffn)):
                 result.refused.append(Refusal(ffn.name, self.name, why, "use gates=topk"))
                 continue
-            copies = add_copies(graph, ffn, self.experts, self.noise, generator)
+            copies = add_copies(graph, ffn, self._copies, self.noise, generator, parts=self.parts, shared=self.shared)
             router = self._router(graph, ffn, generator)
 
             def build(b: Builder, x: fx.Node, ffn: FFN = ffn, copies: Copies = copies, router: dict[str, fx.Node] = router) -> fx.Node:
                 return copies.after(b, copies.call(b, x, self._gates(b, x, router)))
 
             replace_ffn(graph, ffn, build)
-            routing_facts(graph, ffn.name).update(active=self.k / self.experts, copies=True)
+            routing_facts(graph, ffn.name).update(active=self.k / self.experts, copies=True, shared=self.shared)
             result.changed.append(ffn.name)
         return result
 
     def _router(self, graph: Graph, ffn: FFN, generator: torch.Generator) -> dict[str, fx.Node]:
         """Constants that the gates are made of."""
         linear = lambda rows: torch.randn(rows, ffn.d_model, generator=generator) / ffn.d_model**0.5  # noqa: E731
-        tensors: dict[str, Tensor] = {"weight": linear(self.experts)}
+        each = linear(self._copies).repeat_interleave(self._copied, 0)
+        tensors: dict[str, Tensor] = {"weight": torch.cat([torch.zeros(self.shared, ffn.d_model), each])}
         if self.gates == "hash":
             seed = int(torch.randint(1 << 30, (), generator=generator))
-            tensors = {"table": hash_table(vocabulary_size(graph), self.experts, self.k, seed=seed)}
+            table = hash_table(vocabulary_size(graph), self._copies, self._running, seed=seed).repeat_interleave(self._copied, 1)
+            tensors = {"table": torch.cat([torch.ones(len(table), self.shared), table], 1)}
         elif self.gates == "deepseek-v3":
             tensors["bias"] = torch.zeros(self.experts)
         elif self.gates == "tree":
@@ -111,11 +152,20 @@ class Upcycle(Pass):
             return b.call(aten.embedding.default, router["table"], b.graph.placeholders[0])
         coarse = [b.call(aten.linear.default, x, router["coarse"])] if self.gates == "tree" else []
         scores = b.call(aten.linear.default, x, router["weight"])
+        k, factor = self.k - self.shared, float(self._copied)
         if self.gates == "deepseek-v3":
-            return b.inline(partial(deepseek_v3, k=self.k, groups=self.groups, kept=self.kept), scores, router["bias"])
-        if self.gates == "tree":
-            return b.inline(partial(tree, k=self.k, kept=self.kept), *coarse, scores)
-        return b.inline(partial(top_k, k=self.k), scores)
+            gates = partial(deepseek_v3, k=k, groups=self.groups, kept=self.kept, shared=self.shared, factor=factor)
+            return b.inline(gates, scores, router["bias"])
+        chosen = partial(tree, k=k, kept=self.kept) if self.gates == "tree" else partial(top_k, k=k)
+        return b.inline(partial(_beside_shared, gates=chosen, shared=self.shared, factor=factor), *coarse, scores)
+
+
+def _beside_shared(*scores: Tensor, gates: Callable[..., Tensor], shared: int, factor: float) -> Tensor:
+    """``gates`` of the last scores' other experts, times ``factor``, behind ones for the ``shared`` first ones."""
+    *before, last = scores
+    found = gates(*before, last[..., shared:] if shared else last)
+    found = found * factor if factor != 1 else found
+    return torch.cat([torch.ones_like(last[..., :shared]), found], -1) if shared else found
 
 
 def _without_ids(graph: Graph, ffn: FFN) -> str | None:
@@ -147,19 +197,29 @@ class Copies:
         return y if self.b_down is None else b.call(aten.add.Tensor, y, self.b_down)
 
 
-def add_copies(graph: Graph, ffn: FFN, experts: int, noise: float, generator: torch.Generator) -> Copies:
-    """``experts`` copies of an FFN's weights, [E, …]; matrices with noise."""
+def add_copies(graph: Graph, ffn: FFN, copies: int, noise: float, generator: torch.Generator, *, parts: int = 1, shared: int = 0) -> Copies:
+    """Copies of an FFN's weights as experts, [E, …]; matrices with noise.
+
+    Args:
+        parts: of the neurons, each an expert of its own. shared: the first of them, which are there once and without noise; the others
+            follow copy by copy, E = shared + copies * (parts - shared).
+    """
     weights, prefix = ffn.weights(graph), f"{ffn.name}.experts"
 
     def copy(value: Tensor) -> Tensor:
-        copied = value.expand(experts, *value.shape).clone()
-        if noise and value.ndim == 2:
+        """[parts, …] -> [E, …]"""
+        copied = value[shared:].repeat(copies, *[1] * (value.ndim - 1))
+        if noise and value.ndim == 3:
             copied += noise * value.std() * torch.randn(copied.shape, generator=generator)
-        return copied
+        return torch.cat([value[:shared], copied])
 
-    tensors = {"w_up": copy(weights.w_up), "w_down": copy(weights.w_down)}
+    def split(rows: Tensor) -> Tensor:
+        """[n * F, …], n of them a neuron -> [parts, n * F / parts, …]"""
+        return rows.reshape(-1, parts, ffn.d_ff // parts, *rows.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+    tensors = {"w_up": copy(split(weights.w_up)), "w_down": copy(weights.w_down.unflatten(1, (parts, -1)).transpose(0, 1))}
     if weights.b_up is not None:
-        tensors["b_up"] = copy(weights.b_up)
+        tensors["b_up"] = copy(split(weights.b_up))
     if weights.b_down is not None:
         tensors["b_down"] = weights.b_down.clone()
     nodes = {}

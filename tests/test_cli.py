@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,15 +20,19 @@ from dyncomp.backends.native import available
 from dyncomp.passes import FitRouter
 from dyncomp.passes.routers import FAMILIES
 from helpers import own_cache, relative_error
+from rich.console import Console
 from safetensors.torch import load_file
 from test_heal import free_port
-from tiny_checkpoint import write_checkpoint, write_text
+from tiny_checkpoint import write_checkpoint, write_encoder, write_text
 
 from dyncomp import bundle, convert, workspace
 from dyncomp.cli import cli, main
 from dyncomp.errors import DyncompError
 from dyncomp.heal import Trainer
-from dyncomp.report.tables import notes
+from dyncomp.models import load_model
+from dyncomp.report.inspection import experts_table
+from dyncomp.report.tables import notes, router_table
+from dyncomp.router_table import compare_routers
 
 OPTIONS = ["--tokens", "4096", "--windows", "2", "--experts", "8", "--active", "75%"]
 
@@ -219,13 +224,50 @@ def test_evaluate_on_questions(place) -> None:
 
 def test_inspect_compares_routers(place) -> None:
     options = ["--routers", "--carve", "4", "--tokens", "2048", "--windows", "2", "--calibrate", "text.txt", "--json"]
-    rows = {row["router"]: row for row in json.loads(run(place, "inspect", "model", *options))["routers"]}
+    table = json.loads(run(place, "inspect", "model", *options))["routers"]
+    rows = {row["router"]: row for row in table if row["gates"] in ("threshold", None)}
     assert set(rows) == {"oracle", *FAMILIES, "static"}
     assert rows["oracle"]["agreement"] > max(rows[name]["agreement"] for name in ("ridge", "mean-gate"))
     assert rows["oracle"]["layer_error"] < min(rows[name]["layer_error"] for name in ("ridge", "mean-gate"))
-    assert rows["static"]["agreement"] is None
+    assert rows["static"]["agreement"] is rows["static"]["load"] is None
+    gates = {row["gates"]: row for row in table if row["router"] == "ridge"}
+    assert list(gates) == ["threshold", "relative", "topk", "group-topk", "deepseek-v3"]
+    for name, row in gates.items():
+        assert row["active"] == pytest.approx(0.75, abs=1e-6 if "topk" in name or name == "deepseek-v3" else 0.15), name
+        assert row["load"]["most_used"] == 1, "a shared expert"
+        assert 0 <= row["load"]["least_used"] <= 0.75
     with pytest.raises(DyncompError, match="needs a dense model"):
         run(place, "inspect", "out", "--routers")
+
+
+def test_gates_across_tokens_are_compared_on_encoders(place) -> None:
+    loaded = load_model(str(write_encoder(place / "encoder")))
+    rows = compare_routers(loaded, experts=8, active=0.5, tokens=2048, count=2, routers=("ridge",), text=str(place / "text.txt"))
+    found = {row.gates: row for row in rows}
+    assert list(found) == ["threshold", "relative", "topk", "group-topk", "deepseek-v3", "expert-choice", "sinkhorn"]
+    uneven = {name: row.load["most_used"] - row.load["least_used"] for name, row in found.items()}
+    assert found["expert-choice"].load["spread"] > 0.99, "experts that choose have equal loads"
+    assert all(found["expert-choice"].active == pytest.approx(row.active, abs=0.1) for row in rows)
+    assert uneven["topk"] > uneven["sinkhorn"], uneven
+
+
+def test_a_router_that_collapsed_is_named(place) -> None:
+    load = {"least_used": 0.0, "most_used": 1.0, "unused_experts": 5.0, "spread": 0.0, "collapsed": 1.0}
+    shown = {"agreement": 0.5, "layer_error": 0.1, "loss": 0.2, "interval": None, "active": 0.5, "seconds": 1.0}
+    rows = [{"router": "ridge", "gates": gates, "load": value} | shown for gates, value in (("topk", load), ("relative", None))]
+    console = Console(file=io.StringIO(), width=160)
+    console.print(router_table(rows, "routers", "causal-lm"))
+    text = console.file.getvalue()
+    assert "collapsed in some layer (next to the same experts for every token): ridge, topk" in text
+    assert "0% to 100%" in text
+    report = bundle.open_bundle(place / "out").report()
+    loads = next(iter(report["quality"].values()))["load_by_region"]
+    loads[next(iter(loads))][3:5] = [0, 0]
+    console.print(experts_table(SimpleNamespace(report=lambda: report)))
+    assert "never used" in console.file.getvalue()
+    unused = [str(sum(v == 0 for v in load)) for load in loads.values()]
+    assert int(unused[0]) >= 2
+    assert unused[0] in next(line for line in console.file.getvalue().splitlines() if "layers.0.mlp" in line).split()
 
 
 def test_evaluate_on_any_text(place) -> None:

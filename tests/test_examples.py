@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import importlib.machinery
 import importlib.util
+import io
+import itertools
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close
 
 import dyncomp.api
+from dyncomp.api import ConvertedModule
 from dyncomp.errors import ModelError
+from dyncomp.report.progress import ProgressReporter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,24 +45,105 @@ def test_the_documented_pass_is_the_example() -> None:
     assert code.strip() in (ROOT / "examples" / "clamp_pass.py").read_text()
 
 
-def test_the_example_in_python(tmp_path, capsys) -> None:
-    """On a model in memory; it generates, trains and compiles."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(what the example in Python prints, its conversion)"""
     from tiny_checkpoint import write_checkpoint, write_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, text = write_checkpoint(tmp_path / "model"), write_text(tmp_path / "text.txt")
+    place = tmp_path_factory.mktemp("api")
+    folder, text = write_checkpoint(place / "model"), write_text(place / "text.txt")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    options = {"tokens": 1024, "windows": 1, "calibrate": str(text), "other": None, "experts": 4, "show": False, "out": tmp_path / "out"}
-    load("api").main(model, tokenizer, **options)
-    out = capsys.readouterr().out
+    options = {"tokens": 1024, "windows": 1, "calibrate": str(text), "other": None, "experts": 4, "show": False, "out": place / "out"}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        load("api").main(model, tokenizer, **options)
+    return out.getvalue(), dyncomp.api.Converted(place / "out", "torch", {})
+
+
+def test_the_example_in_python(made) -> None:
+    """On a model in memory; it generates and has gradients."""
+    out, converted = made
     assert re.search(r"\d+% of the FFN neurons active, perplexity \d", out)
     assert "The river" not in out.splitlines()[0]
-    made = dyncomp.api.Converted(tmp_path / "out", "torch", {})
-    assert f"{len(list(made.module.parameters()))} tensors have gradients" in out
+    assert f"{len(list(converted.module.parameters()))} tensors have gradients" in out
     ids = torch.randint(2, 300, (2, 9))
     with torch.no_grad():
-        assert_close(torch.compile(made.module, backend="eager")(ids), made.module(input_ids=ids), rel=1e-5)
-        assert_close(made.module(ids), made.bundle.graph()(ids), rel=1e-6)
+        assert_close(converted.module(ids), converted.bundle.graph()(input_ids=ids), rel=1e-6)
+
+
+def test_a_converted_module_compiles(made) -> None:
+    """With inductor, at two lengths, and its gradients too."""
+    module, compiled = made[1].module, torch.compile(made[1].module)
+    for length in (9, 14):
+        ids = torch.randint(2, 300, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            assert_close(compiled(ids), module(input_ids=ids), rel=1e-5)
+    grads = []
+    for model in (module, compiled):
+        module.zero_grad()
+        model(ids).logsumexp(-1).mean().backward()
+        grads.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 10
+    for plain, other in zip(*grads, strict=True):
+        assert_close(other, plain, rel=1e-3)
+
+
+def test_a_converted_module_learns(made) -> None:
+    """Five steps of an optimiser on one batch: its loss falls, and routers move too."""
+    module = ConvertedModule(made[1].bundle.graph())
+    ids = torch.randint(2, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = torch.nn.functional.cross_entropy(module(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(b < a for a, b in itertools.pairwise(losses)), losses
+    assert losses[-1] < 0.97 * losses[0], losses
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert any("router" in name for name in moved)
+
+
+class ZMQInteractiveShell:
+    """By its name rich knows a notebook."""
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_progress_in_a_notebook(monkeypatch, capsys, widgets: bool) -> None:
+    """A bar that is drawn again in one cell, where there are widgets; else plain lines."""
+    shown: list[Any] = []
+
+    class Output:
+        def __enter__(self) -> None:
+            shown.append("cell")
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def clear_output(self, wait: bool = False) -> None:
+            shown.append("cleared")
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    modules = {"IPython": {}, "IPython.display": {"display": shown.append}} | ({"ipywidgets": {"Output": Output}} if widgets else {})
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    if not widgets:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with ProgressReporter() as progress:
+        assert progress.console.is_jupyter
+        for done in range(3):
+            progress("calibrate", done, 2)
+        progress.say("half way")
+    texts = "".join(s._repr_mimebundle_([], [])["text/plain"] for s in shown if hasattr(s, "_repr_mimebundle_"))
+    errors = capsys.readouterr().err
+    assert "half way" in texts
+    assert ("cleared" in shown) == ("2/2" in texts) == widgets
+    assert ("calibrate: done" in errors) == (not widgets)
 
 
 def test_mixture_of_depths_from_scratch(tmp_path, capsys) -> None:

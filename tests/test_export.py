@@ -36,6 +36,7 @@ from dyncomp.trace import trace_model
 SHARED = "carve-experts{experts=8 shared=2 keep-dense=}, fit-router{gates=topk k=4 bias=false}, refit-down{bias=false}"
 UNSHARED = "carve-experts{experts=8 keep-dense=}, fit-router{gates=topk k=3 bias=false}, refit-down{bias=false}"
 FIRST_DENSE = "carve-experts{experts=8 shared=2 keep-dense=0}, fit-router{gates=topk k=4}, refit-down{bias=false}"
+NARROW = "carve-experts{experts=32 shared=4 keep-dense=}, fit-router{gates=topk k=8 bias=false}, refit-down{bias=false}"
 THRESHOLDS = "carve-experts{experts=8}, fit-router{active=75%}, refit-down"
 
 
@@ -107,6 +108,7 @@ def test_what_an_architecture_cannot_hold_is_said() -> None:
     assert any(
         "no biases" in r for r in explain(converted("llama", SHARED.replace("refit-down{bias=false}", "refit-down")))[2]["qwen2-moe"]
     )
+    assert any("experts of 2 neurons" in reason for reason in explain(converted("llama", NARROW))[2]["granite-moe"])
     widths = explain(converted("llama", "prune-static{active=75% keep-dense=0}"))[2]["llama"]
     assert any("widths" in reason and "keep-dense" in reason for reason in widths)
     with pytest.raises(BackendError, match="threshold gates") as error:

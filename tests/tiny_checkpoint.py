@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -92,11 +94,25 @@ def write_whisper(folder: Path, seed: int = 2) -> Path:
     return folder
 
 
-def write_checkpoint(folder: Path, seed: int = 0, heads: int = 4) -> Path:
-    """A Llama of two layers, 32 features, 64 hidden neurons, context 128."""
+def write_encoder(folder: Path, seed: int = 3) -> Path:
+    """A BERT of two layers, 32 features, 64 hidden neurons, context 128."""
+    config = BertConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+        pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = BertModel(config)
+    enliven(model, seed)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path, seed: int = 0, heads: int = 4, ffn: int = 64) -> Path:
+    """A Llama of two layers, 32 features, ``ffn`` hidden neurons, context 128."""
     tokenizer = _tokenizer()
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=heads,
+        vocab_size=320, hidden_size=32, intermediate_size=ffn, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=heads // 2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)

@@ -19,6 +19,9 @@ ACTIVATIONS = {
 }  # fmt: skip
 """dyncomp's name -> transformers'."""
 
+ALIGNED = 8
+"""Neurons whose weights are 16 bytes in bfloat16: torch's grouped products want rows of that size."""
+
 TOPK = "convert with --recipe granite-moe or qwen-moe: the same number of experts for every token, no biases"
 
 
@@ -101,6 +104,8 @@ class Architecture:
             found.append("it has no shared experts, the model has (carve-experts{shared=0})")
         if routing.shared == 0 and self.name == "glm4-moe":
             found.append("it always has a shared expert, the model has none")
+        if routing.width % ALIGNED:
+            found.append(f"experts of {routing.width} neurons: transformers' kernels take multiples of {ALIGNED} (fewer experts)")
         first = shape.dense == tuple(range(len(shape.dense)))
         if shape.dense and (self.dense == "none" or (self.dense == "first" and not first)):
             layers = ", ".join(map(str, shape.dense[:4]))

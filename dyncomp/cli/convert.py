@@ -18,7 +18,10 @@ from dyncomp.cli import options
 @click.option("--max-memory", type=options.Size(), help="Search among what takes at most this, as 100MB; alone, what loses least.")
 @click.option("--minutes", type=float, help="The search begins no candidate after this time. [default: 15]")
 @click.option("--trials", type=int, help="The search tries no more candidates than this.")
-@click.option("--recipe", help="No search: a recipe by name (experts, depth, static, mixtral-8x2, deepseek-v3, switch …) or a TOML file.")
+@click.option(
+    "--recipe",
+    help="No search: a recipe by name (experts, depth, static, mixtral-8x2, qwen-moe-64x8:upcycled, switch:carved …) or a TOML file.",
+)
 @click.option("--active", type=options.Fraction(), help="Mean fraction of active FFN neurons per token, as 75%. [default: the recipe's]")
 @click.option("--experts", type=int, help="Experts per FFN; must divide its width. [default: the recipe's]")
 @click.option(
@@ -45,6 +48,11 @@ def command(json_: bool, **choices: Any) -> None:
     by measured loss and measured speed. --max-memory limits the bytes of the artifact, its weights and tables (keys and values of past
     tokens come on top), and chooses a precision for each region where that fills them best. With --recipe, --active, --experts or
     --quantize that recipe is applied (the default of those is experts: carve, fit routers, refit).
+
+    Presets are recipes with the experts of systems people know: mixtral-8x2, gpt4-16x2, qwen-moe-64x8, ds-moe, deepseek-v3, switch.
+    NAME:carved makes them of each FFN's neurons, and a token computes a part of what it did; NAME:upcycled makes them copies of the FFN or
+    of its parts, with a little noise, which begin as the dense model and are larger than it: they are for dyncomp heal. Without either,
+    deepseek-v3 and switch are upcycled and the others carved. soft-moe (encoders) is upcycled only, and mod-12.5 skips layers.
 
     Pass options go into a recipe file, as passes = "skip-depth{active=87.5% kv=share gates=sequence}". Of tokens that skip an
     attention, kv=compute keeps keys and values, share reuses those of the attention before, absent hides them from later tokens;

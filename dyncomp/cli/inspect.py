@@ -14,7 +14,7 @@ from dyncomp.cli import options
 @click.option("--graph", is_flag=True, help="Print the graph as a readable program.")
 @click.option("--diff", is_flag=True, help="Print what changed between the dense graph and the bundle's, as a unified diff.")
 @click.option("--experts", is_flag=True, help="Print how often each expert of each layer was used on the held-out text.")
-@click.option("--routers", is_flag=True, help="Fit every kind of router to the model and compare them (takes minutes).")
+@click.option("--routers", is_flag=True, help="Fit every kind of router and of gates to the model and compare them (takes minutes).")
 @click.option("--active", type=options.Fraction(), default=0.75, show_default="75%", help="With --routers: active fraction.")
 @click.option("--carve", type=click.IntRange(min=2), default=16, show_default=True, help="With --routers: experts per FFN.")
 @click.option("--tokens", type=click.IntRange(min=512), default=8_192, show_default=True, help="With --routers: calibration tokens.")
@@ -90,7 +90,7 @@ def _routers(source: str, *, active: float, carve: int, tokens: int, windows: in
     with ProgressReporter() as progress:
 
         def done(row: RouterRow) -> None:
-            progress.say(f"{row.router}: loss {row.loss:.4f}, {row.seconds:.0f} s")
+            progress.say(f"{row.router}{f', {row.gates}' if row.gates else ''}: loss {row.loss:.4f}, {row.seconds:.0f} s")
 
         rows = compare_routers(
             loaded, active=active, experts=carve, tokens=tokens, count=windows, text=calibrate, progress=progress, done=done

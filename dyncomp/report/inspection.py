@@ -172,13 +172,14 @@ def _bits(bits: int) -> str:
 
 
 def experts_table(opened: Bundle) -> Table:
-    """One row a routed FFN: the share of held-out tokens that ran each expert, in percent, and its spread: 1 when all are used alike, 0
-    when every token runs the same."""
+    """One row a routed FFN: the share of held-out tokens that ran each expert, in percent, its spread: 1 when all are used alike, 0
+    when every token runs the same, and how many experts no token ran."""
     first = next(iter(opened.report()["quality"].values()))
-    rows = table("share of tokens that run each expert, %", "where", ">active", ">spread", "experts")
+    rows = table("share of tokens that run each expert, %", "where", ">active", ">spread", ">never used", "experts")
     for name, load in first.get("load_by_region", {}).items():
         spread = f"{value:.2f}" if (value := first.get("spread_by_region", {}).get(name)) is not None else ""
-        rows.add_row(name, f"{first['active_by_region'][name]:.1%}", spread, " ".join(f"{100 * value:3.0f}" for value in load))
+        unused = str(sum(value == 0 for value in load))
+        rows.add_row(name, f"{first['active_by_region'][name]:.1%}", spread, unused, " ".join(f"{100 * value:3.0f}" for value in load))
     return rows
 
 

@@ -1,7 +1,8 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from types import TracebackType
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class ProgressReporter:
-    """Call it with (stage, done, total); use it as a context manager. Writes to standard error.
+    """Call it with (stage, done, total); use it as a context manager. Writes to standard error, or into a notebook's cell.
 
     Args:
         every: seconds between two plain lines of one stage.
@@ -26,7 +27,7 @@ class ProgressReporter:
         self._printed: dict[str, float] = {}
 
     def __enter__(self) -> ProgressReporter:
-        if self.console.is_terminal:
+        if self.console.is_terminal or _has_widgets(self.console):
             columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console)
             self._bar.start()
@@ -56,3 +57,8 @@ class ProgressReporter:
     def say(self, text: str) -> None:
         """A line between the bars."""
         self.console.print(text, markup=False)
+
+
+def _has_widgets(console: Console) -> bool:
+    """Whether rich can redraw a bar in the cell of a notebook; without widgets it could only warn."""
+    return console.is_jupyter and all(importlib.util.find_spec(name) is not None for name in ("IPython", "ipywidgets"))

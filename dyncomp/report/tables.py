@@ -112,17 +112,24 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> Table:
 
 
 def router_table(rows: Iterable[dict[str, Any]], title: str, task: str) -> Table:
-    """One row a router; see :class:`dyncomp.router_table.RouterRow`."""
+    """One row a router with its gates; see :class:`dyncomp.router_table.RouterRow`. A second line of the title names what collapsed."""
     loss = "perplexity" if task in WRITES else "1 - cosine"
-    result = table(title, "router", ">as the oracle", ">layer error", f">{loss}, refitted", ">active", ">s")
+    rows = list(rows)
+    fallen = [f"{r['router']}, {r['gates']}" for r in rows if r["load"] and r["load"]["collapsed"]]
+    title += f"\ncollapsed in some layer (next to the same experts for every token): {'; '.join(fallen)}" if fallen else ""
+    columns = (">as the oracle", ">layer error", f">{loss}, refitted", ">active", ">experts used by", ">spread", ">never used", ">s")
+    result = table(title, "router", "gates", *columns)
     form = "+.1%" if task in WRITES else ".4f"
     for row in rows:
         known = [
             "" if row["agreement"] is None else f"{row['agreement']:.1%}",
             "" if row["layer_error"] is None else f"{row['layer_error']:.4f}",
         ]
-        value = f"{row['loss']:{form}}{between(row['interval'], form)}"
-        result.add_row(row["router"], *known, value, f"{row['active']:.1%}", f"{row['seconds']:.0f}")
+        value, load = f"{row['loss']:{form}}{between(row['interval'], form)}", row["load"]
+        use = ["", "", ""]
+        if load is not None:
+            use = [f"{load['least_used']:.0%} to {load['most_used']:.0%}", f"{load['spread']:.2f}", f"{load['unused_experts']:.0f}"]
+        result.add_row(row["router"], row["gates"] or "", *known, value, f"{row['active']:.1%}", *use, f"{row['seconds']:.0f}")
     return result
 
 

@@ -22,7 +22,7 @@ the k best, are operators (:mod:`dyncomp.ops`).
 from dyncomp.routing.balance import balance_loss, bias_step, spread, z_loss
 from dyncomp.routing.capacity import within_capacity
 from dyncomp.routing.expert_choice import expert_choice
-from dyncomp.routing.groups import deepseek_v3, group_top_k, limit_to_groups
+from dyncomp.routing.groups import deepseek_v3, deepseek_v3_parts, group_top_k, limit_to_groups
 from dyncomp.routing.hashed import hash_table
 from dyncomp.routing.noisy import noisy
 from dyncomp.routing.parts import parts_of
@@ -32,6 +32,6 @@ from dyncomp.routing.top_k import top_k
 from dyncomp.routing.tree import tree
 
 __all__ = [
-    "balance_loss", "bias_step", "deepseek_v3", "expert_choice", "group_top_k", "hash_table", "limit_to_groups", "noisy", "parts_of",
-    "sinkhorn", "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
+    "balance_loss", "bias_step", "deepseek_v3", "deepseek_v3_parts", "expert_choice", "group_top_k", "hash_table", "limit_to_groups",
+    "noisy", "parts_of", "sinkhorn", "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
 ]  # fmt: skip

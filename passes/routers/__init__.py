@@ -21,7 +21,7 @@ from dyncomp.passes.routers.analytic import mean_gate, representative, spectral
 from dyncomp.passes.routers.mlp import mlp
 from dyncomp.passes.routers.neuron import neuron
 from dyncomp.passes.routers.ridge import ridge
-from dyncomp.passes.routers.scores import RouterOptions, Scores, install
+from dyncomp.passes.routers.scores import Biased, RouterOptions, Scores, install
 
 FAMILIES: dict[str, Callable[[Layer, RouterOptions], Scores]] = {
     "ridge": ridge,
@@ -32,4 +32,4 @@ FAMILIES: dict[str, Callable[[Layer, RouterOptions], Scores]] = {
     "representative": representative,
 }
 
-__all__ = ["FAMILIES", "RouterOptions", "Scores", "install"]
+__all__ = ["FAMILIES", "Biased", "RouterOptions", "Scores", "install"]

@@ -51,13 +51,25 @@ class Scores:
     emit: Emit | None = None
 
 
-def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str | Callable[[Tensor], Tensor], k: int = 1) -> None:
+@dataclass(frozen=True)
+class Biased:
+    """Gates that a bias helps to choose without being a part of the scores.
+
+    Args:
+        gates: (scores [..., E], bias [E]) -> [..., E], those of shared experts included.
+    """
+
+    gates: Callable[[Tensor, Tensor], Tensor]
+
+
+def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str | Callable[[Tensor], Tensor] | Biased, k: int = 1) -> None:
     """Put a router before the gates of a region, in place of the one it has.
 
     before:  scores = linear(x, W, b);       gates = dyncomp.threshold_gates(scores)
     after:   scores = linear(f(x), W', b');  gates = dyncomp.threshold_gates(scores)     # the threshold is part of b'
              ``relative``: gates = dyncomp.threshold_gates(scores - max(scores) + t)     # D2DMoE, 2310.04361
              ``topk``:     gates = dyncomp.topk_gates(scores, k)
+             ``Biased``:   scores = linear(x, W');  gates = the nodes of ``gates(scores, b')``
              others:       gates = cat(1 for shared experts, the nodes of ``gates(scores of the other experts)``)
     """
     shared, prefix = view.shared, f"{view.name}.router"
@@ -81,7 +93,10 @@ def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str | Call
             nodes = {name: read(name, value) for name, value in (scores.features or {}).items()}
             y = scores.emit(b, y, nodes.__getitem__)
         own = "offset" if gates == "relative" else "bias"  # the threshold is then a bias of its own
-        if weight is not None:
+        if isinstance(gates, Biased):
+            assert weight is not None
+            y = b.call(aten.linear.default, y, read("weight", weight))
+        elif weight is not None:
             y = b.call(aten.linear.default, y, read("weight", weight), read(own, bias))
         else:
             y = b.call(aten.add.Tensor, y, read(own, bias))
@@ -89,7 +104,9 @@ def install(graph: Graph, view: ExpertView, scores: Scores, *, gates: str | Call
             routed = b.call(aten.slice.Tensor, y, -1, count, view.experts)
             y = b.call(aten.sub.Tensor, y, b.call(aten.amax.default, routed, [-1], True))
             y = b.call(aten.add.Tensor, y, read("bias", torch.where(shared, 2 * ALWAYS, 0.0)))
-        if callable(gates):
+        if isinstance(gates, Biased):
+            y = b.inline(gates.gates, y, read("bias", torch.where(shared, 0.0, scores.bias)))
+        elif callable(gates):
             opened = b.inline(gates, b.call(aten.slice.Tensor, y, -1, count, view.experts) if count else y)
             if count:
                 ones = b.call(aten.ones_like.default, b.call(aten.slice.Tensor, y, -1, 0, count))
