@@ -39,6 +39,14 @@ def opened(folder: Path) -> dict[str, float]:
     return {"file_mib": size, "seconds": seconds, "loaded_mib": loaded - before, "run_mib": rss() - before}
 
 
+def measured(folder: Path) -> dict[str, float]:
+    """What :func:`opened` finds in a process of its own, the second to read the files."""
+    command = [sys.executable, "-m", "bench.loading", "--open", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -60,9 +68,7 @@ def main() -> None:
     for precision in given.precision:
         quantize = None if precision == "fp32" else Quantize(bits=int(precision.removeprefix("int")))
         folder = dense_artifact(dense, loaded.fingerprint, quantize=quantize)
-        command = [sys.executable, "-m", "bench.loading", "--open", str(folder)]
-        subprocess.run(command, check=True, capture_output=True)  # the files are read once
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found = measured(folder)
         shares = [f"{found[k]:6.0f} ({found[k] / found['file_mib']:.2f} x file)" for k in ("loaded_mib", "run_mib")]
         print(f"{precision:9} {found['file_mib']:9.0f} {found['seconds']:7.2f} {'  '.join(shares):>46}", flush=True)
 
