@@ -16,8 +16,7 @@ from torch import Tensor, fx
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph, TensorSpec
 
-OPERATORS = frozenset(
-    """
+_NAMES = """
     Abs Add And ArgMax Cast Ceil Clip Compress Concat ConstantOfShape Conv Cos CumSum Div Einsum Elu Equal Erf Exp Expand Flatten Floor
     Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity If IsInf IsNaN LayerNormalization
     LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg NonZero Not OneHot Or Pad Pow Range Reciprocal ReduceL2 ReduceMax
@@ -25,8 +24,8 @@ OPERATORS = frozenset(
     SimplifiedLayerNormalization Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where
     com.microsoft.FastGelu com.microsoft.FusedMatMul com.microsoft.Gelu com.microsoft.GroupQueryAttention com.microsoft.MatMulNBits
     com.microsoft.MoE com.microsoft.QuickGelu com.microsoft.SkipLayerNormalization com.microsoft.SkipSimplifiedLayerNormalization
-    """.split()
-)
+"""
+OPERATORS = frozenset(_NAMES.split())
 """Those of our graphs that CUDAExecutionProvider has in float32 (GroupQueryAttention: in float16), from ONNX Runtime's
 ``docs/OperatorKernels.md``, a table that is generated from the registered kernels.
 

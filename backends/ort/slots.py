@@ -20,7 +20,7 @@ class OrtSlots:
             (:attr:`bytes_per_token`), allocated once.
 
     Raises:
-        BackendError: the model has no KV cache.
+        BackendError: the model has no KV cache, or is on a GPU.
         RequestError: no slots, or a capacity that the model does not have.
     """
 
@@ -32,6 +32,8 @@ class OrtSlots:
             raise BackendError(f"the model in {model.directory} has no KV cache: its sequences cannot share one")
         if model.encoder is not None:
             raise BackendError(f"the model in {model.directory} is an encoder–decoder: its sequences do not join and leave a batch")
+        if model.device != "cpu":
+            raise BackendError(f"sequences come and go in the memory of the CPU only, and this model runs on {model.device}")
         context = int(cache["context_length"])
         if slots < 1 or not 1 < capacity <= context:
             raise RequestError(f"{slots} sequences of {capacity} tokens: at least 1, of 2 to {context} tokens")
