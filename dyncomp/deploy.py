@@ -175,7 +175,9 @@ WORK = "work.json"
 
 def work_of(graph: Graph) -> list[Work]:
     """What a step of decoding asks of each region; weights count with the mean bytes of one, experts as far as a token uses them."""
-    counted, ffns = cost.count(graph), {} if graph.quantized else {f.name: f for f in find_regions(graph).ffns}
+    regions, facts = find_regions(graph), graph.info.get("routing", {})
+    active = {r.name: share for r in regions.routed if (share := facts.get(r.name, {}).get("active")) is not None}
+    counted, ffns = cost.count(graph, active=active, regions=regions), {} if graph.quantized else {f.name: f for f in regions.ffns}
     each = graph.weight_bytes() / max(1, counted.parameters)
     return [
         Work(name, part.active_parameters * each, part.flops_per_token, row_name(ffn_layer(ffns[name])) if name in ffns else None)
@@ -219,7 +221,12 @@ def _made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         make(part)
         (part / "done").touch()
-        os.replace(part, folder)
+        try:
+            os.replace(part, folder)
+        except OSError:  # another process was first
+            if not (folder / "done").is_file():
+                raise
+            shutil.rmtree(part)
     return folder
 
 

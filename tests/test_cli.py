@@ -413,6 +413,21 @@ def test_ctrl_c_at_the_shell(place) -> None:
     assert not (place / "stopped").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_is_asked_for(place, device: str) -> None:
+    for command in (("run", "out", "--prompt", "The river"), ("bench", "out")):
+        told = refused(place, *command, "--device", device)
+        assert "ExecutionProvider" in told
+        assert "pip install onnxruntime-gpu" in told
+    record = json.loads(run(place, "export", "out", "-o", f"for-{device}", "--backend", "ort", "--device", device, "--json"))
+    assert record["device"] == device
+    assert record["check"]["relative_error"] <= 2e-2
+    assert any("float16" in note for note in record["notes"])
+    config = json.loads((place / f"for-{device}" / "config.json").read_text())
+    assert not [name for name in config["operators"] if name.startswith("dyncomp.")]
+    assert not (place / f"for-{device}" / "dyncomp_ort.so").exists()
+
+
 SLOW_LINKER = """#!/bin/sh
 # A C++ compiler that links in two halves; between them it waits until another has come as far.
 out=; next=; shared=
