@@ -33,7 +33,7 @@ class CachedDecoder:
         self.model, self.threads = model, int(model.threads)
         self.context_length = int(cache["context_length"])
         self.reads: tuple[str, ...] = () if model.encoder is None else tuple(model.encoder.inputs)
-        self._caches: list[Array] = []
+        self._caches: list[Any] = []
         self._encoded: dict[str, Array] = {}
         self.reset()
 
@@ -109,7 +109,11 @@ class CachedDecoder:
         if self.context_length:
             capacity = min(self.context_length, -(-capacity // 64) * 64)
         self._caches = []  # free before allocating
-        self._caches = allocate_caches(self.model, batch, capacity, self.zeros)
+        self._caches = self._allocate(batch, capacity)
+
+    def _allocate(self, batch: int, capacity: int) -> list[Any]:
+        """Empty caches, each of which says its ``shape``."""
+        return allocate_caches(self.model, batch, capacity, self.zeros)
 
 
 def append_in_pieces(bind: Callable[[Array, Array, Array], Any], ids: Array, past: int, zeros: Callable[..., Array] = np.zeros) -> Array:

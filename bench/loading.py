@@ -86,13 +86,13 @@ def main() -> None:
             start = time.perf_counter()
             lower_artifact(graph, Path(folder), backend=given.backend)
             seconds = time.perf_counter() - start
-            found = _opened_alone(Path(folder), given.backend)
+            found = measured(Path(folder), given.backend)
         shares = [f"{found[k]:6.0f} ({found[k] / found['file_mib']:.2f} x file)" for k in ("loaded_mib", "run_mib")]
         times = f"{found['seconds']:7.2f} {found['from_start']:13.2f} ({found['cpu']:.2f})"
         print(f"{precision:9} {seconds:10.1f} {found['file_mib']:9.0f} {times} {'  '.join(shares):>46}", flush=True)
 
 
-def _opened_alone(folder: Path, backend: str) -> dict[str, float]:
+def measured(folder: Path, backend: str = "ort") -> dict[str, float]:
     """The figures of the second process that opens it: the first has read the files."""
     for _ in range(2):
         started = str(time.time())

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="positions of the conversions to run")
     arguments = parser.parse_args()
     chosen = [c for i, c in enumerate(CONVERSIONS) if arguments.only is None or i in arguments.only]
-    results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": [], "peers": []}
+    results: dict[str, Any] = {"machine": vars(detect()), "versions": versions(), "conversions": [], "ffn": [], "peers": [], "serving": []}
     print("peers", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         peers = Path(folder) / "peers.json"
@@ -42,6 +42,14 @@ def main() -> None:
             command = [sys.executable, "-m", "bench.peers", "--threads", threads, "--json", str(peers), "--keep", folder]
             subprocess.run(command, check=True, stdout=sys.stderr)
             results["peers"] += json.loads(peers.read_text())
+            write(results, arguments.out)
+    print("serving", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "serving.json"
+        for threads in ("2", "1"):
+            command = [sys.executable, "-m", "bench.serving", "--threads", threads, "--json", str(rows)]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            results["serving"] += json.loads(rows.read_text())
             write(results, arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         for number, conversion in enumerate(chosen):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -16,21 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyncomp import cost
 from dyncomp.backends.native import unavailable_reason
+from dyncomp.backends.ort.providers import DEVICES, require_providers
 from dyncomp.backends.parity import parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
 from dyncomp.errors import BackendError, PassError, ProviderError, RequestError
 from dyncomp.evaluate import embedding, model_inputs
 from dyncomp.graph import Graph
-from dyncomp.hardware import default_threads
+from dyncomp.hardware import default_threads, probe, thread_counts
 from dyncomp.images import prepare, read_image
-from dyncomp.latency import LatencyTable
+from dyncomp.latency import LatencyTable, ffn_layer, row_name
 from dyncomp.models import LoadedModel
 from dyncomp.models.loaded import WRITES
 from dyncomp.passes import AddKVCache, Quantize
 from dyncomp.passes.quantize import quantization_of, quantize_of
 from dyncomp.pipeline import Context, Pass, Progress, no_progress
+from dyncomp.regions import find_regions
 from dyncomp.regions.refusal import Refusal
 from dyncomp.rows import Rows
 from dyncomp.runtime.batching import Batcher
@@ -38,6 +44,7 @@ from dyncomp.runtime.bench import Reading, Variant, bench
 from dyncomp.runtime.generate import Generator, Seq2SeqGenerator
 from dyncomp.runtime.session import Array, DecoderSession, Slots
 from dyncomp.runtime.unprompted import write_documents
+from dyncomp.schedule import Work, choose_threads
 from dyncomp.sound import features
 from dyncomp.sweep import release_memory
 from dyncomp.text import GENERATED, Corpus, load_text
@@ -83,8 +90,9 @@ class Backend:
     settings: Callable[[], str] = str
 
 
-def backend_of(name: str) -> Backend:
-    """The backend ``ort`` or ``tvm``; what it needs is imported only now."""
+def backend_of(name: str, device: str = "cpu") -> Backend:
+    """The backend ``ort`` or ``tvm``; what it needs is imported only now. ``device``: what it lowers for and opens on, of ``ort`` a key of
+    :data:`dyncomp.backends.ort.providers.DEVICES`."""
     if name == "tvm":
         from dyncomp.backends.tvm import decoder as tvm_decoder
         from dyncomp.backends.tvm import layout as tvm_layout
@@ -101,15 +109,25 @@ def backend_of(name: str) -> Backend:
         return Backend("tvm", "TVM", tvm_layout.SCHEMA, tvm_lower.lower, *opening, tuning)
     from dyncomp.backends.ort import decoder, lower, run, slots
 
-    return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for, slots.OrtSlots)
+    open_slots = slots.OrtSlots
+    if device == "cpu":
+        return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower.lower, run.OrtModel, decoder.decoder_for, open_slots)
+    lower_for = functools.partial(lower.lower, device=device)
+    open_on = functools.partial(run.OrtModel, providers=DEVICES[device])
+    return Backend("ort", "ONNX Runtime", lower.SCHEMA, lower_for, open_on, decoder.decoder_for, open_slots, lambda: device)
 
 
-def require_device(device: str, path: Path) -> None:
+def require_device(device: str, path: Path, backend: str) -> None:
     """Raises:
-    ProviderError: ``device`` is ``cuda``; says what there is for one in ``path``, and what else is needed.
+    ProviderError: ``device`` is a GPU, and what the backend needs to run on one is not there; says what is, and what brings the rest.
     """
     if device == "cpu":
         return
+    if backend == "ort":
+        require_providers(DEVICES[device])
+        return
+    if backend == "torch":
+        raise ProviderError("--backend torch evaluates graphs on the CPU", hint=f"--backend ort --device {device}")
     what = "dyncomp does not start kernels on GPUs yet" if torch.cuda.is_available() else "this machine has no GPU that CUDA can use"
     try:
         made = json.loads((path / "dyncomp-export.json").read_bytes())
@@ -146,17 +164,82 @@ def with_cache(graph: Graph) -> tuple[Graph, list[Refusal]]:
     return cached, result.refused
 
 
-def lower_artifact(graph: Graph, folder: Path, progress: Progress = no_progress, *, backend: str = "ort") -> tuple[Graph, list[Refusal]]:
+def lower_artifact(
+    graph: Graph, folder: Path, progress: Progress = no_progress, *, backend: str = "ort", device: str = "cpu"
+) -> tuple[Graph, list[Refusal]]:
     """Lower a graph; returns the graph that was lowered and what was refused on the way."""
     lowered, refused = with_cache(graph)
     folder.mkdir(parents=True, exist_ok=True)
-    backend_of(backend).lower(lowered, folder, progress=progress)
+    backend_of(backend, device).lower(lowered, folder, progress=progress)
+    (folder / WORK).write_text(json.dumps([dataclasses.asdict(w) for w in work_of(graph)], indent=1) + "\n")
     return lowered, refused
 
 
+WORK = "work.json"
+"""Beside an artifact: what a step asks of each region (:class:`~dyncomp.schedule.Work`), for :func:`session_threads`."""
+
+
+def work_of(graph: Graph) -> list[Work]:
+    """What a step of decoding asks of each region; weights count with the mean bytes of one, experts as far as a token uses them."""
+    regions, facts = find_regions(graph), graph.info.get("routing", {})
+    active = {r.name: share for r in regions.routed if (share := facts.get(r.name, {}).get("active")) is not None}
+    counted, ffns = cost.count(graph, active=active, regions=regions), {} if graph.quantized else {f.name: f for f in regions.ffns}
+    each = graph.weight_bytes() / max(1, counted.parameters)
+    return [
+        Work(name, part.active_parameters * each, part.flops_per_token, row_name(ffn_layer(ffns[name])) if name in ffns else None)
+        for name, part in counted.by_region.items()
+    ]
+
+
+def session_threads(folder: Path) -> int:
+    """Threads for an artifact in ONNX Runtime whose user gave none: every core, or fewer where those are faster by the measured latencies
+    of its layers, or the bandwidth and peak of this machine."""
+    counts = thread_counts()
+    try:
+        work = [Work(**part) for part in json.loads((folder / WORK).read_bytes())]
+    except FileNotFoundError:  # made by an earlier dyncomp
+        return counts[-1]
+    if len(counts) == 1:
+        return counts[0]
+    tables = {n: table for n in counts if (table := latency_table(n)).file.is_file()}
+    return choose_threads(work, probe(), {n: {key: one for key, (one, _) in table.rows.items()} for n, table in tables.items()})
+
+
+def artifact_for(opened: Bundle, backend: str, device: str) -> Path:
+    """A bundle's artifact; what runs on a GPU is made when it is first asked for, and kept in the cache folder."""
+    if device == "cpu":
+        return opened.artifact(backend)
+    from dyncomp import __version__
+
+    used = backend_of(backend, device)
+    contents = "".join(opened.manifest.files[name].sha256 for name in ("graph.json", "weights.safetensors"))
+    name = f"{hashlib.sha256(contents.encode()).hexdigest()[:24]}-{__version__}-{used.schema}-{device}"
+    return _made_once(
+        cache_folder() / f"bundle-{backend}" / name, lambda part: lower_artifact(opened.graph(), part, backend=backend, device=device)
+    )
+
+
+def _made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """``folder``, whole: ``make`` fills another one that then takes its place."""
+    if not (folder / "done").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        (part / "done").touch()
+        try:
+            os.replace(part, folder)
+        except OSError:  # another process was first
+            if not (folder / "done").is_file():
+                raise
+            shutil.rmtree(part)
+    return folder
+
+
 def dense_artifact(
-    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None = None, backend: str = "ort"
-) -> Path:
+    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, quantize: Quantize | None = None, backend: str = "ort",
+    device: str = "cpu",
+) -> Path:  # fmt: skip
     """The dense model's artifact for comparisons, made once per model and precision and kept in the cache folder.
 
     Args:
@@ -167,21 +250,18 @@ def dense_artifact(
 
     quantize = None if quantize is None else quantize.uniform()
     precision = "" if quantize is None else f"-int{quantize.bits}-{quantize.block}-{quantize.symmetric}-{quantize.head_bits}"
-    used = backend_of(backend)
+    used = backend_of(backend, device)
     settings = "".join(f"-{s}" for s in (used.schema, used.settings()) if s)
-    folder = cache_folder() / f"dense-{backend}" / f"{fingerprint[:24]}-{__version__}{settings}{precision}"
-    if not (folder / "done").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
+
+    def make(part: Path) -> None:
+        dense = graph
         if quantize is not None:
-            graph = graph.copy()
-            quantize.run(graph, Context())
-        lower_artifact(graph, part, progress, backend=backend)
+            dense = graph.copy()
+            quantize.run(dense, Context())
+        lower_artifact(dense, part, progress, backend=backend, device=device)
         release_memory()
-        (part / "done").touch()
-        os.replace(part, folder)
-    return folder
+
+    return _made_once(cache_folder() / f"dense-{backend}" / f"{fingerprint[:24]}-{__version__}{settings}{precision}", make)
 
 
 TOLERANCE = {"fp32": 1e-4, "int8": 0.1, "int4": 0.1, "mixed": 0.1}
@@ -189,7 +269,7 @@ TOLERANCE = {"fp32": 1e-4, "int8": 0.1, "int4": 0.1, "mixed": 0.1}
 float becomes a step of 1/127 here and there, and thirty layers magnify it: two right programs differ by a few percent of the largest
 logit. A wrong one differs by about 1; each kernel alone is held to 1e-5 in the tests."""
 CACHE_TOLERANCE = 2e-2
-"""The same where only keys and values are rounded."""
+"""The same where only keys and values are rounded, to int8 or, for GPUs, to float16."""
 SCREENED_TOLERANCE = 0.2
 """The same with a screened head: a logit next to the floor, whose lower half counts in part, moves up to four times as far."""
 
@@ -202,9 +282,9 @@ def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, ba
         PassError: they differ by more than :data:`TOLERANCE`: the artifact must not be used.
     """
     allowed, used = TOLERANCE[lowered.precision], backend_of(backend)
-    if "bits" in (lowered.info.get("kv_cache") or {}):
-        allowed = max(allowed, CACHE_TOLERANCE)
     model = used.open(folder, threads=threads)
+    if "bits" in (lowered.info.get("kv_cache") or {}) or model.config.get("device", "cpu") != "cpu":
+        allowed = max(allowed, CACHE_TOLERANCE)
     if model.config.get("kernels") == "onnxruntime":
         lowered.info.pop("screened", None)  # what only dyncomp's kernels leave out
     if lowered.info.get("screened"):
@@ -226,6 +306,7 @@ def measure(
     prefill_tokens: int = 512,
     batch: int = 1,
     backend: str = "ort",
+    device: str = "cpu",
     text: Rows | None = None,
 ) -> list[dict[str, Any]]:
     """Speed of artifacts, interleaved in this process; entries as in a report's ``bench``.
@@ -236,7 +317,7 @@ def measure(
             ``recordings_per_s``.
         text: what decoders and encoders of text read, for what a token costs may depend on it; random tokens without it.
     """
-    used = backend_of(backend)
+    used = backend_of(backend, device)
     tokens_of_text = text.numpy() if isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point() else None
     models = [(variant, used.open(folder, threads=threads)) for variant, folder in artifacts]
     if task not in WRITES:
@@ -263,14 +344,14 @@ def measure(
 
 
 def dense_artifacts(
-    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, passes: Sequence[Pass], backend: str = "ort"
+    graph: Graph, fingerprint: str, progress: Progress = no_progress, *, passes: Sequence[Pass], backend: str = "ort", device: str = "cpu"
 ) -> list[tuple[str, Path]]:
     """What the model that ``passes`` made is timed beside: the dense model in fp32, and in the same precision, unless that is what
     the passes made."""
-    found = [("dense", dense_artifact(graph, fingerprint, progress, backend=backend))]
+    found = [("dense", dense_artifact(graph, fingerprint, progress, backend=backend, device=device))]
     quantize = quantize_of(passes)
     if quantize is not None and len(quantization_of(passes)) < len(passes):
-        found.append(("dense", dense_artifact(graph, fingerprint, progress, quantize=quantize, backend=backend)))
+        found.append(("dense", dense_artifact(graph, fingerprint, progress, quantize=quantize, backend=backend, device=device)))
     return found
 
 
@@ -364,7 +445,7 @@ def _input(spec: dict[str, Any], random: np.random.Generator, batch: int, tokens
     return random.integers(100, 1000, shape) if text is None else np.resize(text, shape)
 
 
-def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads: int | None = None) -> Tensor:
+def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads: int | None = None, device: str = "cpu") -> Tensor:
     """Unit embeddings [n, d] of image files, by a bundle's artifact (``torch``: its graph).
 
     Raises:
@@ -380,7 +461,7 @@ def embed_images(opened: Bundle, files: Sequence[Path], backend: str, *, threads
     with torch.no_grad():
         if backend == "torch":
             return embedding(graph, graph(**model_inputs(graph, rows)))
-        model = backend_of(backend).open(opened.artifact(backend), threads=threads)
+        model = backend_of(backend, device).open(artifact_for(opened, backend, device), threads=threads)
         return embedding(graph, torch.from_numpy(model.run(**model_inputs(graph, rows))[graph.outputs[0]]))
 
 
@@ -404,7 +485,7 @@ def hear(opened: Bundle, sounds: Sequence[str | Path | tuple[Samples, int]]) -> 
     return found
 
 
-def open_generator(opened: Bundle, backend: str, *, threads: int | None = None) -> Generator | Seq2SeqGenerator:
+def open_generator(opened: Bundle, backend: str, *, threads: int | None = None, device: str = "cpu") -> Generator | Seq2SeqGenerator:
     """What completes texts with a bundle, or of an encoder–decoder what writes for each text that it reads.
 
     Raises:
@@ -414,13 +495,13 @@ def open_generator(opened: Bundle, backend: str, *, threads: int | None = None) 
     if (tokenizer := opened.tokenizer()) is None:
         hint = "give --image FILE" if hasattr(opened.processor(), "size") else None
         raise RequestError(f"{opened.path} has no tokenizer: it cannot take text", hint=hint)
-    session: Any = open_session(opened, backend, threads=threads)
+    session: Any = open_session(opened, backend, threads=threads, device=device)
     if (rules := opened.manifest.source.decoding) is None:
         return Generator(session, tokenizer)
     return Seq2SeqGenerator(session, tokenizer, rules.begin, never=rules.never, never_first=rules.never_first)
 
 
-def open_session(opened: Bundle, backend: str, *, threads: int | None = None) -> DecoderSession:
+def open_session(opened: Bundle, backend: str, *, threads: int | None = None, device: str = "cpu") -> DecoderSession:
     """What generates text from a bundle.
 
     Raises:
@@ -432,8 +513,10 @@ def open_session(opened: Bundle, backend: str, *, threads: int | None = None) ->
             f"{opened.path} holds a model that does not generate text ({opened.manifest.source.task})", hint="evaluate and bench work on it"
         )
     if backend != "torch":
-        used = backend_of(backend)
-        session: DecoderSession = used.session(used.open(opened.artifact(backend), threads=threads))
+        used, folder = backend_of(backend, device), artifact_for(opened, backend, device)
+        if threads is None and backend == "ort" and device == "cpu":
+            threads = session_threads(folder)
+        session: DecoderSession = used.session(used.open(folder, threads=threads))
         return session
     from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 

@@ -42,6 +42,7 @@ class ExportRequest:
         dtype: of the checkpoint's weights, a key of :data:`DTYPES`.
         temper: p of the tempered routers (see :mod:`dyncomp.backends.hf.architectures`); None is what suits the architecture.
         target: what a compiled library is for (see :mod:`dyncomp.backends.tvm.machine`); None is this machine.
+        device: what an ONNX graph is for, a key of :data:`dyncomp.backends.ort.providers.DEVICES`.
     """
 
     bundle: Path
@@ -51,6 +52,7 @@ class ExportRequest:
     dtype: str = "float32"
     temper: int | None = None
     target: str | None = None
+    device: str = "cpu"
 
     def validate(self) -> None:
         """Raises:
@@ -66,6 +68,9 @@ class ExportRequest:
             raise RequestError(f"--temper {self.temper} is not between {TEMPER[0]} and {TEMPER[-1]}", hint="10 to 14 are good values")
         if self.target is not None and self.backend != "tvm":
             raise RequestError(f"--backend {self.backend} writes what runs anywhere", hint="--target goes with --backend tvm")
+        if self.device != "cpu" and self.backend != "ort":
+            hint = "--target cuda-sm_80 makes kernels for a GPU" if self.backend == "tvm" else "--device goes with --backend ort"
+            raise RequestError(f"--backend {self.backend} writes nothing for --device {self.device}", hint=hint)
         check_destination(self.out)
 
 
@@ -178,7 +183,9 @@ def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
     from dyncomp.deploy import check_parity, lower_artifact, with_cache
 
     made = opened.path / "artifacts" / "ort"
-    if made.is_dir():
+    if request.device != "cpu":
+        lowered, _ = lower_artifact(graph, folder, device=request.device)
+    elif made.is_dir():
         shutil.copytree(made, folder, dirs_exist_ok=True)
         lowered = with_cache(graph)[0]
     else:
@@ -194,7 +201,13 @@ def _ort(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> 
         notes.append(
             "register dyncomp_ort.so with SessionOptions.register_custom_ops_library: it holds the operators of the domain dyncomp"
         )
-    return {"check": {"class": "ONNX Runtime", "relative_error": parity["relative_error"]}, "notes": notes}
+    if request.device != "cpu":
+        notes += [*parity["notes"], f"checked on the CPU, not run on a GPU: open it with the providers of {request.device}"]
+    return {
+        **({} if request.device == "cpu" else {"device": request.device}),
+        "check": {"class": "ONNX Runtime", "relative_error": parity["relative_error"]},
+        "notes": notes,
+    }
 
 
 def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:

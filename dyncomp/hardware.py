@@ -1,12 +1,19 @@
-"""What this machine has: cores, vector instructions, memory."""
+"""What this machine has: cores, vector instructions, memory, and how fast it reads and multiplies."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from dyncomp.cache import cache_folder
+from dyncomp.whole import replacing
 
 _VECTOR_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
@@ -46,6 +53,73 @@ def default_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores, int(limit))) if limit.isdigit() and int(limit) else cores
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured, by threads.
+
+    Args:
+        bandwidth: threads -> bytes a second, read from memory.
+        peak: threads -> floating-point operations a second of a product of float32 matrices.
+    """
+
+    bandwidth: dict[int, float]
+    peak: dict[int, float]
+
+
+_SIDE, _TIMES = 768, 5  # of the matrices; attempts, of which the best counts: whatever else runs only makes a machine slower
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 … and as many as this process may use."""
+    most = default_threads()
+    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+
+
+def probe() -> Probe:
+    """Measured when it is first asked for, about a second, and kept in the cache folder for this machine."""
+    import torch
+
+    counts = thread_counts()
+    key = hashlib.sha256(json.dumps([asdict(detect()), counts, torch.__version__]).encode()).hexdigest()[:24]
+    file = cache_folder() / "hardware" / f"{key}.json"
+    try:
+        kept = json.loads(file.read_bytes())
+        return Probe(*({n: float(kept[name][str(n)]) for n in counts} for name in ("bandwidth", "peak")))
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged file counts as absent: it is a cache
+        found = _measure(counts)
+    with replacing(file) as part:
+        part.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    return found
+
+
+def _measure(counts: list[int]) -> Probe:
+    import torch
+
+    before = torch.get_num_threads()
+    memory = torch.ones(max(1 << 23, cache_bytes() // 2))  # float32: twice the cache, at least 32 MiB
+    left, right = torch.ones(_SIDE, _SIDE), torch.ones(_SIDE, _SIDE)
+    bandwidth, peak = {}, {}
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            bandwidth[threads] = memory.nbytes / _best(memory.sum)
+            peak[threads] = 2 * _SIDE**3 / _best(lambda: left @ right)
+    finally:
+        torch.set_num_threads(before)
+    return Probe(bandwidth, peak)
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls, after one that is not counted."""
+    call()
+    seconds = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def cache_bytes() -> int:

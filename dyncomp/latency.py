@@ -28,7 +28,7 @@ from dyncomp.cache import cache_folder
 from dyncomp.calibrate import Calibration, calibrate
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass
-from dyncomp.regions import find_regions
+from dyncomp.regions import FFN, find_regions
 from dyncomp.runtime.bench import timed
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace
@@ -72,12 +72,20 @@ class Layer:
         return _FFN(self)
 
 
+def ffn_layer(ffn: FFN) -> Layer:
+    """An FFN by its sizes."""
+    return Layer(ffn.d_model, ffn.d_out, ffn.down.bias is not None, ffn.d_ff, ffn.gated, ffn.activation)
+
+
+def row_name(layer: Layer, passes: Sequence[Pass] = ()) -> str:
+    """What a row of the table is called: a layer, and what these passes made of it."""
+    return f"{layer}; {', '.join(p.spec for p in passes) or 'dense'}"
+
+
 def layers_of(graph: Graph) -> collections.Counter[Layer]:
     """How many of which layers a dense graph has, without its vocabulary head and what is not a matrix of features."""
     regions = find_regions(graph)
-    found = collections.Counter(
-        Layer(f.d_model, f.d_out, f.down.bias is not None, f.d_ff, f.gated, f.activation) for f in regions.ffns if f.input_axis == -1
-    )
+    found = collections.Counter(ffn_layer(f) for f in regions.ffns if f.input_axis == -1)
     inside = {linear.node for f in regions.ffns for linear in (*f.ups, f.down)}
     if regions.head is not None:
         inside.add(regions.head.linear.node)
@@ -108,7 +116,7 @@ class LatencyTable:
         """Of one such layer after ``passes``: for one token, whose weights come from memory, and for :data:`PROMPT` tokens."""
         kind = "ffn" if layer.neurons else "linear"
         sketched = [sketch for p in passes if (sketch := p.sketch(kind)) is not None]
-        key = f"{layer}; {', '.join(p.spec for p in sketched) or 'dense'}"
+        key = row_name(layer, sketched)
         if key not in self.rows:
             self._keep(key, self._measure(layer, sketched))
         return self.rows[key]

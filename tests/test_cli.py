@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dyncomp.backends.native import available
+from dyncomp.backends.ort.native import library
 from dyncomp.passes import FitRouter
 from dyncomp.passes.routers import FAMILIES
 from helpers import own_cache, relative_error
@@ -26,6 +27,7 @@ from test_heal import free_port
 from tiny_checkpoint import write_checkpoint, write_encoder, write_text
 
 from dyncomp import bundle, convert, workspace
+from dyncomp.cache import cache_folder
 from dyncomp.cli import cli, main
 from dyncomp.errors import DyncompError
 from dyncomp.heal import Trainer
@@ -459,6 +461,67 @@ def test_ctrl_c_at_the_shell(place) -> None:
     assert "the same command continues" in errors
     assert "Traceback" not in errors
     assert not (place / "stopped").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_is_asked_for(place, device: str) -> None:
+    for command in (("run", "out", "--prompt", "The river"), ("bench", "out")):
+        told = refused(place, *command, "--device", device)
+        assert "ExecutionProvider" in told
+        assert "pip install onnxruntime-gpu" in told
+    record = json.loads(run(place, "export", "out", "-o", f"for-{device}", "--backend", "ort", "--device", device, "--json"))
+    assert record["device"] == device
+    assert record["check"]["relative_error"] <= 2e-2
+    assert any("float16" in note for note in record["notes"])
+    config = json.loads((place / f"for-{device}" / "config.json").read_text())
+    assert not [name for name in config["operators"] if name.startswith("dyncomp.")]
+    assert not (place / f"for-{device}" / "dyncomp_ort.so").exists()
+
+
+SLOW_LINKER = """#!/bin/sh
+# A C++ compiler that links in two halves; between them it waits until another has come as far.
+out=; next=; shared=
+for word; do
+  if [ "$next" ]; then out=$word; next=; fi
+  case $word in -o) next=1;; -shared) shared=1;; esac
+done
+if ! [ "$shared" ]; then exec {compiler} "$@"; fi
+{compiler} "$@" || exit 1
+whole=$(mktemp {folder}/XXXXXX.whole)
+cp "$out" "$whole"
+head -c 1000 "$whole" > "$out"
+touch {folder}/$$.half
+tries=0
+while [ $(ls {folder}/*.half | wc -l) -lt 2 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
+tail -c +1001 "$whole" >> "$out"
+"""
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler")
+def test_two_processes_on_one_bundle_with_a_new_cache(place, tmp_path) -> None:
+    library()  # compiled, so that its object files need only be linked
+    compiled, cache, tools = cache_folder() / "native", tmp_path / "cache", tmp_path / "tools"
+    (cache / "native").mkdir(parents=True)
+    tools.mkdir()
+    for file in compiled.glob("*.o"):
+        shutil.copy(file, cache / "native")
+    linker = tools / "c++"
+    linker.write_text(SLOW_LINKER.format(compiler=shutil.which("c++"), folder=tools))
+    linker.chmod(0o755)
+    command = [sys.executable, "-c", "from dyncomp.cli import main; main()", "run", "out", "--prompt", "The river", "--max-tokens", "12"]
+    environment = os.environ | {"DYNCOMP_CACHE": str(cache), "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment.pop("CXX", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, cwd=place, env=environment, **pipes)
+    while not list(tools.glob("*.half")) and first.poll() is None:
+        time.sleep(0.05)
+    processes = [first, subprocess.Popen(command, cwd=place, env=environment, **pipes)]  # begins beside half a library
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert len(list(tools.glob("*.half"))) == 2, "each made its own"
+    assert outputs[0][0] == outputs[1][0] == run(place, "run", "out", "--prompt", "The river", "--max-tokens", "12")
+    assert len(list((cache / "native").glob("*.so"))) == 1
+    assert not list((cache / "native").glob("building-*"))
 
 
 def test_only_bundles_are_overwritten(place) -> None:

@@ -444,9 +444,9 @@ def test_smollm2(smollm: LoadedModel, routed: bool, tmp_path: Path) -> None:
     assert lowered.operators["dyncomp.CachedAttention" if ours else "com.microsoft.GroupQueryAttention"] == 30
     assert lowered.operators.get("dyncomp.FloatFFN" if ours else "com.microsoft.MoE", 0) == (29 if routed else 0)
     model = OrtModel(tmp_path)
-    entry = parity(graph, model, steps=16 if routed else 64)
+    entry = parity(graph, model, steps=16 if routed else 256)
     assert entry["relative_error"] <= 1e-4
-    assert entry["greedy_tokens_equal"] == 1
+    assert entry["greedy_tokens_equal"] >= (1 if routed else 0.99)
     if not routed:
         talk(Generator(decoder_for(model), smollm.tokenizer))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.recompute import Array, Recompute
 from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
+from scipy.stats import chisquare
 from test_ort import OrtModel, carve, lower, with_cache
 
 from bench.tiny import trace_tiny
@@ -143,6 +145,48 @@ def test_top_k_and_top_p() -> None:
     assert (draw(Sampling(temperature=1, top_p=0.6), logits) > 0).tolist() == [False, False, True, False]
     assert (draw(Sampling(temperature=1, top_p=0.7), logits) > 0).tolist() == [False, True, True, False]
     assert (draw(Sampling(temperature=1, top_p=0.95), logits) > 0).tolist() == [True, True, True, False]
+
+
+def plain_probabilities(sampling: Sampling, logits: np.ndarray) -> np.ndarray:
+    """The definition, in float64 and with the whole vocabulary sorted."""
+    scores = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scores, kind="stable")[: sampling.top_k or None]
+    total = np.exp(scores[order] - scores.max()).cumsum()
+    order = order[: int(np.searchsorted(total, sampling.top_p * total[-1])) + 1]
+    weights = np.zeros(len(scores))
+    weights[order] = np.exp(scores[order] - scores.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.999}, {"top_k": 40}, {"top_k": 40, "top_p": 0.8}, {"top_k": 9999}]
+)  # fmt: skip
+def test_a_large_vocabulary_is_sampled_by_the_definition(options: dict[str, Any], spread: float) -> None:
+    sampling, random = Sampling(temperature=0.8, **options), np.random.default_rng(7)
+    logits = random.standard_normal(5_003).astype(np.float32) * spread
+    logits[::3] = logits[::3].round(1)  # equal ones
+    logits[[0, 17, -1]] = -np.inf
+    expected = plain_probabilities(sampling, logits)
+    points = np.random.default_rng([sampling.seed, 0])  # a sampler's random numbers
+    sampler, seen = Sampler(sampling), logits.copy()
+    for _ in range(300):
+        assert sampler.choose(logits) == np.searchsorted(expected.cumsum(), points.random(), side="right")
+    assert np.array_equal(logits, seen)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.85}, {"top_k": 6}, {"top_k": 9, "top_p": 0.9}])
+def test_what_is_drawn_is_distributed_as_defined(options: dict[str, Any]) -> None:
+    sampling, logits = Sampling(temperature=1.3, **options), np.random.default_rng(3).standard_normal(14).astype(np.float32)
+    expected = plain_probabilities(sampling, logits)
+    counts = draw(sampling, list(logits), 20_000) * 20_000
+    assert (counts[expected == 0] == 0).all()
+    assert chisquare(counts[expected > 0], expected[expected > 0] * 20_000).pvalue > 0.01
+
+
+def test_of_equal_tokens_the_first_are_kept() -> None:
+    assert (draw(Sampling(temperature=1, top_k=2), [1.0, 0.0, 1.0, 1.0]) > 0).tolist() == [True, False, True, False]
+    assert (draw(Sampling(temperature=1, top_p=0.4), [0.0, 0.0, 0.0, 0.0]) > 0).tolist() == [True, True, False, False]
 
 
 def test_the_seed_decides() -> None:

@@ -159,11 +159,11 @@ def test_without_nvcc_there_is_source_and_it_is_said(monkeypatch: pytest.MonkeyP
 def test_running_on_a_gpu_is_refused_with_what_was_built(exported: tuple[Path, dict], tmp_path: Path) -> None:
     folder, record = exported
     with pytest.raises(ProviderError, match=f"{len(record['kernels'])} kernels for cuda-sm_80 in kernels.cu") as told:
-        require_device("cuda", folder)
+        require_device("cuda", folder, "tvm")
     assert "kernels.cubin" in str(told.value.hint)
     with pytest.raises(ProviderError, match="nothing in it was made for one"):
-        require_device("cuda", tmp_path)
-    require_device("cpu", tmp_path)
+        require_device("cuda", tmp_path, "tvm")
+    require_device("cpu", tmp_path, "tvm")
     with pytest.raises(BackendError, match=r"kernels for a GPU \(cuda-sm_80\)"):
         TvmModel(folder)
     with pytest.raises(RequestError, match=r"targets: .*aarch64.*cuda-sm_90"):

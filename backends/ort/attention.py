@@ -16,7 +16,7 @@ from dyncomp.backends.attention import (
     rotate_plainly,
 )
 from dyncomp.backends.native import unavailable_reason
-from dyncomp.backends.ort import ops
+from dyncomp.backends.ort import cuda, ops
 from torch import Tensor, fx
 
 from dyncomp.errors import BackendError
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 _MAX_HEAD_DIM = 256  # of the native operator
 
 
-def select_attention(graph: Graph, *, native: bool) -> None:
+def select_attention(graph: Graph, *, native: bool, on_gpu: bool = False) -> None:
     """Lower every ``dyncomp.cached_attention``, and the operations around attention that are plain ATen.
 
     before:  q = rotary(transpose(view(linear(x, Wq)))); k = …; v = …; cached_attention(q, k, v, …) -> transpose -> view
@@ -46,9 +46,10 @@ def select_attention(graph: Graph, *, native: bool) -> None:
             if has_bias(node):
                 _turn_bias(graph, node)
             flatten_attention(graph, node, shapes, ops.cached_attention)
-        elif _fits(node, 8) and not has_absent_tokens(node) and not has_bias(node):
+        elif _fits(node, 8) and not has_absent_tokens(node) and not has_bias(node) and (not on_gpu or cuda.halve_caches(graph, node)):
             lengths = lengths or _lengths(graph, node)
-            flatten_attention(graph, node, shapes, ops.group_query_attention, lengths, pairs=8 if _fits(node, 16) else 0)
+            attend = cuda.group_query_attention if on_gpu else ops.group_query_attention
+            flatten_attention(graph, node, shapes, attend, lengths, pairs=8 if _fits(node, 16) else 0)
         else:
             node.target = attend_plainly
     graph.clean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,19 @@ from dyncomp.backends.recompute import Array, Recompute
 _NOTHING: Mapping[str, Array] = {}
 
 
+@dataclass(frozen=True)
+class DeviceArray:
+    """A cache in the memory of a device. ``value``: an ``OrtValue``."""
+
+    value: Any
+    shape: tuple[int, ...]
+
+
 class OrtDecoder(CachedDecoder):
-    """Decoding over an :class:`OrtModel`: the cache is bound as both the past and the new one, so a step neither allocates nor copies."""
+    """Decoding over an :class:`OrtModel`: the cache is bound as both the past and the new one, so a step neither allocates nor copies it.
+
+    On a GPU the cache stays there; tokens go in and logits come out by copies.
+    """
 
     engine = "dyncomp-ort"
 
@@ -22,8 +34,16 @@ class OrtDecoder(CachedDecoder):
         super().__init__(model)
         self._names = cache_names(model)
 
+    def _allocate(self, batch: int, capacity: int) -> list[Any]:
+        caches = super()._allocate(batch, capacity)
+        if self.model.device == "cpu":
+            return caches
+        from onnxruntime import OrtValue
+
+        return [DeviceArray(OrtValue.ortvalue_from_numpy(c, self.model.device, 0), c.shape) for c in caches]
+
     def _read(self, ids: Array, lengths: Array) -> Array:
-        if ids.shape[1] <= CHUNK:
+        if ids.shape[1] <= CHUNK or self.model.device != "cpu":
             return self._bind(ids, self._past, lengths[:, None] - 1).run()[:, 0]
         # GroupQueryAttention continues a sequence by more than one token only in a batch of one.
         rows = range(len(ids))
@@ -44,12 +64,12 @@ class Binding:
     Args:
         names: of the caches, inputs that become the outputs ``new_…`` in the same memory.
         ids: [B, S]. past: [B], tokens each row has. chosen: [B, P], whose logits are wanted.
-        caches: [B, Hkv, C, D] each, contiguous.
+        caches: [B, Hkv, C, D] each, contiguous, or a :class:`DeviceArray`.
         encoded: what the encoder gave, [B, …] each, by name.
     """
 
     def __init__(
-        self, model: OrtModel, names: list[str], ids: Array, past: Array, chosen: Array, caches: list[Array],
+        self, model: OrtModel, names: list[str], ids: Array, past: Array, chosen: Array, caches: list[Any],
         encoded: Mapping[str, Array] = _NOTHING,
     ) -> None:  # fmt: skip
         from onnxruntime import OrtValue, RunOptions
@@ -60,13 +80,17 @@ class Binding:
         self._binding: Any = session.io_binding()
         self._output = model.outputs[0]
         self._binding.bind_output(self._output, "cpu")  # bound first, so that it is the first of get_outputs()
-        self._keep = [OrtValue.ortvalue_from_numpy(a) for a in caches]  # on the CPU these share the arrays' memory
+        # On the CPU these share the arrays' memory.
+        self._keep = [a.value if isinstance(a, DeviceArray) else OrtValue.ortvalue_from_numpy(a) for a in caches]
+        self._copied: list[tuple[str, Any]] = []  # inputs that a GPU reads as they were when they were bound
         named: list[tuple[str, Array]] = [("input_ids", ids), ("past_length", past), *encoded.items()]
         if takes_chosen:
             named.append(("chosen", np.ascontiguousarray(chosen, np.int64)))
         for name, array in named:
             self._keep.append(value := OrtValue.ortvalue_from_numpy(array))
             self._binding.bind_ortvalue_input(name, value)
+            if model.device != "cpu" and name not in encoded:
+                self._copied.append((name, value))
         for name, value in zip(names, self._keep, strict=False):
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"new_{name}", value)
@@ -74,6 +98,8 @@ class Binding:
 
     def run(self) -> Array:
         """[B, P, V]: the logits after the chosen tokens."""
+        for name, value in self._copied:
+            self._binding.bind_ortvalue_input(name, value)
         self._session.run_with_iobinding(self._binding._iobinding, self._options)
         if self._logits is None:  # the first run shows the shape: from now on the same memory is written
             first = self._binding.get_outputs()[0].numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import io
 import json
@@ -22,6 +21,7 @@ from dyncomp.backends.native.select import select_quantized_ffns, select_quantiz
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.attention import select_attention
+from dyncomp.backends.ort.cuda import operators_of, require_supported
 from dyncomp.backends.ort.exporter import made_once
 from dyncomp.backends.ort.gated import select_gated
 from dyncomp.backends.ort.linear import select_linears
@@ -67,7 +67,9 @@ class Lowered:
     outputs: tuple[str, ...] = ()
 
 
-def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, progress: Progress | None = None) -> Lowered:
+def lower(
+    graph: Graph, directory: str | Path, *, native: bool | None = None, device: str = "cpu", progress: Progress | None = None
+) -> Lowered:
     """Write ``graph`` as an ONNX model with its weights beside it.
 
     Args:
@@ -76,10 +78,12 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
         native: quantized weights, routed FFNs, and attention beside them or with a bias by distance, run in dyncomp's own kernels
             (True), in ONNX Runtime's (False), or in ours where they can be built (None). ``config.json`` says which. Other graphs, dense
             and in float, have no use for ours.
+        device: ``cuda`` leaves our kernels out, which are for CPUs, and uses only what the CUDA provider has; ``tensorrt`` is the same
+            graph, for that provider leaves to CUDA's what it does not know.
         progress: ``progress(stage, done, total)``.
 
     Raises:
-        BackendError: something in the graph has no ONNX form; names it.
+        BackendError: something in the graph has no ONNX form, or no kernel on the device; names it.
         MissingExtraError: onnx or onnxscript is not installed.
     """
     report = progress or (lambda stage, done, total: None)
@@ -93,33 +97,36 @@ def lower(graph: Graph, directory: str | Path, *, native: bool | None = None, pr
     coded = any(s.dtype == torch.uint8 for s in graph.inputs)  # a KV cache
     biased = any(n.target is CACHED and has_bias(n) for n in graph.nodes)
     wanted = bool(graph.quantized or find_routed(graph) or coded or biased)
-    native = wanted and (available() if native is None else native)
-    selected = select(graph, native=native)
-    notes = _notes(selected, wanted=wanted, native=native)
+    on_gpu = device != "cpu"
+    native = wanted and not on_gpu and (available() if native is None else native)
+    selected = select(graph, native=native, on_gpu=on_gpu)
+    notes = _notes(selected, wanted=wanted, native=native, on_gpu=on_gpu)
     report("export", 1, 3)
     model = _export(selected)
     from dyncomp.backends.ort.finish import finish
 
-    finish(model, graph)
+    finish(model, selected)
+    operators = operators_of(model)
+    if on_gpu:
+        require_supported(operators)
     report("write", 2, 3)
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / ENCODER, ignore_errors=True)
     if graph.encoder is not None:
-        lower(graph.encoder, directory / ENCODER, native=native)
+        lower(graph.encoder, directory / ENCODER, native=native, device=device)
     for name in (MODEL, DATA, CONFIG, LIBRARY):
         (directory / name).unlink(missing_ok=True)
-    operators = collections.Counter(_operator_name(n) for n in model.graph.all_nodes())
     ours = any(name.startswith(f"{DOMAIN}.") for name in operators)
     if ours:
         shutil.copyfile(library(), directory / LIBRARY)
     onnx_ir.save(model, directory / MODEL, external_data=DATA)
-    (directory / CONFIG).write_text(json.dumps(_config(graph, operators, ours, notes), indent=1) + "\n")
+    (directory / CONFIG).write_text(json.dumps(_config(graph, selected, operators, ours, notes, device), indent=1) + "\n")
     report("write", 3, 3)
     files = tuple(directory / name for name in (MODEL, DATA, CONFIG, LIBRARY, ENCODER) if (directory / name).exists())
     return Lowered(directory, files, dict(operators), tuple(s.name for s in graph.inputs), graph.outputs)
 
 
-def select(graph: Graph, *, native: bool = False) -> Graph:
+def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph:
     """A copy of ``graph`` that calls ONNX Runtime's operators where it has better ones than ATen's; for export only.
 
     ``info["decoded"]`` names the quantized weights that no operator takes.
@@ -130,14 +137,14 @@ def select(graph: Graph, *, native: bool = False) -> Graph:
         graph.infer_shapes()
     if native:
         select_quantized_ffns(graph, ops)
-    else:
+    elif not on_gpu:
         select_quantized_moe(graph)
     decoded = _quantized_weights(graph) & {name for r in find_routed(graph) for name in (r.w_up, r.w_down)}
     select_gated(graph)
     if native:
         select_sparse_ffns(graph, ops)
         select_routed_ffns(graph)
-    select_attention(graph, native=native)
+    select_attention(graph, native=native, on_gpu=on_gpu)
     select_moe(graph)
     select_norms(graph)
     select_sparse_linears(graph, ops if native else None)
@@ -196,15 +203,14 @@ def _explain(error: BaseException) -> str:
     return f"the graph cannot be written as ONNX: {text[0]}"
 
 
-def _operator_name(node: Any) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
-
-
-def _notes(selected: Graph, *, wanted: bool, native: bool) -> list[str]:
+def _notes(selected: Graph, *, wanted: bool, native: bool, on_gpu: bool) -> list[str]:
     """What is computed otherwise than a user would think, in sentences."""
     notes = []
+    if any(s.dtype == torch.float16 for s in selected.inputs):
+        notes.append("attention and its KV cache are in float16: the CUDA provider has it in no wider type")
     if wanted and not native:
-        reason = unavailable_reason() or "this lowering leaves dyncomp's kernels out"
+        left_out = "dyncomp's kernels are for CPUs" if on_gpu else "this lowering leaves dyncomp's kernels out"
+        reason = left_out if on_gpu else unavailable_reason() or left_out
         notes.append(f"experts, quantized weights and attention run in ONNX Runtime's own operators: {reason}")
         if selected.info.get("screened"):
             notes.append("the vocabulary head is computed whole: screening it is for dyncomp's kernels")
@@ -214,9 +220,11 @@ def _notes(selected: Graph, *, wanted: bool, native: bool) -> list[str]:
     return notes
 
 
-def _config(graph: Graph, operators: dict[str, int], ours: bool, notes: list[str]) -> dict[str, Any]:
+def _config(graph: Graph, selected: Graph, operators: dict[str, int], ours: bool, notes: list[str], device: str) -> dict[str, Any]:
     return {
         **describe(graph, SCHEMA),
+        "inputs": describe(selected, SCHEMA)["inputs"],
+        "device": device,
         "kernels": "dyncomp" if ours else "onnxruntime",
         "notes": notes,
         **({"sparse_linear": sparse_kernels(graph, operators.get(f"{DOMAIN}.SparseLinear", 0))} if sparse_nodes(graph) else {}),

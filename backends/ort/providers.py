@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from dyncomp.errors import MissingExtraError, ProviderError
@@ -19,6 +20,20 @@ PROVIDERS = {
     "coreml": ("CoreMLExecutionProvider", "onnxruntime"),
     "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
 }
+
+
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "tensorrt": ("tensorrt", "cuda")}
+"""What ``--device`` may be -> providers, best first: TensorRT leaves to CUDA's what it does not know."""
+
+
+def usable_devices() -> list[str]:
+    """Those of :data:`DEVICES` whose providers the installed ONNX Runtime has."""
+    found = []
+    for device, names in DEVICES.items():
+        with contextlib.suppress(ProviderError):
+            require_providers(names)
+            found.append(device)
+    return found
 
 
 def require_providers(names: Sequence[str] | None) -> list[str]:

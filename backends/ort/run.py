@@ -43,6 +43,8 @@ class OrtModel:
         import onnxruntime as ort
 
         self.directory, self.threads = Path(directory), threads or default_threads()
+        self.device = "cuda" if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(wanted) else "cpu"
+        """Where a KV cache is kept."""
         self.config = read_config(self.directory, SCHEMA, again=_EXPORT, older="convert the model again")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads

@@ -46,6 +46,8 @@ class TvmModel:
         MissingExtraError: TVM is not installed.
     """
 
+    device = "cpu"
+
     def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
         self.directory, self.threads = Path(directory), threads or default_threads()
         self.config = read_config(self.directory, SCHEMA, again=_AGAIN, older=_AGAIN)

@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "Generate text (or embeddings) with a bundle.",
     "export": "A bundle as a checkpoint that other programs load.",
     "bench": "Speed of a bundle beside its dense model, in one run.",
+    "hardware": "What this machine has, and how fast it reads and multiplies.",
     "tune": "Search the parameters of a bundle's TVM kernels on this machine.",
 }
 

@@ -33,6 +33,13 @@ from dyncomp.cli import options
     "Another architecture takes a cross compiler (pip install 'dyncomp[cross]'), PTX and cubin take nvcc (pip install 'dyncomp[cuda]'). "
     "[default: this machine]",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="What --backend ort writes a graph for; of a GPU only operators that ONNX Runtime has there. No GPU is needed.",
+)
 @click.option("--explain", is_flag=True, help="Write nothing; say for each architecture what it cannot express.")
 @options.as_json
 def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choices: Any) -> None:
@@ -59,7 +66,7 @@ def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choice
     if json_:
         options.print_json(record)
         return
-    what = " ".join(str(record[key]) for key in ("architecture", "dtype", "target") if record.get(key))
+    what = " ".join(str(record[key]) for key in ("architecture", "dtype", "target", "device") if record.get(key))
     click.echo(f"{out}: {record['backend']} {what}".rstrip())
     for note in record.get("notes", []):
         click.echo(f"  note: {note}")

@@ -44,10 +44,10 @@ class Size(click.ParamType):
 threads = click.option("--threads", type=click.IntRange(min=1), help="Threads for latency figures and inference. [default: every core]")
 device = click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="cuda is refused: kernels for GPUs are made (dyncomp export --backend tvm --target cuda-sm_80), not run.",
+    help="What ONNX Runtime computes on; a GPU takes the package onnxruntime-gpu.",
 )
 as_json = click.option("--json", "json_", is_flag=True, help="Print machine-readable results on standard output.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")

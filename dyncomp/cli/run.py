@@ -60,13 +60,13 @@ def command(
     from dyncomp.runtime.generate import Seq2SeqGenerator
     from dyncomp.runtime.sampling import Sampling
 
-    require_device(device, bundle)
+    require_device(device, bundle, backend)
     texts = list(prompts) + (_lines(file) if file is not None else [])
     if bool(texts) + bool(pictures) + bool(sounds) > 1:
         what = "--image asks for embeddings, --audio for transcripts, --prompt and --input for text that follows a text"
         raise RequestError(what, hint="give one of them")
     if pictures:
-        _embed(bundle, pictures, backend, threads, json_=json_)
+        _embed(bundle, pictures, backend, threads, device, json_=json_)
         return
     if not (texts or sounds):
         raise RequestError("there is nothing to complete", hint="give --prompt TEXT, --input FILE, --image FILE or --audio FILE")
@@ -76,7 +76,7 @@ def command(
     requests: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else texts
     if sounds:
         texts, requests = list(map(str, sounds)), hear(opened, sounds)
-    generator: Any = open_generator(opened, backend, threads=threads)
+    generator: Any = open_generator(opened, backend, threads=threads, device=device)
     reads = isinstance(generator, Seq2SeqGenerator)
     if reads and (chat or speculate or draft is not None):
         option = "--chat" if chat else "--speculate" if speculate else "--draft"
@@ -84,7 +84,7 @@ def command(
     if reads and not sounds and opened.processor() is not None:
         raise RequestError(f"{bundle} holds a model that hears, and does not read text", hint="give --audio FILE")
     if speculate or draft is not None:
-        drafting = None if draft is None else _draft(draft, generator.tokenizer, backend, threads)
+        drafting = None if draft is None else _draft(draft, generator.tokenizer, backend, threads, device)
         generator.session = speculation = _speculation(generator.session, len(requests), drafting)
     if not generator.session.cached:
         click.echo("note: this model has no KV cache (see dyncomp inspect); every step computes the whole sequence", err=True)
@@ -106,12 +106,12 @@ def command(
         click.echo(f"--- {text}\n{completion.text}")
 
 
-def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | None, *, json_: bool) -> None:
+def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | None, device: str, *, json_: bool) -> None:
     """Embeddings with ``--json``, else how alike the images are."""
     from dyncomp.bundle import open_bundle
     from dyncomp.deploy import embed_images
 
-    found = embed_images(open_bundle(bundle), files, backend, threads=threads)
+    found = embed_images(open_bundle(bundle), files, backend, threads=threads, device=device)
     if json_:
         options.print_json([{"image": str(f), "embedding": e.tolist()} for f, e in zip(files, found, strict=True)])
         return
@@ -123,14 +123,15 @@ def _embed(bundle: Path, files: tuple[Path, ...], backend: str, threads: int | N
 def _complete(
     generator: Generator | Seq2SeqGenerator, requests: list[Any], sampling: Sampling, slots: int, backend: str
 ) -> list[Completion]:
-    """All requests: over slots of one KV cache where there is one, else as one batch."""
+    """All requests: over slots of one KV cache where there is one on the CPU, else as one batch."""
     from dyncomp.backends.decoder import CachedDecoder
     from dyncomp.deploy import backend_of
     from dyncomp.runtime.batching import Batcher
     from dyncomp.runtime.generate import Generator
 
     session = generator.session
-    if len(requests) == 1 or not isinstance(generator, Generator) or not isinstance(session, CachedDecoder):
+    alone = len(requests) == 1 or not isinstance(generator, Generator)
+    if alone or not isinstance(session, CachedDecoder) or session.model.device != "cpu":
         return generator.generate(requests, sampling)
     longest = max(len(generator.encode(r)) for r in requests)
     capacity = min(longest + sampling.max_tokens, session.context_length)
@@ -148,7 +149,7 @@ def _speculation(session: Any, requests: int, draft: Draft | None) -> Speculatio
     return Speculation(session, drafter=draft)
 
 
-def _draft(bundle: Path, tokenizer: Any, backend: str, threads: int | None) -> Draft:
+def _draft(bundle: Path, tokenizer: Any, backend: str, threads: int | None, device: str) -> Draft:
     """What guesses with another bundle.
 
     Raises:
@@ -163,7 +164,7 @@ def _draft(bundle: Path, tokenizer: Any, backend: str, threads: int | None) -> D
     other = opened.tokenizer()
     if other is None or other.get_vocab() != tokenizer.get_vocab():
         raise RequestError(f"--draft {bundle}: its tokens are not those of the model", hint="give a bundle made from the same model")
-    session: Any = open_session(opened, backend, threads=threads)
+    session: Any = open_session(opened, backend, threads=threads, device=device)
     _require_extend(session, f"--draft {bundle}")
     return Draft(session)
 

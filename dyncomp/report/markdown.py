@@ -62,7 +62,43 @@ def results_markdown(results: dict[str, Any]) -> str:
         for row in results["peers"]:
             speed = f"{row['decode_tokens_per_s']:.1f} | {row['prefill_tokens_per_s']:.0f}"
             lines.append(f"| {row['engine']} | {row['precision']} | {row['threads']} | {speed} |")
+    if results.get("serving"):
+        lines += [
+            "",
+            "## Serving SmolLM2-135M dense",
+            "",
+            "Requests at a time through `Batcher`, tokens a second of decoding. Python's share is what a step of `Generator.stream` takes",
+            "beyond the runtime's call, in % of that call. Prompt lookup is × decoding without it, with the tokens that a pass gives.",
+            "",
+            f"| {' | '.join(SERVING)} |",
+            "|---" * len(SERVING) + "|",
+        ]
+        lines += [f"| {' | '.join(serving_cells(row))} |" for row in results["serving"]]
     return "\n".join(lines) + "\n"
+
+
+SERVING = (
+    "precision", "threads", "one request", "together", "×", "× with prompts", "step, ms", "Python's share", "load, s", "memory, × file",
+    "prompt lookup",
+)  # fmt: skip
+
+
+def serving_cells(row: dict[str, Any]) -> list[str]:
+    """What ``bench.serving`` measured in one precision, under the heads :data:`SERVING`."""
+    loading = row["loading"]
+    return [
+        row["precision"],
+        f"{row['threads']}",
+        f"{row['one_tokens_per_s']:.1f}",
+        f"{row['tokens_per_s']:.1f} ({row['requests']} requests)",
+        f"{row['ratio']:.2f}",
+        f"{row['whole_ratio']:.2f}",
+        f"{row['step_seconds'] * 1e3:.2f}",
+        ", ".join(f"{way} {share:.1%}" for way, share in row["overhead"].items()),
+        f"{loading['seconds']:.2f}",
+        f"{loading['loaded_mib'] / loading['file_mib']:.2f}; {loading['run_mib'] / loading['file_mib']:.2f} after a run",
+        ", ".join(f"{kind} {found['speed']:.2f} ({found['tokens_a_pass']:.2f})" for kind, found in row["lookup"].items()),
+    ]
 
 
 def _quality_row(command: str, text: str, figures: dict[str, Any]) -> str:

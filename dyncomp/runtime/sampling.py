@@ -47,7 +47,11 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the next token of one sequence; has its own random numbers."""
+    """Chooses the next token of one sequence; has its own random numbers.
+
+    A vocabulary is long beside a step of a small model: probabilities are float32, and where only the likeliest tokens count, no more
+    than the values of those that may be among them are sorted.
+    """
 
     def __init__(self, sampling: Sampling, row: int = 0) -> None:
         self._sampling = sampling
@@ -58,14 +62,56 @@ class Sampler:
         s = self._sampling
         if s.temperature == 0:
             return int(logits.argmax())
-        scores = logits.astype(np.float64) / s.temperature
-        if s.top_k or s.top_p < 1:
-            order = np.argsort(-scores, kind="stable")
-            order = order[: s.top_k] if s.top_k else order
-        else:  # sorting a vocabulary takes as long as a step of a small model
-            order = np.arange(len(scores))
-        total = np.exp(scores[order] - scores.max()).cumsum()
+        tokens: list[Array] = []  # what is left of the vocabulary, each among those before
+        if 0 < s.top_k < len(logits):
+            tokens.append(_largest(logits, np.partition(logits, -s.top_k)[-s.top_k], s.top_k))
+            logits = logits[tokens[-1]]
+        scores = logits.astype(np.float32)
+        scores -= scores.max()
+        scores /= s.temperature
+        weights = np.exp(scores, out=scores)  # of the likeliest token 1
         if s.top_p < 1:
-            keep = int(np.searchsorted(total, s.top_p * total[-1])) + 1
-            order, total = order[:keep], total[:keep]
-        return int(order[np.searchsorted(total, self._random.random() * total[-1], side="right").clip(max=len(order) - 1)])
+            tokens.append(_nucleus(weights, s.top_p))
+            weights = weights[tokens[-1]]
+        chosen = _reaching(weights, self._random.random(), beyond=True)
+        for kept in reversed(tokens):
+            chosen = int(kept[chosen])
+        return chosen
+
+
+def _nucleus(weights: Array, p: float) -> Array:
+    """Indices, ascending, of the fewest largest weights that are together at least p of the sum."""
+    total = weights.sum(dtype=np.float64)
+    # All weights below this one are together at most half of what may be left out: none of them is needed.
+    candidates = np.sort(weights[weights >= (1 - p) * total / (2 * len(weights))])[::-1]
+    last = _reaching(candidates, p * total / candidates.sum(dtype=np.float64), beyond=False)
+    return _largest(weights, candidates[last], last + 1)
+
+
+def _largest(values: Array, last: float, count: int) -> Array:
+    """Indices, ascending, of the ``count`` largest values, the smallest of which is ``last``; of equal ones the first are kept."""
+    kept = np.flatnonzero(values >= last)
+    if surplus := len(kept) - count:
+        kept = np.delete(kept, np.flatnonzero(values[kept] == last)[-surplus:])
+    return kept
+
+
+_BLOCK = 256
+
+
+def _reaching(weights: Array, share: float, *, beyond: bool) -> int:
+    """The index at which the sum of the weights so far comes to this share of the whole, or ``beyond`` it.
+
+    Sums of blocks first, then one block: few numbers are summed exactly enough in float32, and running sums of a vocabulary are slow.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)).cumsum(dtype=np.float64)
+    goal = share * sums[-1]
+    block = _first(sums, goal, beyond=beyond)
+    within = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _first(within, goal - (sums[block - 1] if block else 0.0), beyond=beyond)
+
+
+def _first(sums: Array, goal: float, *, beyond: bool) -> int:
+    """The first index whose running sum is at least ``goal``, or above it; a goal that rounding put past the last sum belongs to what
+    reached that."""
+    return int(min(np.searchsorted(sums, goal, side="right" if beyond else "left"), np.searchsorted(sums, sums[-1])))
