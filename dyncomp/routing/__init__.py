@@ -28,7 +28,7 @@ from dyncomp.routing.noisy import noisy
 from dyncomp.routing.parts import parts_of
 from dyncomp.routing.sinkhorn import sinkhorn, sinkhorn_top_k
 from dyncomp.routing.soft import soft
-from dyncomp.routing.top_k import top_k
+from dyncomp.routing.top_k import tempered_top_k, top_k
 from dyncomp.routing.tree import tree
 
 __all__ = [
