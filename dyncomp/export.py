@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -124,8 +123,8 @@ def _beside(out: Path) -> Iterator[Path]:
 
 # ---- checkpoints of transformers -----------------------------------------------------------------------------------
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
-"""Largest relative error of a checkpoint's logits: in float32 at the worst position; in bfloat16, where every weight and the routers' scores
-are rounded to 8 bits and experts that nearly tie change places, the median over positions."""
+"""Largest relative error of a checkpoint's logits: in float32 at the worst position; in bfloat16, where every weight and the routers'
+scores are rounded to 8 bits and experts that nearly tie change places, the median over positions."""
 
 
 def _hf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def _hold_to(found: dict[str, Any], allowed: float, whose: str, temper: int | No
 
 def _gguf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> dict[str, Any]:
     require("gguf", needed_for="writing a GGUF file")
-    from dyncomp.backends.gguf.check import compare
+    from dyncomp.backends.gguf.check import PACKAGES, available, compare
     from dyncomp.backends.gguf.write import NAMES, write
     from dyncomp.backends.hf.write import choose
 
@@ -195,15 +194,12 @@ def _gguf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) ->
     record: dict[str, Any] = {"architecture": architecture.name, "formats": formats, "notes": notes}
     if temper is not None:
         record["temper"] = temper
-    if importlib.util.find_spec("llama_cpp") is None:
-        record["notes"].append("not run: the package llama-cpp-python, which would, is not installed")
+    if available() is None:
+        record["notes"].append(f"not run: none of the packages that would ({', '.join(PACKAGES.values())}) is installed")
         return record
-    found = compare(graph, file)
-    allowed = 2e-3 if set(formats) == {"F32"} else 0.1  # llama.cpp rounds what it multiplies quantized weights with
-    if not found["median_error"] <= allowed:
-        raise PassError(
-            f"llama.cpp's logits differ from the graph's by {found['median_error']:.1e} (relative, median); allowed {allowed:g}"
-        )
+    found = compare(graph, file, opened.tokenizer())
+    floats = set(formats) == {"F32"}  # llama.cpp rounds what it multiplies quantized weights with
+    _hold_to(found, TOLERANCE["float32"] if floats else 0.1, "llama.cpp's", temper, worst=floats)
     return record | {"check": found}
 
 

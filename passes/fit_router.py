@@ -52,8 +52,8 @@ class FitRouter(LayerwisePass):
     ridge: float = 1e-2
     """Regularisation, as a fraction of the mean diagonal of XᵀX."""
     temper: int = 0
-    """With ``topk``: p of gates that are k times the softmax of ``2^-p`` times the scores of the k experts that run, which checkpoints of stock
-    mixtures compute as they are (:func:`~dyncomp.routing.tempered_top_k`); 0 for gates of 1."""
+    """With ``topk``: p of gates that are k times the softmax of ``2^-p`` times the scores of the k experts that run, which checkpoints of
+    stock mixtures compute as they are (:func:`~dyncomp.routing.tempered_top_k`); 0 for gates of 1."""
     k: int = 0
     """Without a threshold: how many experts each token runs (``expert-choice``: on average), shared ones included, whatever ``active``
     says; 0 is what ``active`` gives."""

@@ -1,9 +1,9 @@
 """The stock architectures of transformers that a decoder can be written as, what each lacks, and what each calls its tensors.
 
 Where a model's gates are what the architecture makes of scores (``fit-router{temper=}``, ``upcycle``, mixtures that were trained), its
-routers are written as they are. Gates of exactly 1 no stock class has, its weights are a softmax or a sigmoid of scores; a *tempered* router
-comes near them: with ``W' = 2^-p W``, which is exact in floating point and keeps the order of the experts, all scores are near 0, the
-weights are nearly equal, and a fixed factor brings them to 1.
+routers are written as they are. Gates of exactly 1 no stock class has: its weights are a softmax or a sigmoid of scores. A *tempered*
+router comes near them: with ``W' = 2^-p W``, which is exact in floating point and keeps the order of the experts, all scores are near
+0, the weights are nearly equal, and a fixed factor brings them to 1.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Architecture:
         qkv_bias, out_bias: ``no``, ``may`` or (qkv only) ``must`` have one. ffn_bias: the FFN's three linear layers may have biases.
         head_norm: whether queries and keys are normalised: ``no``, ``may``, ``must``.
         free_scale: the factor on the scores can be chosen. partial_rotary: a part of each head can be left unrotated.
+        always_shared: it has at least one shared expert: one of zeros where the model has none.
         shared_factor: what shared experts' outputs are multiplied with to undo what the architecture does to them.
         scaled: the routed experts' outputs are scaled by a field of the configuration, not in the weights.
-        function: ``softmax`` or ``sigmoid``, what makes weights of scores. unnormalised: these need not be divided by the sum of those of the
-            experts that run. groups: experts can be chosen in the best groups of them.
+        function: ``softmax`` or ``sigmoid``, what makes weights of scores. unnormalised: these need not be divided by the sum of those of
+            the experts that run. groups: experts can be chosen in the best groups of them.
         temper: p that suits gates of 1. Where experts are chosen by their scores any p keeps their order. Where they are chosen by
             probability, float32 tells two apart only when their scores differ by about 2^(p - 23); a small p makes weights unequal by
             about 2^-p, and that moves the scores of the layers after it: 12 is between the two, and neither is small in a model of many
@@ -65,6 +66,7 @@ class Architecture:
     head_norm: str = "no"
     free_scale: bool = False
     partial_rotary: bool = False
+    always_shared: bool = False
     shared_factor: float = 1.0
     scaled: bool = False
     function: str = "softmax"
@@ -108,8 +110,6 @@ class Architecture:
             found.append("its router has no bias, the model's has (fit-router{bias=false})")
         if routing.shared and not self.shared:
             found.append("it has no shared experts, the model has (carve-experts{shared=0})")
-        if routing.shared == 0 and self.name == "glm4-moe":
-            found.append("it always has a shared expert, the model has none")
         found += self._weighted(routing.weighting)
         first = shape.dense == tuple(range(len(shape.dense)))
         if shape.dense and (self.dense == "none" or (self.dense == "first" and not first)):
@@ -148,7 +148,7 @@ def _glm4(shape: Shape) -> dict[str, Any]:
     routing = _need(shape)
     return {
         "intermediate_size": shape.dense_width or routing.width, "moe_intermediate_size": routing.width,
-        "n_shared_experts": routing.shared // routing.width, "n_routed_experts": routing.experts, "num_experts_per_tok": routing.k,
+        "n_shared_experts": max(1, routing.shared // routing.width), "n_routed_experts": routing.experts, "num_experts_per_tok": routing.k,
         "routed_scaling_factor": float(routing.weighting.total), "norm_topk_prob": routing.weighting.normalised,
         "n_group": routing.weighting.groups, "topk_group": routing.weighting.kept,
         "first_k_dense_replace": len(shape.dense), "use_qk_norm": shape.head_norm, "attention_bias": shape.qkv_bias,
@@ -208,7 +208,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "glm4-moe", "glm4_moe", _glm4, router_bias="mlp.gate.e_score_correction_bias", dense="first", head_norm="may",
-            function="sigmoid", unnormalised=True, groups=True,
+            function="sigmoid", unnormalised=True, groups=True, always_shared=True,
             shared=tuple(f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")), partial_rotary=True, scaled=True,
         ),
         Architecture(

@@ -47,14 +47,14 @@ def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenize
     """Greedy text of the stock class, and the logits of both along it.
 
     Returns:
-        ``class``; ``relative_error`` of the logits (largest difference over largest value) at the worst position of the prompt and the text,
-        and ``median_error``, that of half of the positions;
+        ``class``; ``relative_error`` of the logits (largest difference over largest value) at the worst position of the prompt and the
+        text, and ``median_error``, that of half of the positions;
         ``greedy_tokens`` generated and ``greedy_equal``, how many of them in a row from the start our graph would have chosen too.
         Of routed models also ``other_experts``, at how many of the ``positions`` some layer runs other experts than in our graph: where two
         experts score nearly alike, and then where what these positions give is read.
     """
     graph, model = decoder.graph, load_stock(folder)
-    ids = _prompt(graph, tokenizer)
+    ids = prompt(graph, tokenizer)
     limit = int(graph.info.get("context_length") or 1 << 30)
     new = max(1, min(NEW_TOKENS, limit - ids.shape[1]))
     with torch.no_grad(), quiet():
@@ -124,7 +124,8 @@ def _opened(chosen: Tensor, experts: int) -> Tensor:
     return torch.zeros(len(chosen), experts, dtype=torch.bool).scatter(1, chosen, True)
 
 
-def _prompt(graph: Graph, tokenizer: Any | None) -> Tensor:
+def prompt(graph: Graph, tokenizer: Any | None) -> Tensor:
+    """[1, n] ids of :data:`PROMPT`, or random ones where there is no tokenizer."""
     if tokenizer is not None:
         return torch.tensor([tokenizer(PROMPT)["input_ids"]])
     table = next(n for n in graph.nodes if n.target is torch.ops.aten.embedding.default)

@@ -127,11 +127,14 @@ def _routed(architecture: Architecture, decoder: Decoder, layer: DecoderLayer, s
         bias = torch.zeros(len(router.weight)) if router.bias is None else router.bias
         parts[architecture.router_bias] = bias * slope / 4 if weighting.equal else bias  # of sigmoid(z) the slope at 0 is 1/4
     if architecture.shared:
-        both = weights.w_up[:first].unflatten(1, (2, width)).transpose(0, 1).flatten(1, 2)  # [2, shared * width, d]
-        down = weights.w_down[:first].transpose(0, 1).flatten(1) * architecture.shared_factor  # [d, shared * width]
-        ups = (both.flatten(0, 1),) if len(architecture.shared) == 2 else (both[0], both[1])
+        ups, downs = weights.w_up[:first], weights.w_down[:first]
+        if architecture.always_shared and not first:
+            ups, downs = torch.zeros_like(weights.w_up[:1]), torch.zeros_like(weights.w_down[:1])
+        both = ups.unflatten(1, (2, width)).transpose(0, 1).flatten(1, 2)  # [2, shared * width, d]
+        down = downs.transpose(0, 1).flatten(1) * architecture.shared_factor  # [d, shared * width]
+        joined = (both.flatten(0, 1),) if len(architecture.shared) == 2 else (both[0], both[1])
         if first or architecture.model_type != "granitemoeshared":
-            parts |= dict(zip(architecture.shared, (*ups, down), strict=True))
+            parts |= dict(zip(architecture.shared, (*joined, down), strict=True))
     if architecture.model_type == "qwen2_moe":  # sigmoid(0) = 1/2, exactly; shared_factor makes up for it
         parts["mlp.shared_expert_gate.weight"] = torch.zeros(1, weights.w_up.shape[2])
     return parts

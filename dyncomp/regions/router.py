@@ -19,7 +19,7 @@ class TopK:
     ``weighting``.
 
     Attributes:
-        weight: [E - shared, d]. bias: [E - shared], or None where it changes no gate. With a sigmoid of the scores it is none of them: it is
+        weight: [E - shared, d]. bias: [E - shared], or None where it changes no gate. Beside a sigmoid it is no part of the scores: it is
             added to the sigmoids, where experts are chosen.
     """
 

@@ -33,5 +33,5 @@ from dyncomp.routing.tree import tree
 
 __all__ = [
     "balance_loss", "bias_step", "deepseek_v3", "expert_choice", "group_top_k", "hash_table", "limit_to_groups", "noisy", "parts_of",
-    "sinkhorn", "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
+    "sinkhorn", "sinkhorn_top_k", "soft", "spread", "tempered_top_k", "top_k", "tree", "within_capacity", "z_loss",
 ]  # fmt: skip
