@@ -108,7 +108,7 @@ def suitable_experts(widths: Sequence[int]) -> int:
     return most_experts(widths, range(16, 65), block=32) or most_experts(widths, range(2, 17)) or 16
 
 
-_UNBIASED = "fit-router{active={active} gates=topk bias=false}, refit-down{bias=false}"
+_STOCK = "fit-router{active={active} gates=topk bias=false temper=2}, refit-down{bias=false}"
 
 
 def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "", copies: str = "", made: str = "carved") -> Recipe:
@@ -136,9 +136,9 @@ RECIPES = {
         Recipe(name="dense", passes=""),
         Recipe(name="sparse", passes="sparsify{active={active}}"),
         Recipe(name="static", passes="prune-static{active={active}}"),
-        # What checkpoints of stock architectures can hold (`dyncomp export --backend hf`): top-k, no biases.
-        Recipe(name="granite-moe", passes="carve-experts{experts={experts} shared={shared} keep-dense=}, " + _UNBIASED),
-        Recipe(name="qwen-moe", passes="carve-experts{experts={experts} shared={shared}}, " + _UNBIASED),
+        # What checkpoints of stock architectures hold as it is (`dyncomp export --backend hf`): top-k, gates by softmax, no biases.
+        Recipe(name="granite-moe", passes="carve-experts{experts={experts} shared={shared} keep-dense=}, " + _STOCK),
+        Recipe(name="qwen-moe", passes="carve-experts{experts={experts} shared={shared}}, " + _STOCK),
         _preset("mixtral-8x2", experts=8, k=2),
         _preset("gpt4-16x2", experts=16, k=2),
         # Upcycled, fine-grained experts are eighths of an FFN, some of them shared and the others copied: a token runs an FFN's worth.

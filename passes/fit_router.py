@@ -17,7 +17,8 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass
 from dyncomp.regions import find_carved
-from dyncomp.routing import deepseek_v3_parts, expert_choice, group_top_k, sinkhorn_top_k
+from dyncomp.regions.weighting import COLDEST
+from dyncomp.routing import deepseek_v3_parts, expert_choice, group_top_k, sinkhorn_top_k, tempered_top_k
 
 THRESHOLDS = ("threshold", "relative")
 GATES = (*THRESHOLDS, "topk", "group-topk", "deepseek-v3", "expert-choice", "sinkhorn")
@@ -50,6 +51,9 @@ class FitRouter(LayerwisePass):
     """What is regressed: ``energy`` (its logarithm) or ``norm`` of an expert's output."""
     ridge: float = 1e-2
     """Regularisation, as a fraction of the mean diagonal of XᵀX."""
+    temper: int = 0
+    """With ``topk``: p of gates that are k times the softmax of ``2^-p`` times the scores of the k experts that run, which checkpoints of
+    stock mixtures compute as they are (:func:`~dyncomp.routing.tempered_top_k`); 0 for gates of 1."""
     k: int = 0
     """Without a threshold: how many experts each token runs (``expert-choice``: on average), shared ones included, whatever ``active``
     says; 0 is what ``active`` gives."""
@@ -80,6 +84,8 @@ class FitRouter(LayerwisePass):
             raise RequestError("fit-router: k and bias=false are for gates=topk; a threshold is a bias", hint="add gates=topk")
         if self.gates not in (*THRESHOLDS, "topk") and self.budgets != "uniform":
             raise RequestError(f"fit-router: budgets={self.budgets} cannot weigh gates={self.gates}", hint="use threshold or topk gates")
+        if self.temper and (self.gates != "topk" or not 0 < self.temper <= COLDEST):
+            raise RequestError(f"fit-router: temper={self.temper} with gates={self.gates}", hint=f"1 to {COLDEST}, and gates=topk")
         if not 0 < self.kept <= self.groups:
             raise RequestError(f"fit-router: {self.kept} of {self.groups} groups kept", hint="0 < kept <= groups")
         if self.gates == "deepseek-v3" and self.router != "ridge":
@@ -135,12 +141,14 @@ class FitRouter(LayerwisePass):
         """What ``install`` takes: a name, a function of the scores of the experts that are not shared, or one of all of them and a bias."""
         shared = int(view.shared.sum())
         experts, routed = view.experts - shared, max(1, round(share * view.experts)) - shared
-        if self.gates in (*THRESHOLDS, "topk"):
+        if self.gates in THRESHOLDS or (self.gates == "topk" and not self.temper):
             return self.gates
         if routed < 1:
             raise RequestError(
                 f"fit-router: {shared + routed} experts a token, {shared} of them shared: none to choose", hint="raise active or k"
             )
+        if self.temper:
+            return partial(tempered_top_k, k=routed, temper=self.temper)
         if self.gates == "expert-choice":
             return partial(expert_choice, share=(share * view.experts - shared) / experts)
         if self.gates == "sinkhorn":

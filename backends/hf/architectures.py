@@ -1,8 +1,9 @@
 """The stock architectures of transformers that a decoder can be written as, what each lacks, and what each calls its tensors.
 
-Our gates are exactly 1, a mixture's weights are a softmax or a sigmoid of its scores. A *tempered* router makes up for that: with
-``W' = 2^-p W``, which is exact in floating point and keeps the order of the experts, all scores are near 0, the weights are nearly
-equal, and a fixed factor brings them to 1.
+Where a model's gates are what the architecture makes of scores (``fit-router{temper=}``, ``upcycle``, mixtures that were trained), its
+routers are written as they are. Gates of exactly 1 no stock class has: its weights are a softmax or a sigmoid of scores. A *tempered*
+router comes near them: with ``W' = 2^-p W``, which is exact in floating point and keeps the order of the experts, all scores are near
+0, the weights are nearly equal, and a fixed factor brings them to 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dyncomp.backends.hf.shape import Routing, Shape
+
+from dyncomp.regions.weighting import Weighting
 
 ACTIVATIONS = {
     "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "quick_gelu": "quick_gelu", "relu2": "relu2",
@@ -38,12 +41,16 @@ class Architecture:
         qkv_bias, out_bias: ``no``, ``may`` or (qkv only) ``must`` have one. ffn_bias: the FFN's three linear layers may have biases.
         head_norm: whether queries and keys are normalised: ``no``, ``may``, ``must``.
         free_scale: the factor on the scores can be chosen. partial_rotary: a part of each head can be left unrotated.
+        always_shared: it has at least one shared expert: one of zeros where the model has none.
         shared_factor: what shared experts' outputs are multiplied with to undo what the architecture does to them.
         scaled: the routed experts' outputs are scaled by a field of the configuration, not in the weights.
-        temper: p that suits it. Where experts are chosen by their scores any p keeps their order. Where they are chosen by probability,
-            float32 tells two apart only when their scores differ by about 2^(p - 24); a small p makes weights unequal by about 2^-p,
-            and that moves the scores of the layers after it: 12 is between the two. Granite's class in transformers chooses by scores,
-            and any p up to 24 does; other programs may choose by probability there too, hence 14.
+        function: ``softmax`` or ``sigmoid``, what makes weights of scores. unnormalised: these need not be divided by the sum of those of
+            the experts that run. groups: experts can be chosen in the best groups of them.
+        temper: p that suits gates of 1. Where experts are chosen by their scores any p keeps their order. Where they are chosen by
+            probability, float32 tells two apart only when their scores differ by about 2^(p - 23); a small p makes weights unequal by
+            about 2^-p, and that moves the scores of the layers after it: 12 is between the two, and neither is small in a model of many
+            layers. Granite's class in transformers chooses by scores, and any p up to 24 does; other programs may choose by probability
+            there too, hence 14.
         extra: its own fields of ``config.json``.
     """
 
@@ -62,8 +69,12 @@ class Architecture:
     head_norm: str = "no"
     free_scale: bool = False
     partial_rotary: bool = False
+    always_shared: bool = False
     shared_factor: float = 1.0
     scaled: bool = False
+    function: str = "softmax"
+    unnormalised: bool = False
+    groups: bool = False
     temper: int = 12
 
     def reasons(self, shape: Shape) -> list[str]:
@@ -106,6 +117,7 @@ class Architecture:
             found.append("it always has a shared expert, the model has none")
         if routing.width % ALIGNED:
             found.append(f"experts of {routing.width} neurons: transformers' kernels take multiples of {ALIGNED} (fewer experts)")
+        found += self._weighted(routing.weighting)
         first = shape.dense == tuple(range(len(shape.dense)))
         if shape.dense and (self.dense == "none" or (self.dense == "first" and not first)):
             layers = ", ".join(map(str, shape.dense[:4]))
@@ -113,12 +125,22 @@ class Architecture:
             found.append(f"{where}, the model's layers {layers} have none (carve-experts{{keep-dense=}})")
         return found
 
+    def _weighted(self, weighting: Weighting) -> list[str]:
+        found = []
+        if not weighting.equal and (weighting.function != self.function or not (weighting.normalised or self.unnormalised)):
+            found.append(f"its gates are {Weighting(self.function, slope=1)}, the model's {weighting}")
+        if weighting.groups > 1 and not self.groups:
+            found.append(
+                f"it chooses among all experts, the model in {weighting.kept} of {weighting.groups} groups (fit-router{{gates=topk}})"
+            )
+        return found
+
     def _unrouted(self, shape: Shape) -> list[str]:
         return ["every layer has experts, the model has none"] if self.routed else []
 
     def gain(self, shape: Shape) -> float:
-        """What the routed experts' output weights are multiplied with, so that gates of 1 / k come to 1."""
-        return 1.0 if self.scaled or shape.routing is None else float(shape.routing.k)
+        """What the routed experts' output weights are multiplied with, so that gates sum to what they do in the model."""
+        return 1.0 if self.scaled or shape.routing is None else shape.routing.weighting.total
 
 
 def _granite(shape: Shape) -> dict[str, Any]:
@@ -133,8 +155,9 @@ def _glm4(shape: Shape) -> dict[str, Any]:
     routing = _need(shape)
     return {
         "intermediate_size": shape.dense_width or routing.width, "moe_intermediate_size": routing.width,
-        "n_shared_experts": routing.shared // routing.width, "n_routed_experts": routing.experts, "num_experts_per_tok": routing.k,
-        "routed_scaling_factor": float(routing.k), "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
+        "n_shared_experts": max(1, routing.shared // routing.width), "n_routed_experts": routing.experts, "num_experts_per_tok": routing.k,
+        "routed_scaling_factor": float(routing.weighting.total), "norm_topk_prob": routing.weighting.normalised,
+        "n_group": routing.weighting.groups, "topk_group": routing.weighting.kept,
         "first_k_dense_replace": len(shape.dense), "use_qk_norm": shape.head_norm, "attention_bias": shape.qkv_bias,
         "partial_rotary_factor": shape.rotated / shape.head_dim, "num_nextn_predict_layers": 0,
     }  # fmt: skip
@@ -145,7 +168,7 @@ def _qwen2_moe(shape: Shape) -> dict[str, Any]:
     return {
         "intermediate_size": shape.dense_width or routing.width, "moe_intermediate_size": routing.width,
         "shared_expert_intermediate_size": routing.shared, "num_experts": routing.experts, "num_experts_per_tok": routing.k,
-        "norm_topk_prob": True, "mlp_only_layers": list(shape.dense), "qkv_bias": shape.qkv_bias,
+        "norm_topk_prob": routing.weighting.normalised, "mlp_only_layers": list(shape.dense), "qkv_bias": shape.qkv_bias,
     }  # fmt: skip
 
 
@@ -153,7 +176,8 @@ def _qwen3_moe(shape: Shape) -> dict[str, Any]:
     routing = _need(shape)
     return {
         "intermediate_size": shape.dense_width or routing.width, "moe_intermediate_size": routing.width, "num_experts": routing.experts,
-        "num_experts_per_tok": routing.k, "norm_topk_prob": True, "mlp_only_layers": list(shape.dense), "attention_bias": shape.qkv_bias,
+        "num_experts_per_tok": routing.k, "norm_topk_prob": routing.weighting.normalised, "mlp_only_layers": list(shape.dense),
+        "attention_bias": shape.qkv_bias,
     }  # fmt: skip
 
 
@@ -191,13 +215,14 @@ ARCHITECTURES = {
         ),
         Architecture(
             "glm4-moe", "glm4_moe", _glm4, router_bias="mlp.gate.e_score_correction_bias", dense="first", head_norm="may",
+            function="sigmoid", unnormalised=True, groups=True, always_shared=True,
             shared=tuple(f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")), partial_rotary=True, scaled=True,
         ),
         Architecture(
-            "qwen2-moe", "qwen2_moe", _qwen2_moe, dense="any", shared_factor=2.0,
+            "qwen2-moe", "qwen2_moe", _qwen2_moe, dense="any", shared_factor=2.0, unnormalised=True,
             shared=tuple(f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")),
         ),
-        Architecture("qwen3-moe", "qwen3_moe", _qwen3_moe, dense="any", out_bias="may", head_norm="must"),
+        Architecture("qwen3-moe", "qwen3_moe", _qwen3_moe, dense="any", out_bias="may", head_norm="must", unnormalised=True),
         Architecture("mixtral", "mixtral", _mixtral, qkv_bias="no"),
         Architecture("qwen2", "qwen2", _dense, routed=False, qkv_bias="must"),
         Architecture("qwen3", "qwen3", _qwen3, routed=False, out_bias="may", head_norm="must"),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from dyncomp.backends.hf.architectures import Architecture
+from torch import Tensor, fx
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
 from dyncomp.models.extras import quiet
+from dyncomp.regions.decoder import Decoder
+from dyncomp.regions.routed import RoutedFFN
+from dyncomp.regions.router import TopK
+from dyncomp.sweep import Sweep
 
 PROMPT = "The history of the river begins with"
 NEW_TOKENS = 64
@@ -36,39 +43,89 @@ def load_stock(folder: Path) -> Any:
     return model.eval()
 
 
-def compare(graph: Graph, folder: Path, tokenizer: Any | None) -> dict[str, Any]:
+def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenizer: Any | None) -> dict[str, Any]:
     """Greedy text of the stock class, and the logits of both along it.
 
     Returns:
-        ``class``; ``relative_error`` of the logits (largest difference over largest value) at all positions of the prompt and the text, and
-        ``median_error``, that of half of the positions: where two experts score alike to the last digits the other one may run, and
-        these positions (and a little those after them) then differ by more than rounding;
+        ``class``; ``relative_error`` of the logits (largest difference over largest value) at the worst position of the prompt and the
+        text, and ``median_error``, that of half of the positions;
         ``greedy_tokens`` generated and ``greedy_equal``, how many of them in a row from the start our graph would have chosen too.
+        Of routed models also ``other_experts``, at how many of the ``positions`` some layer runs other experts than in our graph: where two
+        experts score nearly alike, and then where what these positions give is read.
     """
-    model = load_stock(folder)
-    ids = _prompt(graph, tokenizer)
+    graph, model = decoder.graph, load_stock(folder)
+    ids = prompt(graph, tokenizer)
     limit = int(graph.info.get("context_length") or 1 << 30)
     new = max(1, min(NEW_TOKENS, limit - ids.shape[1]))
     with torch.no_grad(), quiet():
         text = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        theirs = model(text).logits.float()
+        with _chosen_experts(model, decoder, architecture) as chosen:
+            theirs = model(text).logits.float()
     with torch.no_grad(), float_activations(graph):
-        ours = graph(text).float()
+        ours, gates = _run(decoder, text)
     start = ids.shape[1]
     same = (ours[0, start - 1 : -1].argmax(-1) == text[0, start:]).long()
     errors = (theirs - ours).abs().amax((0, 2)) / ours.abs().max()  # of each position
-    return {
+    record = {
         "class": type(model).__name__,
         "relative_error": float(errors.max()),
         "median_error": float(errors.median()),
         "greedy_tokens": int(text.shape[1] - start),
         "greedy_equal": int(same.cumprod(0).sum()),
     }
+    if not gates:
+        return record
+    other = torch.stack(
+        [(_opened(chosen[layer], value.shape[-1]) != value).any(-1) for layer, value in gates.items()]
+    )  # [layers, positions]
+    return record | {"positions": int(text.shape[1]), "other_experts": int(other.any(0).sum())}
 
 
-def _prompt(graph: Graph, tokenizer: Any | None) -> Tensor:
+@contextmanager
+def _chosen_experts(model: Any, decoder: Decoder, architecture: Architecture) -> Iterator[dict[int, Tensor]]:
+    """By layer, [positions, k] int64: the experts that the class's routers choose in the forward passes within."""
+    chosen: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable[..., None]:
+        return lambda module, given, result: chosen.update({layer: next(t for t in result if not t.is_floating_point())})
+
+    router = architecture.router.removesuffix(".weight")
+    routed = [i for i, layer in enumerate(decoder.layers) if isinstance(layer.ffn, RoutedFFN)]
+    hooks = [model.get_submodule(f"model.layers.{i}.{router}").register_forward_hook(note(i)) for i in routed]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run(decoder: Decoder, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """Our graph's logits, and by layer which of the experts that are not shared run, bool [positions, E]."""
+    opened: dict[int, Tensor] = {}
+    watch: dict[fx.Node, Callable[[int, Tensor], None]] = {}
+    for index, layer in enumerate(decoder.layers):
+        if isinstance(layer.ffn, RoutedFFN):
+            router = decoder.routed(layer).router
+            assert isinstance(router, TopK)
+
+            def note(_: int, value: Tensor, index: int = index, shared: int = router.shared) -> None:
+                opened[index] = value.flatten(0, -2)[:, shared:] != 0
+
+            watch[layer.ffn.gates] = note
+    graph = decoder.graph
+    (logits,) = Sweep(graph, [{graph.inputs[0].name: ids}]).advance(graph.output_nodes[0], watch=watch)
+    return logits.float(), opened
+
+
+def _opened(chosen: Tensor, experts: int) -> Tensor:
+    """[positions, k] experts -> bool [positions, E]."""
+    return torch.zeros(len(chosen), experts, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def prompt(graph: Graph, tokenizer: Any | None) -> Tensor:
+    """[1, n] ids of :data:`PROMPT`, or random ones where there is no tokenizer."""
     if tokenizer is not None:
         return torch.tensor([tokenizer(PROMPT)["input_ids"]])
     table = next(n for n in graph.nodes if n.target is torch.ops.aten.embedding.default)

@@ -11,6 +11,7 @@ import torch
 from dyncomp.regions.decoder import Decoder, RoutedWeights
 from dyncomp.regions.ffn import FFN, FFNWeights
 from dyncomp.regions.router import TopK
+from dyncomp.regions.weighting import Weighting
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ class Routing:
         experts, k: routed experts, and how many of them run for a token; shared ones not counted.
         width: hidden neurons of one; ``shared``: of all shared ones together.
         bias: some router has one.
+        weighting: what gates follow from the scores.
     """
 
     experts: int
@@ -30,6 +32,7 @@ class Routing:
     width: int
     shared: int
     bias: bool
+    weighting: Weighting
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def shape_of(decoder: Decoder) -> tuple[Shape | None, list[str]]:
     problems += dict.fromkeys(w.router for w in routed.values() if isinstance(w.router, str))
     routing = None
     if routed and all(isinstance(w.router, TopK) for w in routed.values()):
-        experts, k, neurons, shared = one(map(_routing, routed.values()), "experts, k or shared experts")
-        routing = Routing(experts, k, neurons, shared, any(_routing_bias(w) for w in routed.values()))
+        experts, k, neurons, shared, weighting = one(map(_routing, routed.values()), "experts, k, shared experts or gates")
+        routing = Routing(experts, k, neurons, shared, any(_routing_bias(w) for w in routed.values()), weighting)
     elif routed:
         return None, problems
     weights: list[FFNWeights | RoutedWeights] = [*(decoder.dense(layers[i]) for i in dense), *routed.values()]
@@ -106,10 +109,10 @@ def shape_of(decoder: Decoder) -> tuple[Shape | None, list[str]]:
     return shape, problems
 
 
-def _routing(weights: RoutedWeights) -> tuple[int, int, int, int]:
+def _routing(weights: RoutedWeights) -> tuple[int, int, int, int, Weighting]:
     router, width = weights.router, weights.w_down.shape[2]
     assert isinstance(router, TopK)
-    return len(weights.w_up) - router.shared, router.k, width, router.shared * width
+    return len(weights.w_up) - router.shared, router.k, width, router.shared * width, router.weighting
 
 
 def _routing_bias(weights: RoutedWeights) -> bool:

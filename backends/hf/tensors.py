@@ -66,7 +66,7 @@ def tensors(architecture: Architecture, decoder: Decoder, shape: Shape, temper: 
     """Every tensor of the architecture, by the name its class has for it.
 
     Args:
-        temper: p of the tempered routers.
+        temper: p of the tempered routers, where the experts that run have equal gates; other routers have their own temper.
     """
     graph = decoder.graph
     found = {"model.embed_tokens.weight": graph.tensor(decoder.embedding).detach(), "model.norm.weight": decoder.norm}
@@ -115,22 +115,26 @@ def _routed(architecture: Architecture, decoder: Decoder, layer: DecoderLayer, s
     weights = decoder.routed(layer)
     router = weights.router
     assert isinstance(router, TopK)
-    cold = 2.0**-temper
+    weighting = router.weighting
+    slope = 2.0**-temper if weighting.equal else weighting.slope
     first, width = router.shared, weights.w_down.shape[2]
     parts = {
-        architecture.router: router.weight * cold,
+        architecture.router: router.weight * slope,
         f"{architecture.experts}.gate_up_proj": weights.w_up[first:],
         f"{architecture.experts}.down_proj": weights.w_down[first:] * architecture.gain(shape),
     }
-    if architecture.router_bias is not None:  # added to sigmoid(z), whose slope at 0 is 1/4
+    if architecture.router_bias is not None:
         bias = torch.zeros(len(router.weight)) if router.bias is None else router.bias
-        parts[architecture.router_bias] = bias * cold / 4
+        parts[architecture.router_bias] = bias * slope / 4 if weighting.equal else bias  # of sigmoid(z) the slope at 0 is 1/4
     if architecture.shared:
-        both = weights.w_up[:first].unflatten(1, (2, width)).transpose(0, 1).flatten(1, 2)  # [2, shared * width, d]
-        down = weights.w_down[:first].transpose(0, 1).flatten(1) * architecture.shared_factor  # [d, shared * width]
-        ups = (both.flatten(0, 1),) if len(architecture.shared) == 2 else (both[0], both[1])
+        ups, downs = weights.w_up[:first], weights.w_down[:first]
+        if architecture.always_shared and not first:
+            ups, downs = torch.zeros_like(weights.w_up[:1]), torch.zeros_like(weights.w_down[:1])
+        both = ups.unflatten(1, (2, width)).transpose(0, 1).flatten(1, 2)  # [2, shared * width, d]
+        down = downs.transpose(0, 1).flatten(1) * architecture.shared_factor  # [d, shared * width]
+        joined = (both.flatten(0, 1),) if len(architecture.shared) == 2 else (both[0], both[1])
         if first or architecture.model_type != "granitemoeshared":
-            parts |= dict(zip(architecture.shared, (*ups, down), strict=True))
+            parts |= dict(zip(architecture.shared, (*joined, down), strict=True))
     if architecture.model_type == "qwen2_moe":  # sigmoid(0) = 1/2, exactly; shared_factor makes up for it
         parts["mlp.shared_expert_gate.weight"] = torch.zeros(1, weights.w_up.shape[2])
     return parts

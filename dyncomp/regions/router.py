@@ -8,22 +8,26 @@ import torch
 from torch import Tensor, fx
 
 from dyncomp.graph import Graph
-from dyncomp.regions.linear import NO_OPS, aten, constant
+from dyncomp.regions.linear import NO_OPS, RESHAPES, aten, constant
 from dyncomp.regions.routed import RoutedFFN
+from dyncomp.regions.weighting import Weighting, find_weighting
 
 
 @dataclass(frozen=True)
 class TopK:
-    """``gates = 1`` for the ``shared`` first experts and for the ``k`` of the others that score highest, ``scores = x Wᵀ + b``.
+    """Gates of 1 for the ``shared`` first experts; for the ``k`` of the others that score highest, ``scores = x Wᵀ + b``, gates by
+    ``weighting``.
 
     Attributes:
-        weight: [E - shared, d]. bias: [E - shared], or None where it does not change the order of the experts.
+        weight: [E - shared, d]. bias: [E - shared], or None where it changes no gate. Beside a sigmoid it is no part of the scores: it is
+            added to the sigmoids, where experts are chosen.
     """
 
     weight: Tensor
     bias: Tensor | None
     k: int
     shared: int
+    weighting: Weighting
 
 
 def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
@@ -31,11 +35,9 @@ def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
     gates = region.gates
     if gates.target is torch.ops.dyncomp.threshold_gates.default:
         return "how many experts run depends on the token (threshold gates)"
-    if gates.target is not torch.ops.dyncomp.topk_gates.default:
+    scores = find_scores(graph, region)
+    if scores is None:
         return f"its gates are not the k highest scores, but come from {gates.name}"
-    scores, k = gates.args
-    assert isinstance(scores, fx.Node)
-    assert isinstance(k, int)
     if scores.target is not aten.linear.default or _source(scores.args[0]) is not _source(region.input):
         return "its scores are not one linear layer of the FFN's input"
     found = [constant(graph, argument) for argument in scores.args[1:]]
@@ -48,10 +50,23 @@ def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
     shared = int(always.sum())
     if shared and not bool(always[:shared].all()):
         return "its shared experts are not the first ones"
-    if not shared < k:
-        return f"every token runs {k} experts, and {shared} of them are shared: there is nothing to route"
-    routed = bias[shared:]
-    return TopK(weight[shared:], None if bool((routed == routed[0]).all()) else routed, k - shared, shared)
+    after = _added_later(graph, region, scores)
+    tried = find_weighting(graph, gates, scores, shared, after)
+    if isinstance(tried, str):
+        return tried
+    weighting, k = tried
+    if weighting.function == "sigmoid" and rest and bool(rest[0].any()):
+        return "its scores have a bias before the sigmoid"
+    bias = bias[shared:] if after is None else after
+    return TopK(weight[shared:], None if bool((bias == bias[0]).all()) else bias, k, shared, weighting)
+
+
+def _added_later(graph: Graph, region: RoutedFFN, scores: fx.Node) -> Tensor | None:
+    """What is added where experts are chosen, after the scores: [E] or None."""
+    name = selection_bias(graph, region, scores)
+    if name is None or any(isinstance(a, fx.Node) and str(a.target) == name for a in scores.args):
+        return None
+    return graph.tensor(name).detach()
 
 
 def find_scores(graph: Graph, region: RoutedFFN) -> fx.Node | None:
@@ -79,6 +94,6 @@ _SCORES = (aten.linear.default, aten.add.Tensor)
 
 
 def _source(node: object) -> object:
-    while isinstance(node, fx.Node) and node.target in NO_OPS:
+    while isinstance(node, fx.Node) and node.target in NO_OPS | RESHAPES:
         node = node.args[0]
     return node

@@ -28,10 +28,10 @@ from dyncomp.routing.noisy import noisy
 from dyncomp.routing.parts import parts_of
 from dyncomp.routing.sinkhorn import sinkhorn, sinkhorn_top_k
 from dyncomp.routing.soft import soft
-from dyncomp.routing.top_k import top_k
+from dyncomp.routing.top_k import tempered_top_k, top_k
 from dyncomp.routing.tree import tree
 
 __all__ = [
     "balance_loss", "bias_step", "deepseek_v3", "deepseek_v3_parts", "expert_choice", "group_top_k", "hash_table", "limit_to_groups",
-    "noisy", "parts_of", "sinkhorn", "sinkhorn_top_k", "soft", "spread", "top_k", "tree", "within_capacity", "z_loss",
+    "noisy", "parts_of", "sinkhorn", "sinkhorn_top_k", "soft", "spread", "tempered_top_k", "top_k", "tree", "within_capacity", "z_loss",
 ]  # fmt: skip

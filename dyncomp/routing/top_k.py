@@ -18,6 +18,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, chosen, weights)
 
 
+def tempered_top_k(scores: Tensor, k: int, temper: int) -> Tensor:
+    """``k`` times the softmax of ``2^-temper`` times the ``k`` best scores of each token: [..., E] -> [..., E], rows sum to ``k``.
+
+    For experts carved out of a dense FFN, which want gates of 1, where stock servers shall compute them: their mixtures have a softmax of
+    scores, and this one is nearly flat. The larger ``temper`` is, the nearer are gates to 1, and the larger is the difference of scores
+    that a program needs which chooses experts by their probabilities in float32: about ``2^(temper - 23)``.
+    """
+    return k * top_k(scores * 2.0**-temper, k)
+
+
 def one(value: Tensor) -> Tensor:
     """1, with the gradient of ``value``."""
     return 1 + (value - value.detach())

@@ -1,0 +1,112 @@
+"""How the gates of a token's experts follow from their scores: recognised by trying, as activations are.
+
+Random scores go in, and the gates that come out must be those of a :class:`Weighting`; no spelling of a softmax or of a choice has to be
+known, and the gates that a model was trained with are found like those that passes make.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dyncomp.errors import GraphError
+from dyncomp.graph import Graph
+from dyncomp.regions.partial import evaluate, symbolic_shape
+from dyncomp.routing.groups import limit_to_groups
+
+COLDEST = 14
+"""Gates of scores times 2^-14 can be told from equal ones in float32; colder ones count as equal."""
+_SIZES = {"batch": 4, "sequence": 32}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """``total`` times the softmax or the sigmoid of ``slope`` times the scores, for the experts that run.
+
+    Attributes:
+        function: ``softmax`` or ``sigmoid``.
+        normalised: over the experts that run: gates sum to ``total``.
+        slope: 0 where all that run have the same gate.
+        groups, kept: those that run are in the ``kept`` best of so many groups (:func:`~dyncomp.routing.groups.limit_to_groups`).
+    """
+
+    function: str = "softmax"
+    normalised: bool = True
+    slope: float = 0.0
+    total: float = 1.0
+    groups: int = 1
+    kept: int = 1
+
+    @property
+    def equal(self) -> bool:
+        return self.slope == 0
+
+    def gates(self, scores: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+        """[..., E] -> [..., E].
+
+        Args:
+            bias: [E], added where experts are chosen and not to their weights: to sigmoids, or to the scores of equal gates.
+        """
+        cooled = self.slope * scores
+        affinity = cooled.sigmoid() if self.function == "sigmoid" else cooled.softmax(-1)
+        order = affinity if self.function == "sigmoid" and not self.equal else scores
+        if bias is not None:
+            order = order + bias
+        if self.groups > 1:
+            order = limit_to_groups(order, self.groups, self.kept)
+        weights = affinity * torch.zeros_like(scores).scatter(-1, order.topk(k, -1).indices, 1.0)
+        return self.total * (weights / weights.sum(-1, keepdim=True) if self.normalised else weights)
+
+    def __str__(self) -> str:
+        if self.equal:
+            return "equal for all that run"
+        over = "over the experts that run" if self.normalised else "over all experts" if self.function == "softmax" else "of each expert"
+        return f"a {self.function} {over}"
+
+
+def find_weighting(graph: Graph, gates: fx.Node, scores: fx.Node, always: int, bias: Tensor | None) -> tuple[Weighting, int] | str:
+    """What makes ``gates`` of ``scores`` [..., E], and how many of the experts behind the ``always`` first ones run; or why it is none.
+
+    Args:
+        always: experts that every token runs with a gate of 1, the first ones.
+        bias: [E - always] that the graph adds where experts are chosen, or None.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(symbolic_shape(graph, scores, _SIZES), generator=generator)
+    values[..., :always] = 1e4
+    try:
+        (found,) = evaluate(graph, [gates], _SIZES, {scores: values.clone()})
+    except GraphError:
+        return "its gates depend on more than its scores"
+    experts = values.shape[-1]
+    values, found = values.view(-1, experts)[:, always:], found.reshape(-1, experts).float()
+    if always and not bool((found[:, :always] == 1).all()):
+        return "its shared experts have gates that are not 1"
+    found = found[:, always:]
+    counts = (found > 0).sum(-1)
+    k = int(counts[0])
+    if not bool((counts == k).all()):
+        return "how many experts run depends on the token"
+    if k == 0:
+        return f"every token runs {always} experts, all of them shared: there is nothing to route"
+    for candidate in _candidates(values.shape[-1], k):
+        made = candidate.gates(values, k, bias)
+        total = float(found.sum() / made.sum())
+        if torch.allclose(made * total, found, rtol=1e-5, atol=0):
+            total = round(total) if abs(total - round(total)) < 1e-4 else total
+            return Weighting(candidate.function, candidate.normalised, candidate.slope, total, candidate.groups, candidate.kept), k
+    return "its gates are neither a softmax nor a sigmoid of its k highest scores"
+
+
+def _candidates(experts: int, k: int) -> Iterator[Weighting]:
+    """Those that a name is known for, without groups first."""
+    sizes = [g for g in range(2, experts // 2 + 1) if experts % g == 0]
+    grouped = [(1, 1), *((g, kept) for g in sizes for kept in range(1, g) if kept * (experts // g) >= k)]
+    slopes = [2.0**-p for p in range(COLDEST + 1)]
+    kinds = [("softmax", True, 0.0), *itertools.product(("softmax", "sigmoid"), (True, False), slopes)]
+    for groups, (function, normalised, slope) in itertools.product(grouped, kinds):
+        yield Weighting(function, normalised, slope, 1.0, *groups)
