@@ -36,15 +36,17 @@ def opened(folder: Path, backend: str, started: float) -> dict[str, float]:
     open_model: Any
     decoder_of: Any
     if backend == "tvm":
-        from dyncomp.backends.tvm.decoder import decoder_for as decoder_of
-        from dyncomp.backends.tvm.run import TvmModel as open_model
-        from dyncomp.backends.tvm.run import load_runtime
+        from dyncomp.backends.tvm import decoder as tvm_decoder
+        from dyncomp.backends.tvm import run as tvm_run
 
-        load_runtime()  # not counted
+        tvm_run.load_runtime()  # not counted
+        open_model, decoder_of = tvm_run.TvmModel, tvm_decoder.decoder_for
     else:
         import onnxruntime  # noqa: F401  not counted
-        from dyncomp.backends.ort.decoder import decoder_for as decoder_of
-        from dyncomp.backends.ort.run import OrtModel as open_model
+        from dyncomp.backends.ort import decoder as ort_decoder
+        from dyncomp.backends.ort import run as ort_run
+
+        open_model, decoder_of = ort_run.OrtModel, ort_decoder.decoder_for
 
     before, start = rss(), time.perf_counter()
     decoder = decoder_of(open_model(folder))

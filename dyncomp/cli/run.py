@@ -130,8 +130,8 @@ def _complete(
     from dyncomp.runtime.generate import Generator
 
     session = generator.session
-    alone = len(requests) == 1 or not isinstance(generator, Generator)
-    if alone or not isinstance(session, CachedDecoder) or session.model.device != "cpu":
+    together = isinstance(session, CachedDecoder) and session.model.device == "cpu"
+    if len(requests) == 1 or not isinstance(generator, Generator) or not together:
         return generator.generate(requests, sampling)
     longest = max(len(generator.encode(r)) for r in requests)
     capacity = min(longest + sampling.max_tokens, session.context_length)
