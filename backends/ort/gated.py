@@ -40,13 +40,13 @@ def select_gated(graph: Graph) -> None:
             with graph.inserting(before=node) as b:
                 y = b.call(aten.linear.default, b.call(ops.take_rows, x, gates), weight, *([bias] if bias is not None else []))
                 _put(b, node, y, gates)
-        elif node.target is _ROUTED and node.args[1].meta["val"].shape[-1] == 1 and node.args[0].meta["val"].dim() == 3:
+        elif node.target is _ROUTED and node.args[1].meta["val"].shape[-1] == 1 and node.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
             x, gates, *_ = node.args
             with graph.inserting(before=node) as b:
                 _put(b, node, _expert(graph, b, b.call(ops.take_rows, x, gates), node), gates)
         elif (sparse := gated_sparse(node)) is not None and _binary(node.args[1]):
             with graph.inserting(before=node) as b:
-                _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])  # type: ignore[arg-type]
+                _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])
     graph.clean()
     join_rows(graph)
 

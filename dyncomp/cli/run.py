@@ -130,8 +130,9 @@ def _complete(
     from dyncomp.runtime.generate import Generator
 
     session = generator.session
-    together = isinstance(session, CachedDecoder) and session.model.device == "cpu"
-    if len(requests) == 1 or not isinstance(generator, Generator) or not together:
+    if len(requests) == 1 or not isinstance(generator, Generator) or not isinstance(session, CachedDecoder):
+        return generator.generate(requests, sampling)
+    if session.model.device != "cpu":
         return generator.generate(requests, sampling)
     longest = max(len(generator.encode(r)) for r in requests)
     capacity = min(longest + sampling.max_tokens, session.context_length)
