@@ -135,7 +135,11 @@ def energies(layer: Layer) -> list[Tensor]:
 
 
 def targets(layer: Layer, kind: str) -> list[Tensor]:
-    """What a regression aims at, [n, E] a batch: ``energy`` (its logarithm) or ``norm`` of each expert's output."""
+    """What a regression aims at, [n, E] a batch: ``energy`` (its logarithm) or ``norm`` of each expert's output.
+
+    The logarithm has a floor, by the token in the middle: where attention sinks are made, the first position's energy is a million times
+    that of others, and so is the mean.
+    """
     energy = energies(layer)
-    floor = 1e-3 * torch.stack([e.mean() for e in energy]).mean()
+    floor = 1e-3 * torch.cat([e.mean(1) for e in energy]).median()
     return [(e + floor).log() if kind == "energy" else e.sqrt() for e in energy]
