@@ -44,6 +44,7 @@ class Source(BaseModel):
     output_name: str
     config: dict[str, Any]
     decoding: Decoding | None = None  # of an encoder–decoder
+    generation: dict[str, Any] = {}  # of a decoder: what its generation_config.json sets
 
 
 class PassEntry(BaseModel):

@@ -380,6 +380,7 @@ def _manifest(
     source = bundle.Source(
         name=loaded.name, kind=loaded.kind, task=loaded.task, fingerprint=loaded.fingerprint, context_length=loaded.context_length,
         output_name=loaded.output_name, config=loaded.config, decoding=loaded.decoding,
+        generation=loaded.generation,
     )  # fmt: skip
     entries = [
         bundle.PassEntry(

@@ -139,11 +139,12 @@ def _hf(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -> d
 
     architecture, decoder, shape = choose(graph, request.architecture)
     temper = _temper(request, architecture, shape)
-    write(decoder, shape, architecture, folder, source=opened.manifest.source.config, temper=temper or 0, dtype=DTYPES[request.dtype])
+    source, dtype = opened.manifest.source, DTYPES[request.dtype]
+    notes = write(decoder, shape, architecture, folder, source=source.config, temper=temper or 0, dtype=dtype, generation=source.generation)
     found = compare(decoder, architecture, folder, _save_tokenizer(opened, folder))
     _hold_to(found, TOLERANCE[request.dtype], f"the {architecture.name} checkpoint's", temper, worst=request.dtype == "float32")
     routed = {"temper": temper} if temper is not None else {}
-    return {"architecture": architecture.name, "dtype": request.dtype, **routed, "check": found}
+    return {"architecture": architecture.name, "dtype": request.dtype, **routed, "notes": notes, "check": found}
 
 
 def _temper(request: ExportRequest, architecture: Architecture, shape: Shape) -> int | None:

@@ -18,6 +18,9 @@ from dyncomp.backends.hf.architectures import ARCHITECTURES
 from dyncomp.backends.hf.check import compare
 from dyncomp.backends.hf.write import choose, explain, write
 from helpers import assert_close
+from test_cli import run
+from tiny_checkpoint import write_checkpoint, write_text
+from transformers import AutoTokenizer, GenerationConfig
 
 from bench.tiny import VOCAB, built, trace_tiny
 from dyncomp import bundle
@@ -40,6 +43,7 @@ FIRST_DENSE = "carve-experts{experts=8 shared=2 keep-dense=0}, fit-router{gates=
 NARROW = "carve-experts{experts=32 shared=4 keep-dense=}, fit-router{gates=topk k=8 bias=false}, refit-down{bias=false}"
 SOFTMAX = "carve-experts{experts=8 shared=2 keep-dense=}, fit-router{gates=topk k=4 bias=false temper=2}, refit-down{bias=false}"
 SOFTMAX_UNSHARED = "carve-experts{experts=8 keep-dense=}, fit-router{gates=topk k=3 bias=false temper=2}, refit-down{bias=false}"
+GROUPS = "carve-experts{experts=8 shared=2 keep-dense=0}, fit-router{gates=group-topk groups=3 kept=2 k=4}, refit-down{bias=false}"
 THRESHOLDS = "carve-experts{experts=8}, fit-router{active=75%}, refit-down"
 
 
@@ -94,6 +98,17 @@ def test_gates_by_softmax_are_written_as_they_are(model: str, passes: str, archi
     assert found["greedy_equal"] == found["greedy_tokens"] == 64
     assert found.get("other_experts", 0) == 0
     assert (found["positions"] == 72) == bool(find_routed(converted(model, passes)))
+
+
+def test_a_bias_that_chooses_stays_one(tmp_path) -> None:
+    """DeepSeek-V3's, added to sigmoids where experts are chosen, and in no weight."""
+    graph = converted("llama", "upcycle{gates=deepseek-v3 k=3}").copy()
+    for seed, region in enumerate(find_routed(graph)):
+        bias = torch.randn(8, generator=torch.Generator().manual_seed(seed)) / 4
+        graph.add_tensor(f"{region.name}.router.bias", bias)
+    found = written(graph, "glm4-moe", tmp_path)
+    assert found["relative_error"] < 1e-5
+    assert found["other_experts"] == 0
 
 
 def test_a_mixture_comes_back_as_the_checkpoint_it_was(tmp_path) -> None:
@@ -151,6 +166,9 @@ def test_what_an_architecture_cannot_hold_is_said() -> None:
         "no biases" in r for r in explain(converted("llama", SHARED.replace("refit-down{bias=false}", "refit-down")))[2]["qwen2-moe"]
     )
     assert any("experts of 2 neurons" in reason for reason in explain(converted("llama", NARROW))[2]["granite-moe"])
+    assert any("in 2 of 3 groups" in r for r in explain(converted("llama", GROUPS))[2]["granite-moe"])
+    assert explain(converted("llama", GROUPS))[2]["glm4-moe"] == []
+    assert any("depend on more" in r for r in explain(converted("llama", "upcycle{gates=tree}"))[2]["mixtral"])
     widths = explain(converted("llama", "prune-static{active=75% keep-dense=0}"))[2]["llama"]
     assert any("widths" in reason and "keep-dense" in reason for reason in widths)
     with pytest.raises(BackendError, match="threshold gates") as error:
@@ -210,6 +228,62 @@ def spoiled(tensors):
         return found | {name: found[name].flip(0).contiguous()}
 
     return wrong
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a checkpoint that has a tokenizer and sampling settings, and a bundle ``made`` by the recipe for exports."""
+    folder = tmp_path_factory.mktemp("exports")
+    write_checkpoint(folder / "model")
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 5], "repetition_penalty": 1.5}
+    (folder / "model" / "generation_config.json").write_text(json.dumps(settings))
+    write_text(folder / "text.txt")
+    options = ["--recipe", "granite-moe", "--experts", "8", "--tokens", "4096", "--windows", "2", "--backend", "torch"]
+    run(folder, "convert", "model", "-o", "made", *options, "--calibrate", "text.txt")
+    return folder
+
+
+def test_the_command_writes_shards_tokenizer_and_sampling_settings(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dyncomp.backends.hf.write, "SHARD", "40KB")
+    out = place / "served"
+    record = json.loads(run(place, "export", "made", "-o", "served", "--backend", "hf", "--json"))
+    assert record["architecture"] == "granite-moe"
+    assert "temper" not in record, "its gates are those of the class"
+    assert record["check"]["relative_error"] < 1e-5
+    assert record["check"]["greedy_equal"] == record["check"]["greedy_tokens"] == 64
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    assert all((out / shard).is_file() for shard in index.values())
+    sentence = "The old river runs under a new door."
+    theirs = AutoTokenizer.from_pretrained(out)(sentence)["input_ids"]
+    assert theirs == load_model(str(place / "model")).tokenizer(sentence)["input_ids"]
+    settings = GenerationConfig.from_pretrained(out)
+    assert (settings.do_sample, settings.temperature, settings.top_p, settings.eos_token_id) == (True, 0.6, 0.9, [0, 5])
+    shown = run(place, "export", "made", "-o", "served", "--architecture", "qwen2-moe")  # an earlier export is replaced
+    assert "greedy equal: 64" in shown
+    assert not (out / "model.safetensors.index.json").exists() or "qwen2" in (out / "config.json").read_text()
+
+
+def test_the_command_explains(place: Path) -> None:
+    lines = run(place, "export", "made", "--explain").splitlines()
+    assert "granite-moe: can hold it" in lines
+    (glm,) = (line for line in lines if line.startswith("glm4-moe"))
+    assert "its gates are a sigmoid over the experts that run, the model's a softmax over the experts that run" in glm
+    assert json.loads(run(place, "export", "made", "--explain", "--json"))["granite-moe"] == []
+    assert not (place / "explained").exists()
+    with pytest.raises(RequestError, match="--temper is for models whose gates are 1"):
+        run(place, "export", "made", "-o", "explained", "--temper", "12")
+
+
+def test_settings_that_transformers_does_not_write_are_named(tmp_path) -> None:
+    architecture, decoder, shape = choose(trace_tiny("llama"), "llama")
+    wrong = {"do_sample": False, "temperature": 0.6}
+    options: dict = {"source": {}, "temper": 0, "dtype": torch.float32}
+    (note,) = write(decoder, shape, architecture, tmp_path, **options, generation=wrong)
+    assert "settings are left out" in note
+    assert compare(decoder, architecture, tmp_path, None)["greedy_equal"] == 64
+    assert write(decoder, shape, architecture, tmp_path, **options, generation={"do_sample": True, "temperature": 0.6}) == []
+    assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.6
 
 
 def test_requests_that_cannot_be_served_are_named(tmp_path) -> None:

@@ -53,14 +53,16 @@ def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenize
         Of routed models also ``other_experts``, at how many of the ``positions`` some layer runs other experts than in our graph: where two
         experts score nearly alike, and then where what these positions give is read.
     """
+    from transformers import GenerationConfig
+
     graph, model = decoder.graph, load_stock(folder)
     ids = prompt(graph, tokenizer)
     limit = int(graph.info.get("context_length") or 1 << 30)
     new = max(1, min(NEW_TOKENS, limit - ids.shape[1]))
+    greedy = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)  # whatever the checkpoint's own says
+    model.generation_config = greedy
     with torch.no_grad(), quiet():
-        text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         with _chosen_experts(model, decoder, architecture) as chosen:
             theirs = model(text).logits.float()
     with torch.no_grad(), float_activations(graph):

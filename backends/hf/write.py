@@ -50,13 +50,17 @@ def choose(graph: Graph, name: str, *, among: Sequence[str] = tuple(ARCHITECTURE
 
 
 def write(
-    decoder: Decoder, shape: Shape, architecture: Architecture, folder: Path, *, source: dict[str, Any], temper: int, dtype: torch.dtype
-) -> None:
-    """Write configuration, generation configuration and weights (sharded above :data:`SHARD`) into ``folder``.
+    decoder: Decoder, shape: Shape, architecture: Architecture, folder: Path, *, source: dict[str, Any], temper: int, dtype: torch.dtype,
+    generation: dict[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
+    """Write configuration, generation configuration and weights (sharded above :data:`SHARD`) into ``folder``; returns what to know of it.
 
     The stock class writes them itself, in the layout its published checkpoints have.
+
+    Args:
+        source: the dense model's configuration. generation: what its generation configuration set.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = configuration(architecture, decoder, shape, source, dtype)
     with quiet():
@@ -64,4 +68,15 @@ def write(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.load_state_dict(tensors(architecture, decoder, shape, temper, dtype), strict=True, assign=True)
         model.tie_weights()
+        notes = []
+        if generation:
+            settings = GenerationConfig(**generation)
+            try:
+                settings.validate(strict=True)
+                model.generation_config = settings
+            except ValueError as error:  # as of checkpoints with a temperature and do_sample=False, which are read, but not written
+                notes.append(
+                    f"the source's generation settings are left out, transformers does not write them: {str(error).splitlines()[0]}"
+                )
         model.save_pretrained(folder, max_shard_size=SHARD)
+    return notes

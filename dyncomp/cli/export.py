@@ -25,7 +25,8 @@ from dyncomp.cli import options
 @click.option(
     "--temper",
     type=int,
-    help="p of tempered routers: 10 to 14, or 22 for Granite in transformers alone. [default: what suits the architecture]",
+    help="p of tempered routers, for models whose gates are 1: 10 to 14, or 22 for Granite in transformers alone. "
+    "[default: what suits the architecture]",
 )
 @click.option(
     "--target",
@@ -45,8 +46,8 @@ from dyncomp.cli import options
 def command(bundle: Path, out: Path | None, explain: bool, json_: bool, **choices: Any) -> None:
     """Write BUNDLE's model in a form that other programs run, and hold it against the graph.
 
-    A checkpoint needs routers that choose the same number of experts for every token, without biases where the architecture has none:
-    the recipes granite-moe and qwen-moe make such models.
+    A checkpoint needs routers that choose the same number of experts for every token, without biases where the architecture has none, and
+    gates as its class computes them: the recipes granite-moe and qwen-moe make such models.
     """
     from dyncomp.errors import RequestError
     from dyncomp.export import ExportRequest, export

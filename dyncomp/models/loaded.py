@@ -60,6 +60,7 @@ class LoadedModel:
     config: dict[str, Any] = field(default_factory=dict)  # plain JSON: the architecture, without where it came from
     processor: Any | None = None  # an image processor or feature extractor of transformers
     decoding: Decoding | None = None  # of an encoder–decoder
+    generation: dict[str, Any] = field(default_factory=dict)  # of a decoder: what its generation_config.json sets
 
     @cached_property
     def fingerprint(self) -> str:

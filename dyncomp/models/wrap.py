@@ -167,8 +167,18 @@ def wrap(
     context = _context_length(config)
     if task == "seq2seq":
         decoding, context = decoding or _decoding(model, tokenizer), context or WRITTEN
-    loaded = LoadedModel(name, kind, finish(module), task, tokenizer, inputs, dynamic, output, context, facts, processor, decoding)
+    generation = _generation(model) if causal else {}
+    loaded = LoadedModel(
+        name, kind, finish(module), task, tokenizer, inputs, dynamic, output, context, facts, processor, decoding, generation
+    )
     return check_forward(loaded) if check and not causal else loaded
+
+
+def _generation(model: Any) -> dict[str, Any]:
+    """What a decoder's generation configuration sets: sampling, tokens that end a text."""
+    settings = getattr(model, "generation_config", None)
+    found: dict[str, Any] = {} if settings is None else settings.to_diff_dict()
+    return {key: value for key, value in found.items() if key != "transformers_version" and not key.startswith("_")}
 
 
 def _options(model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -94,12 +94,18 @@ def find_weighting(graph: Graph, gates: fx.Node, scores: fx.Node, always: int, b
     if k == 0:
         return f"every token runs {always} experts, all of them shared: there is nothing to route"
     for candidate in _candidates(values.shape[-1], k):
-        made = candidate.gates(values, k, bias)
-        total = float(found.sum() / made.sum())
-        if torch.allclose(made * total, found, rtol=1e-5, atol=0):
-            total = round(total) if abs(total - round(total)) < 1e-4 else total
-            return Weighting(candidate.function, candidate.normalised, candidate.slope, total, candidate.groups, candidate.kept), k
+        if _total(candidate, values[:4], found[:4], k, bias) is None:  # most are refused by few tokens
+            continue
+        if (total := _total(candidate, values, found, k, bias)) is not None:
+            return replace(candidate, total=float(round(total)) if abs(total - round(total)) < 1e-4 else total), k
     return "its gates are neither a softmax nor a sigmoid of its k highest scores"
+
+
+def _total(candidate: Weighting, scores: Tensor, gates: Tensor, k: int, bias: Tensor | None) -> float | None:
+    """What the candidate's gates are to be multiplied with, or None where they are not those found."""
+    made = candidate.gates(scores, k, bias)
+    total = float(gates.sum() / made.sum())
+    return total if torch.allclose(made * total, gates, rtol=1e-5, atol=0) else None
 
 
 def _candidates(experts: int, k: int) -> Iterator[Weighting]:
