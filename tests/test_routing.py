@@ -495,7 +495,7 @@ def test_what_looks_across_tokens_is_refused_for_decoders() -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 @pytest.mark.parametrize("options", [
     "k=1", "k=3", "gates=deepseek-v3", "gates=tree", "gates=hash", "parts=4 shared=1 experts=13 k=4", "gates=hash parts=2",
-    "gates=deepseek-v3 parts=8 shared=2 experts=26 k=14 groups=2", "gates=tree parts=4 shared=1 experts=13 k=7",
+    "gates=deepseek-v3 parts=8 shared=2 experts=26 k=14 groups=2", "gates=tree parts=2 experts=16 k=4",
 ])  # fmt: skip
 def test_copies_without_noise_are_the_dense_model(name: str, options: str) -> None:
     graph, _ = converted(name, f"upcycle{{noise=0 {options}}}")
@@ -618,7 +618,7 @@ def test_routers_run_in_onnx_runtime(program: str, native: bool, tmp_path: Path)
 HEALED = {
     "deepseek-v3": ("llama", "upcycle{experts=4 noise=0.2 gates=deepseek-v3 groups=2 kept=1}", {"balance_rate": 0.01}),
     "fine-grained": (
-        "llama", "upcycle{experts=13 k=4 parts=4 shared=1 noise=0.2 gates=deepseek-v3 kept=2}", {"balance_rate": 0.01},
+        "llama", "upcycle{experts=13 k=4 parts=4 shared=1 noise=0.6 gates=deepseek-v3 kept=2}", {"balance_rate": 0.01},
     ),
     "switch": ("llama", "upcycle{experts=4 k=1 noise=0.2}", {"noise": 0.3, "capacity": 1.25, "balance": 0.01}),
     "soft": ("bert", "soft-moe{experts=2 slots=8}", {}),

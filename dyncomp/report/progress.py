@@ -35,6 +35,7 @@ class ProgressReporter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
+            self._bar.refresh()  # a notebook's cell would keep what was drawn last
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
