@@ -11,7 +11,8 @@ from dyncomp.cli import options
 @options.as_json
 def command(json_: bool) -> None:
     """Show this machine: cores, vector instructions, memory, devices that ONNX Runtime can use, and by threads the bytes a second that it
-    reads and the operations a second of a product of float32 matrices. Measured once, and kept in the cache folder, unless other programs have the cores meanwhile."""
+    reads and the operations a second of a product of float32 matrices. Measured once, and kept in the cache folder, unless other programs
+    have the cores meanwhile."""
     from dataclasses import asdict
 
     from dyncomp.backends.ort.providers import usable_devices
