@@ -193,7 +193,7 @@ def work_of(graph: Graph) -> list[Work]:
 
 def session_threads(folder: Path) -> int:
     """Threads for an artifact in ONNX Runtime whose user gave none: every core, or fewer where those are faster by the measured latencies
-    of its layers, or the bandwidth and peak of this machine."""
+    of its layers, or the bandwidth and peak of this machine, if those can be measured undisturbed."""
     counts = thread_counts()
     try:
         work = [Work(**part) for part in json.loads((folder / WORK).read_bytes())]
@@ -201,8 +201,10 @@ def session_threads(folder: Path) -> int:
         return counts[-1]
     if len(counts) == 1:
         return counts[0]
+    if (measured := probe()).disturbed:
+        return counts[-1]
     tables = {n: table for n in counts if (table := latency_table(n)).file.is_file()}
-    return choose_threads(work, probe(), {n: {key: one for key, (one, _) in table.rows.items()} for n, table in tables.items()})
+    return choose_threads(work, measured, {n: {key: one for key, (one, _) in table.rows.items()} for n, table in tables.items()})
 
 
 def artifact_for(opened: Bundle, backend: str, device: str) -> Path:

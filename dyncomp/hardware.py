@@ -62,13 +62,17 @@ class Probe:
     Args:
         bandwidth: threads -> bytes a second, read from memory.
         peak: threads -> floating-point operations a second of a product of float32 matrices.
+        disturbed: others had the cores meanwhile: the figures are too low, nothing is decided by them, and they are not kept.
     """
 
     bandwidth: dict[int, float]
     peak: dict[int, float]
+    disturbed: bool = False
 
 
 _SIDE, _TIMES = 768, 5  # of the matrices; attempts, of which the best counts: whatever else runs only makes a machine slower
+_OWN = 0.8
+"""Share of the cores' time that even the best attempt must have had."""
 
 
 def thread_counts() -> list[int]:
@@ -78,7 +82,7 @@ def thread_counts() -> list[int]:
 
 
 def probe() -> Probe:
-    """Measured when it is first asked for, about a second, and kept in the cache folder for this machine."""
+    """Measured when it is first asked for, in less than a second, and kept in the cache folder for this machine."""
     import torch
 
     counts = thread_counts()
@@ -89,8 +93,9 @@ def probe() -> Probe:
         return Probe(*({n: float(kept[name][str(n)]) for n in counts} for name in ("bandwidth", "peak")))
     except (OSError, ValueError, KeyError, TypeError):  # a damaged file counts as absent: it is a cache
         found = _measure(counts)
-    with replacing(file) as part:
-        part.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    if not found.disturbed:
+        with replacing(file) as part:
+            part.write_text(json.dumps(asdict(found), indent=1) + "\n")
     return found
 
 
@@ -100,26 +105,29 @@ def _measure(counts: list[int]) -> Probe:
     before = torch.get_num_threads()
     memory = torch.ones(max(1 << 23, cache_bytes() // 2))  # float32: twice the cache, at least 32 MiB
     left, right = torch.ones(_SIDE, _SIDE), torch.ones(_SIDE, _SIDE)
-    bandwidth, peak = {}, {}
+    bandwidth, peak, own = {}, {}, []
     try:
         for threads in counts:
             torch.set_num_threads(threads)
-            bandwidth[threads] = memory.nbytes / _best(memory.sum)
-            peak[threads] = 2 * _SIDE**3 / _best(lambda: left @ right)
+            read, reading = _best(memory.sum)
+            multiply, multiplying = _best(lambda: left @ right)
+            bandwidth[threads], peak[threads] = memory.nbytes / read, 2 * _SIDE**3 / multiply
+            own += [reading / threads, multiplying / threads]
     finally:
         torch.set_num_threads(before)
-    return Probe(bandwidth, peak)
+    return Probe(bandwidth, peak, min(own) < _OWN)
 
 
-def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of some calls, after one that is not counted."""
+def _best(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the fastest of some calls, after one that is not counted, and how many cores it had meanwhile."""
     call()
-    seconds = []
+    found = []
     for _ in range(_TIMES):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        seconds = time.perf_counter() - start
+        found.append((seconds, (time.process_time() - used) / seconds))
+    return min(found)
 
 
 def cache_bytes() -> int:

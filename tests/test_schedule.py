@@ -130,6 +130,8 @@ def test_a_session_takes_the_threads_of_the_schedule(tmp_path: Path, monkeypatch
     monkeypatch.setattr(deploy, "thread_counts", lambda: [1, 2, 4])
     monkeypatch.setattr(deploy, "probe", lambda: measured({1: 1e10, 2: 3e10, 4: 1e10}))
     assert deploy.session_threads(tmp_path) == 2
+    monkeypatch.setattr(deploy, "probe", lambda: Probe({1: 1.0, 2: 3e10, 4: 1.0}, {1: 1.0, 2: 1.0, 4: 1.0}, disturbed=True))
+    assert deploy.session_threads(tmp_path) == 4
     monkeypatch.setattr(deploy, "thread_counts", lambda: [1])
     assert deploy.session_threads(tmp_path) == 1
     (tmp_path / deploy.WORK).unlink()
@@ -143,6 +145,7 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "_SIDE", 64)
     before = torch.get_num_threads()
+    monkeypatch.setattr(hardware, "_OWN", 0.0)  # whatever else this machine does
     found = hardware.probe()
     assert list(found.bandwidth) == list(found.peak) == hardware.thread_counts()
     assert all(value > 1e8 for value in (*found.bandwidth.values(), *found.peak.values()))
@@ -157,6 +160,17 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text("{")
     with pytest.raises(BaseException, match="measured again"):
         hardware.probe()
+
+
+def test_what_others_disturbed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNCOMP_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_best", lambda call: (1.0, 0.3))  # a third of a core
+    assert hardware.probe().disturbed
+    assert not (tmp_path / "hardware").exists()
+    assert "too low" in CliRunner().invoke(cli, ["hardware"]).output
+    monkeypatch.setattr(hardware, "_best", lambda call: (1.0, float(hardware.default_threads())))
+    assert not hardware.probe().disturbed
+    assert (tmp_path / "hardware").exists()
 
 
 def test_threads_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
         select_routed_ffns(graph)
     select_attention(graph, native=native, on_gpu=on_gpu)
     select_moe(graph)
-    select_norms(graph)
+    select_norms(graph, on_gpu=on_gpu)
     select_sparse_linears(graph, ops if native else None)
     if native:
         select_quantized_linears(graph, ops)

@@ -13,8 +13,11 @@ from dyncomp.graph import Graph
 aten = torch.ops.aten
 
 
-def select_norms(graph: Graph) -> None:
-    """before: s = add(a, b); n = rms_norm(s)      after: n, s = skip_simplified_layer_norm(a, b)"""
+def select_norms(graph: Graph, *, on_gpu: bool = False) -> None:
+    """before: s = add(a, b); n = rms_norm(s)      after: n, s = skip_simplified_layer_norm(a, b)
+
+    For GPUs a norm alone is plain operations: ONNX Runtime puts its operator into ONNX's own domain, where ``onnx.checker`` finds none.
+    """
     for node in graph.nodes:
         if node.target is not aten.rms_norm.default:
             continue
@@ -35,10 +38,18 @@ def select_norms(graph: Graph) -> None:
                 normed, total = b.call(operator.getitem, pair, 0), b.call(operator.getitem, pair, 1)
             x.replace_all_uses_with(total)
             node.replace_all_uses_with(normed)
+        elif on_gpu:
+            with graph.inserting(before=node) as b:
+                node.replace_all_uses_with(b.call(norm_plainly, x, weight, eps))
         else:
             with graph.inserting(before=node) as b:
                 node.replace_all_uses_with(b.call(ops.simplified_layer_norm, x, weight, eps))
         graph.module.graph.erase_node(node)
+
+
+def norm_plainly(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension: [..., d] -> [..., d]."""
+    return x / torch.sqrt(torch.mean(torch.pow(x, 2.0), -1, keepdim=True) + epsilon) * weight
 
 
 def _is_residual_sum(node: fx.Node) -> bool:
