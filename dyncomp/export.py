@@ -174,7 +174,7 @@ def _hold_to(found: dict[str, Any], allowed: float, whose: str, temper: int | No
     if temper is not None:
         hint = (
             "its gates are 1, a stock class's only nearly, and experts that score nearly alike change places: convert with "
-            "fit-router{temper=2}, as the recipes granite-moe and qwen-moe do, or give Granite in transformers --temper 22"
+            "fit-router{temper=4}, as the recipes granite-moe and qwen-moe do, or give Granite in transformers --temper 22"
         )
     elif found.get("other_experts"):
         hint = "experts that score alike to the last digits change places by rounding: --dtype float32 and another --architecture may not"

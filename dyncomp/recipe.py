@@ -108,7 +108,7 @@ def suitable_experts(widths: Sequence[int]) -> int:
     return most_experts(widths, range(16, 65), block=32) or most_experts(widths, range(2, 17)) or 16
 
 
-_STOCK = "fit-router{active={active} gates=topk bias=false temper=2}, refit-down{bias=false}"
+_STOCK = "fit-router{active={active} gates=topk bias=false temper=4}, refit-down{bias=false}"
 
 
 def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "", copies: str = "", made: str = "carved") -> Recipe:

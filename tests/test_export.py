@@ -361,7 +361,6 @@ def test_a_real_model_writes_the_same_text_in_a_stock_class(fitted: tuple[Loaded
     chosen, decoder, shape = choose(graph, architecture)
     write(decoder, shape, chosen, tmp_path, source=loaded.config, temper=0, dtype=torch.float32)
     found = compare(decoder, chosen, tmp_path, loaded.tokenizer)
-    print(found)
     assert found["relative_error"] <= 2e-3
     assert found["greedy_equal"] == found["greedy_tokens"] == 64
 
@@ -374,6 +373,5 @@ def test_a_real_model_writes_the_same_text_in_llama_cpp(fitted: tuple[LoadedMode
     chosen, decoder, shape = choose(graph, "granite-moe")
     assert set(gguf_write(decoder, shape, chosen, tmp_path / "m.gguf", temper=0, tokenizer=None)) == {"F32"}
     found = gguf_compare(graph, tmp_path / "m.gguf", loaded.tokenizer)
-    print(found)
     assert found["relative_error"] <= 2e-3
     assert found["greedy_equal"] == found["greedy_tokens"] == 64

@@ -34,9 +34,11 @@ from dyncomp.pipeline import Context, Pipeline, parse_passes
 from dyncomp.regions import find_regions, find_routed
 from dyncomp.regions.router import find_scores
 from dyncomp.regions.tokens import random_inputs
+from dyncomp.regions.weighting import Weighting, find_weighting
 from dyncomp.report.tables import notes
 from dyncomp.serialize import load_graph, save_graph
 from dyncomp.sweep import Sweep
+from dyncomp.trace import trace
 
 EXPERTS = 8
 
@@ -57,8 +59,9 @@ def tree(scores: Tensor, k: int = 2) -> Tensor:
 WEIGHTED: dict[str, Callable[..., Tensor]] = {"top_k": routing.top_k, "deepseek_v3": deepseek_v3, "tree": tree}
 COUNTED: dict[str, Callable[..., Tensor]] = {
     **WEIGHTED, "group_top_k": partial(routing.group_top_k, groups=4, kept=2), "sinkhorn": routing.sinkhorn_top_k,
+    "tempered": partial(routing.tempered_top_k, temper=2),
 }  # fmt: skip
-CAUSAL = [*WEIGHTED, "group_top_k"]
+CAUSAL = [*WEIGHTED, "group_top_k", "tempered"]
 ACROSS = {"expert_choice": partial(routing.expert_choice, share=0.25), "sinkhorn": partial(routing.sinkhorn_top_k, k=2)}
 
 
@@ -146,6 +149,37 @@ def test_shared_experts_stand_outside_of_groups_weights_and_bias(seed: int, shar
     assert_close(gates[:, shared:], factor * routing.deepseek_v3(scores[:, shared:], bias(), k, 4, 2), rel=1e-12)
     parts = routing.deepseek_v3_parts(scores, shift, k, 4, 2, shared=shared)
     assert torch.equal(parts, (gates != 0).double())
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 4), temper=st.integers(1, 14))
+def test_cold_gates_are_near_one_and_of_the_best(seed: int, k: int, temper: int) -> None:
+    scores = scores_of(seed, 5)
+    gates = routing.tempered_top_k(scores, k, temper)
+    assert torch.equal(gates > 0, topk_gates(scores, k) > 0)
+    assert (gates[gates > 0] - 1).abs().max() <= math.expm1(float(scores.max() - scores.min()) * 2.0**-temper)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 10**6), k=st.integers(2, 4), temper=st.integers(0, 10), groups=st.sampled_from([1, 2, 4]),
+    function=st.sampled_from(["softmax", "sigmoid"]), normalised=st.booleans(), always=st.integers(0, 2),
+)  # fmt: skip
+def test_what_gates_follow_from_is_found_by_trying(
+    seed: int, k: int, temper: int, groups: int, function: str, normalised: bool, always: int
+) -> None:
+    wanted = Weighting(function, normalised, 2.0**-temper, 1.5, groups, max(1, groups // 2))
+    moved = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed)) / 8 if function == "sigmoid" else None
+
+    class Gates(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gates = wanted.gates(torch.nn.functional.linear(x, torch.eye(EXPERTS + always))[..., always:], k, moved)
+            return torch.cat([torch.ones_like(x[..., :always]), gates], -1)
+
+    x = torch.randn(2, 16, EXPERTS + always)
+    graph = trace(Gates(), {"x": x}, {"x": {0: "batch", 1: "sequence"}}, info={})
+    scores = next(n for n in graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert find_weighting(graph, graph.output_nodes[0], scores, always, moved) == (wanted, k)
 
 
 @settings(deadline=None, max_examples=20)
@@ -583,6 +617,8 @@ def test_soft_experts_compute_mixtures() -> None:
 PROGRAMS = {
     "llama groups, hash": "carve-experts{experts=8 shared=2 keep-dense=1}, fit-router{gates=group-topk groups=3 kept=2 k=5}, refit-down, "
     "upcycle{experts=4 gates=hash}",
+    "llama tempered, copies": "carve-experts{experts=8 shared=2 keep-dense=1}, fit-router{gates=topk k=5 bias=false temper=2}, "
+    "refit-down{bias=false}, upcycle",
     "llama deepseek, tree": "upcycle{gates=deepseek-v3 keep-dense=1}, upcycle{gates=tree}",
     "bert expert choice, soft": "carve-experts{experts=8 shared=2 keep-dense=1}, fit-router{gates=expert-choice active=80%}, "
     "soft-moe{experts=2}",

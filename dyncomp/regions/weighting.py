@@ -97,7 +97,7 @@ def find_weighting(graph: Graph, gates: fx.Node, scores: fx.Node, always: int, b
         if _total(candidate, values[:4], found[:4], k, bias) is None:  # most are refused by few tokens
             continue
         if (total := _total(candidate, values, found, k, bias)) is not None:
-            return replace(candidate, total=float(round(total)) if abs(total - round(total)) < 1e-4 else total), k
+            return replace(candidate, total=float(f"{total:.6g}")), k
     return "its gates are neither a softmax nor a sigmoid of its k highest scores"
 
 
