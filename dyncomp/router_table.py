@@ -26,7 +26,6 @@ from dyncomp.regions import find_regions, find_routed
 from dyncomp.trace import trace_model
 
 ORACLE, STATIC, RIDGE = "oracle", "static", "ridge"
-GROUPED = ("group-topk", "deepseek-v3")
 Measured = tuple[float, list[float] | None, float, dict[str, float] | None]
 """(loss, its interval, active fraction, load)"""
 LOAD = ("least_used", "most_used", "unused_experts", "spread", "collapsed")
@@ -131,7 +130,7 @@ def compare_routers(
     carved = dense.copy()
     shared = int(experts * active / 3)
     Pipeline([CarveExperts(experts=experts, shared=shared)]).run(carved, ctx)
-    kept = max(1, round(active_share(carved, active, who="inspect --routers") * experts)) - shared
+    chosen = max(1, round(active_share(carved, active, who="inspect --routers") * experts)) - shared
     choices = [(name, None if name == STATIC else GATES[0]) for name in routers]
     if RIDGE in routers:
         across = () if loaded.task in WRITES else ACROSS_TOKENS
@@ -146,7 +145,8 @@ def compare_routers(
         if gates is not None:
             width = max(r.d_model for r in find_routed(graph))
             router = ("neuron", width) if name == ORACLE else (name, rank)
-            fit = FitRouter(active=active, gates=gates, router=router[0], rank=router[1], **_groups(gates, experts - shared, kept))
+            groups, kept = _groups(experts - shared, chosen)
+            fit = FitRouter(active=active, gates=gates, router=router[0], rank=router[1], groups=groups, kept=kept)
             passes = [fit, probe, RefitDown()]
         Pipeline(passes).run(graph, ctx)
         seconds = time.perf_counter() - start
@@ -157,12 +157,10 @@ def compare_routers(
     return rows
 
 
-def _groups(gates: str, experts: int, chosen: int) -> dict[str, int]:
-    """Of ``gates`` that have groups: about four, of which a token may use half, or as many as hold the experts that are chosen."""
-    if gates not in GROUPED:
-        return {}
+def _groups(experts: int, chosen: int) -> tuple[int, int]:
+    """(groups, those a token may use) for gates that have them: about four, and half of them, or as many as hold the chosen experts."""
     groups = next(g for g in (4, 3, 2, *range(5, experts + 1)) if experts % g == 0)
-    return {"groups": groups, "kept": max(-(-groups // 2), -(-chosen * groups // experts))}
+    return groups, max(-(-groups // 2), -(-chosen * groups // experts))
 
 
 def _loss(dense: Graph, graph: Graph, held_out: Examples, task: str, active: float) -> Measured:

@@ -10,6 +10,7 @@ from helpers import own_cache
 from test_cli import run
 from tiny_checkpoint import write_checkpoint, write_encoder, write_text
 
+import bench.presets
 from dyncomp.bundle import open_bundle
 from dyncomp.cli import cli
 from dyncomp.errors import DyncompError, RequestError
@@ -52,6 +53,7 @@ def test_every_preset_is_tried() -> None:
     named = {f"{name}:{made}" for name, r in RECIPES.items() if r.otherwise for made in MADE}
     assert named == {name for name in PRESETS if ":" in name}
     assert {name for name, r in RECIPES.items() if r.made} <= {name.partition(":")[0] for name in PRESETS}
+    assert set(bench.presets.rows()) == set(PRESETS), "and measured on a real model"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
