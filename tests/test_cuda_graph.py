@@ -38,7 +38,7 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from nodes_of(attribute.g)
 
 
-MODELS = [(name, 0) for name in ("llama", "llama routed", "gpt2", "gemma", "bert", "vit")]
+MODELS = [(name, 0) for name in ("llama", "llama routed", "gpt2", "gemma2", "bert", "vit")]
 MODELS += [(name, 4) for name in ("mistral routed", "gpt2", "bert")] + [("llama", 8)]
 
 
