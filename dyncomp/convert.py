@@ -29,8 +29,8 @@ from dyncomp.graph import Graph
 from dyncomp.hardware import available_memory
 from dyncomp.mapped import TensorStore
 from dyncomp.models import LoadedModel, count_weights, load_model
-from dyncomp.passes import Heal, QuantizeCache
-from dyncomp.passes.quantize import quantization_of
+from dyncomp.passes import Heal, Quantize, QuantizeCache
+from dyncomp.passes.quantize import PRECISIONS, quantization_of
 from dyncomp.passes.quantize_cache import keep_floats
 from dyncomp.pipeline import Context, Pass, PassRecord, Pipeline, Progress, make_pass, no_progress, parse_passes
 from dyncomp.recipe import Recipe, load_recipe
@@ -120,8 +120,6 @@ class ConvertRequest:
             self._validate_cache()
         if self.searched is not None:
             self.searched.validate()
-            if self.backend == "tvm":
-                raise RequestError("--backend tvm: a search times candidates with ONNX Runtime", hint="name a recipe: --recipe")
             if self.backend == "torch":
                 raise RequestError("--backend torch has no artifact to time, so nothing can be searched", hint="name a recipe: --recipe")
         if self.active is not None and not 0 < self.active <= 1:
@@ -143,10 +141,11 @@ class ConvertRequest:
             from dyncomp.backends.tvm.require import require_runtime
 
             require_runtime()
-            if self.quantize is not None and (reason := unavailable_reason()) is not None:
+            rounds = self.quantize is not None or self.searched is not None  # a search tries precisions
+            if rounds and (reason := unavailable_reason()) is not None:
                 raise RequestError(
                     f"--backend tvm computes with quantized weights in native kernels, and {reason}",
-                    hint=f"{COMPILER_HINT}, leave out --quantize, or use --backend ort",
+                    hint=f"{COMPILER_HINT}, name a --recipe without --quantize, or use --backend ort",
                 )
 
     def _validate_cache(self) -> None:
@@ -254,7 +253,7 @@ def _rewrite(request: ConvertRequest, progress: Progress, say: Callable[[str], N
             f"a search keeps {selection} windows, pairs, images or recordings of those to calibrate on to itself, and there are no more",
             hint="raise --tokens",
         )
-    wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, goal.max_memory, request.threads]
+    wanted = [p.spec for p in passes] if goal is None else [goal.max_loss, goal.speedup, goal.max_memory, request.threads, request.backend]
     data = [*tensors_of(rows), *examples.evaluation_data(), *([] if examples.training is None else tensors_of(examples.training))]
     start = None if origin is None else origin.manifest.files["weights.safetensors"].sha256
     work = Workspace(request.out, [loaded.fingerprint, request.seed, wanted, start], data)
@@ -343,14 +342,26 @@ def _search(
     from dyncomp.deploy import compare, dense_artifact, latency_table
 
     assert ctx.dense is not None
-    dense = dense_artifact(ctx.dense, loaded.fingerprint, ctx.progress)
+    dense = dense_artifact(ctx.dense, loaded.fingerprint, ctx.progress, backend=request.backend)
 
     def measure(graph: Graph, folder: Path) -> dict[str, Any]:
-        return compare(dense, graph, folder, threads=request.threads, text=selection)
+        return compare(dense, graph, folder, threads=request.threads, text=selection, backend=request.backend)
 
     constant = artifact_bytes(dense) - ctx.dense.weight_bytes()
-    table = latency_table(request.threads)
+    if request.backend == "tvm" and goal.max_memory is not None:
+        constant = _constant_in_int8(ctx.dense, loaded.fingerprint, request.backend)
+    table = latency_table(request.threads, request.backend)
     return Search(ctx.dense, ctx, selection, loaded.task, loaded.fingerprint, goal, work, measure, table, say, constant).run()
+
+
+def _constant_in_int8(dense: Graph, fingerprint: str, backend: str) -> int:
+    """Bytes of a quantized artifact besides its weights, where in float the weights that several layers read are kept several times."""
+    from dyncomp.deploy import dense_artifact
+
+    (quantize,) = (p for p in PRECISIONS["int8"] if isinstance(p, Quantize))
+    graph = dense.copy()
+    quantize.run(graph, Context())
+    return artifact_bytes(dense_artifact(dense, fingerprint, quantize=quantize, backend=backend)) - graph.weight_bytes()
 
 
 def _floating(graph: Graph) -> Graph:

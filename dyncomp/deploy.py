@@ -384,30 +384,37 @@ def generated_text(dense: Graph, loaded: LoadedModel, *, tokens: int, length: in
     return Corpus(GENERATED, load_text(str(file)).documents)
 
 
-def compare(dense: Path, graph: Graph, folder: Path, *, threads: int | None = None, text: Rows | None = None) -> dict[str, Any]:
-    """Lower ``graph`` into ``folder`` and time it beside the dense artifact.
+def compare(
+    dense: Path, graph: Graph, folder: Path, *, threads: int | None = None, text: Rows | None = None, backend: str = "ort"
+) -> dict[str, Any]:
+    """Lower ``graph`` into ``folder`` and time it beside the dense artifact, of the same backend.
 
     Returns:
         ``speed``: of decoding (decoders) or of a forward pass (encoders), times the dense model's; ``prefill``: the same for a prompt
         or a recording, None for encoders; ``token_seconds``: behind ``speed``, of one token of the graph.
     """
     task = str(graph.info["task"])
-    lower_artifact(graph, folder)
+    lower_artifact(graph, folder, backend=backend)
     release_memory()
-    before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads, text=text)
+    before, after = measure([("dense", dense), ("converted", folder)], task=task, threads=threads, text=text, backend=backend)
     key = "recordings_per_s" if "recordings_per_s" in before else "prefill_tokens_per_s"
     rate = "decode_tokens_per_s" if task in WRITES else "prefill_tokens_per_s"
     prefill = after[key] / before[key] if task in WRITES else None
     return {"speed": after[rate] / before[rate], "prefill": prefill, "token_seconds": 1 / after[rate]}
 
 
-def latency_table(threads: int | None = None) -> LatencyTable:
-    """Of layers in ONNX Runtime on this machine."""
-    from dyncomp.backends.ort.native import library
+def latency_table(threads: int | None = None, backend: str = "ort") -> LatencyTable:
+    """Of layers in a backend on this machine."""
+    used, versions = backend_of(backend), ""
+    if backend == "tvm":
+        from dyncomp.backends.tvm.native import library
+        from dyncomp.backends.tvm.tuned import sources
 
-    used = backend_of("ort")
+        versions = f", {sources()} {used.settings()}"
+    else:
+        from dyncomp.backends.ort.native import library
     kernels = unavailable_reason() or library().stem  # its name changes with its sources
-    return LatencyTable(used.lower, used.open, f"{used.label} {used.schema}, {kernels}", threads or default_threads())
+    return LatencyTable(used.lower, used.open, f"{used.label} {used.schema}, {kernels}{versions}", threads or default_threads())
 
 
 def _measure_encoders(

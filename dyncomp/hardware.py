@@ -37,8 +37,7 @@ class Hardware:
 
 def detect() -> Hardware:
     """Look at the machine; what cannot be found out is left empty, never guessed."""
-    info = _cpu_info()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    info, flags = _cpu_info(), extensions()
     return Hardware(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         architecture=platform.machine(),
@@ -46,6 +45,12 @@ def detect() -> Hardware:
         vector=tuple(f for f in _VECTOR_EXTENSIONS if f in flags),
         memory_bytes=_memory(),
     )
+
+
+def extensions() -> frozenset[str]:
+    """Every instruction set extension of this processor, as the system names them; empty when it does not say."""
+    info = _cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 def default_threads() -> int:

@@ -450,7 +450,7 @@ def _with(passes: Iterable[Pass], **options: Any) -> list[Pass]:
 
 def artifact_bytes(folder: Path) -> int:
     """Of an artifact's weights and tables, an encoder's too; the graph and the kernels take little, and the same in every precision."""
-    return sum(f.stat().st_size for f in folder.rglob("*.data"))
+    return sum(f.stat().st_size for kind in ("*.data", "parameters.bin") for f in folder.rglob(kind))
 
 
 def _for_refitted(quantize: tuple[Pass, ...]) -> tuple[Pass, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dyncomp.backends.native import available
 from helpers import own_cache
 from tiny_checkpoint import write_checkpoint
 
@@ -69,6 +70,17 @@ def test_rows_are_measured_once_and_kept(tmp_path: Path, monkeypatch) -> None:
     assert latency_table(threads=2).file != table.file
     table.file.write_text('{"damaged')
     assert latency_table(threads=1).rows == {}
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler here")
+def test_each_backend_has_a_table_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setenv("DYNCOMP_CACHE", own_cache(tmp_path / "cache"))
+    monkeypatch.setattr("dyncomp.hardware.cache_bytes", lambda: 1 << 20)
+    table = latency_table(1, "tvm")
+    assert table.file != latency_table(1).file
+    one, prompt = table.seconds(FFN, parse_passes("quantize{bits=8}"))
+    assert 0 < one < prompt
 
 
 def test_what_cannot_be_looked_up_says_so(tmp_path: Path, monkeypatch) -> None:

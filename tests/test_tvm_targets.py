@@ -17,11 +17,13 @@ from test_ort import carve, with_cache
 from bench.tiny import trace_tiny
 from dyncomp.errors import BackendError, RequestError
 from dyncomp.export import ExportRequest, export
+from dyncomp.hardware import Hardware
 
 tvm = pytest.importorskip("tvm")
 
 from dyncomp.backends.artifact import CONFIG
 from dyncomp.backends.native import cross
+from dyncomp.backends.tvm import machine as machines
 from dyncomp.backends.tvm.kernels import linear, routed_ffn
 from dyncomp.backends.tvm.kernels.tile import Tile
 from dyncomp.backends.tvm.layout import LIBRARY
@@ -31,6 +33,26 @@ from dyncomp.backends.tvm.run import TvmModel
 
 FOREIGN = "aarch64" if this_machine().architecture == "x86_64" else "x86-64-v3"
 MULTIPLY_ADD = {"aarch64": r"\bfmla\s+v\d+\.4s", "x86-64-v3": r"\bvfmadd\w+ps\s.*%ymm"}
+
+
+def test_code_uses_only_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is told x86-64-v3 or v4: each of their instruction sets is asked for, not AVX2 or AVX-512F alone."""
+    monkeypatch.setattr(machines, "this_architecture", lambda: "x86_64")
+    every = {"avx2", "avx512f", "avx512_vnni", *machines._TAKEN_ALONG["avx512_vnni"]}
+
+    def with_flags(flags: set[str]) -> machines.Machine:
+        monkeypatch.setattr(machines, "extensions", lambda: frozenset(flags))
+        vector = tuple(v for v in ("avx2", "avx512f", "avx512_vnni") if v in flags)
+        monkeypatch.setattr(machines, "detect", lambda: Hardware("a processor", "x86_64", 2, vector, 0))
+        return machines.this_machine()
+
+    whole = with_flags(every)
+    assert whole.vector == ("avx2", "avx512f", "avx512_vnni")
+    for absent, vector in [("avx512bw", ("avx2",)), ("avx512dq", ("avx2",)), ("avx512vl", ("avx2",)), ("fma", ()), ("avx512f", ("avx2",))]:
+        assert with_flags(every - {absent}).vector == vector, absent
+        with pytest.raises(BackendError, match=f"uses {absent}, which this processor"):
+            machines.require_machine(whole.describe())
+        machines.require_machine(machines.this_machine().describe())
 
 
 @pytest.mark.parametrize("name", ["aarch64", "x86-64-v3"])

@@ -74,6 +74,7 @@ def lower(
     require_compiler()
     from dyncomp.backends.tvm.compile import compile_module
     from dyncomp.backends.tvm.importer import Converters, import_graph
+    from dyncomp.backends.tvm.schedule import schedule_rest
     from dyncomp.backends.tvm.select import select
 
     report = progress or (lambda stage, done, total: None)
@@ -89,7 +90,7 @@ def lower(
     keep_weights_outside(program)
     report("compile", 2, 4)
     module = import_graph(selected, program, Converters(tiles))
-    compiled, kernels, order = compile_module(module, machine.target())
+    compiled, kernels, order = compile_module(module, machine.target(), schedules=[schedule_rest(machine.lanes, machine.threads)])
     report("write", 3, 4)
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / ENCODER, ignore_errors=True)

@@ -9,9 +9,13 @@ from typing import Any
 from dyncomp.backends.native.cross import this_architecture
 
 from dyncomp.errors import BackendError, RequestError
-from dyncomp.hardware import detect
+from dyncomp.hardware import detect, extensions
 
 _FEATURES = {"avx2": "avx2", "avx512f": "avx512f", "avx512_vnni": "avx512vnni", "asimd": "neon", "asimddp": "dotprod"}
+_V3 = ("avx", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
+_V4 = ("avx2", *_V3, "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_TAKEN_ALONG = {"avx2": _V3, "avx512f": _V4, "avx512_vnni": ("avx512f", *_V4)}
+"""What code for one of :data:`_FEATURES` uses besides: the compiler is told x86-64-v3 or v4, which are these sets (x86-64 psABI, 3.1.1)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def this_machine() -> Machine:
     architecture = this_architecture()
     if architecture not in ("x86_64", "aarch64"):
         raise BackendError(f"the TVM backend makes code for x86-64 and aarch64; this is {found.architecture}", hint="use --backend ort")
-    return Machine(architecture, tuple(v for v in found.vector if v in _FEATURES), found.cores)
+    here = extensions()
+    usable = tuple(v for v in found.vector if v in _FEATURES and here.issuperset(_TAKEN_ALONG.get(v, ())))
+    return Machine(architecture, usable, found.cores)
 
 
 def require_machine(built_for: dict[str, Any]) -> None:
@@ -108,6 +114,7 @@ def require_machine(built_for: dict[str, Any]) -> None:
     hint = "lower the model again on this machine: dyncomp convert --backend tvm"
     if built_for["architecture"] != architecture:
         raise BackendError(f"the TVM library was built for {built_for['architecture']}; this machine is {architecture}", hint=hint)
-    missing = [v for v in built_for["vector"] if v not in machine.vector]
+    here = extensions()
+    missing = sorted({e for v in built_for["vector"] for e in (v, *_TAKEN_ALONG.get(v, ())) if e not in here})
     if missing:
         raise BackendError(f"the TVM library uses {', '.join(missing)}, which this processor ({machine.cpu}) does not have", hint=hint)

@@ -11,6 +11,7 @@ from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_lin
 from dyncomp.backends.tvm import ops
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS as ACTIVATIONS
 from dyncomp.backends.tvm.kernels.tile import Tile, pack, pack_experts, pad_rows
+from dyncomp.backends.tvm.patches import select_patches
 from dyncomp.backends.tvm.shapes import FFNShape, LinearShape, Tiles
 from torch import fx
 
@@ -36,6 +37,7 @@ def select(graph: Graph, tiles: Tiles) -> Graph:
     select_attention(graph)
     select_positions(graph)
     select_norms(graph)
+    select_patches(graph)
     select_experts(graph, tiles)
     select_sparse_linears(graph, ops)
     select_quantized_linears(graph, ops, gated=True)
