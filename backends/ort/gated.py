@@ -46,7 +46,7 @@ def select_gated(graph: Graph) -> None:
                 _put(b, node, _expert(graph, b, b.call(ops.take_rows, x, gates), node), gates)
         elif (sparse := gated_sparse(node)) is not None and _binary(node.args[1]):
             with graph.inserting(before=node) as b:
-                _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])  # type: ignore[arg-type]
+                _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])
     graph.clean()
     join_rows(graph)
 
