@@ -1,10 +1,12 @@
-"""Time of a decode step when tokens skip layers: dense, and with 0, 25 and 50 % of the layers skipped, at batch 1, 4 and 16.
+"""Time, memory and quality of tokens that skip layers, beside dense: docs/depth.md. Never edit that file by hand.
 
-    python -m bench.depth [--model smollm2-135m] [--precision fp32] [--kv compute] [--batch 1 4 16] [--threads 1]
+    python -m bench.depth [--model smollm2-135m] [--precision fp32 int8] [--kv compute] [--batch 1 4 16] [--prompt 512] [--threads 1]
+    python -m bench.depth --bundle OUT      the routers of a converted model, on packaged text
+    python -m bench.depth --list            the rows there are
 
-Every layer has a random router, its threshold set on random tokens, and a stand-in of rank 32: only speed is looked at. Tokens of a batch
-choose by themselves; those that compute a layer are gathered across the batch. The sessions take turns; figures are CPU time of the
-process (all threads), so that what else the machine does counts little.
+Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of rank 32: only speed is looked at.
+Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions take their
+turn, and a round's ratio is that of its own times: what else the machine does slows neighbours alike.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,26 @@ from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.depth_kv import POLICIES, keys_and_values
 from dyncomp.passes.skip_depth import find_units
 
+from bench import rowwise
+from bench.branches import branch_times, packing_times
+from dyncomp.bundle import open_bundle
 from dyncomp.deploy import lower_artifact
+from dyncomp.evidence import quantization_of
+from dyncomp.examples import reader_of
 from dyncomp.graph import Graph
+from dyncomp.hardware import detect
 from dyncomp.models import load_model
-from dyncomp.pipeline import Context
+from dyncomp.pipeline import Context, parse_passes
 from dyncomp.regions import find_regions
+from dyncomp.regions.depth import find_skips, kv_bytes, skipped_share
 from dyncomp.regions.tokens import vocabulary_size
+from dyncomp.rows import read_of
 from dyncomp.sweep import Sweep
 from dyncomp.trace import trace_model
 
 SHARES = (0.0, 0.25, 0.5)
-_PROMPT, _STEPS, _RANK = 64, 16, 32
+_CONTEXT, _STEPS, _RANK = 64, 16, 32
+Results = dict[str, Any]
 
 
 def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, float]:
@@ -63,49 +75,243 @@ def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, fl
     return graph, sum(skipped) / len(units)
 
 
-def measure(
-    dense: Graph, *, precision: str = "fp32", kv: str = "compute", batches: tuple[int, ...] = (1, 4, 16), threads: int = 1, rounds: int = 6
-) -> Iterator[dict[str, Any]]:
-    """For each batch size, the dense model and each of :data:`SHARES`: CPU milliseconds of a step, beside those of the dense model."""
+def graphs(dense: Graph, precision: str, kv: str) -> tuple[dict[str, Graph], dict[str, float]]:
+    """The dense model and each of :data:`SHARES`, in that precision; and the share of the layer visits that each skips."""
     variants = {"dense": (dense.copy(), 0.0)} | {f"{share:.0%} skipped": skipping(dense, share, kv) for share in SHARES}
+    for graph, _ in variants.values():
+        if precision != "fp32":
+            Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
+    return {name: graph for name, (graph, _) in variants.items()}, {name: share for name, (_, share) in variants.items()}
+
+
+def speed(models: dict[str, OrtModel], tokens: np.ndarray, *, batches: Sequence[int], prompt: int, rounds: int = 9) -> Iterator[Results]:
+    """Decode steps at each batch size, after a context of :data:`_CONTEXT`, and a prompt in one go; see :func:`_compared`.
+
+    Args:
+        tokens: [n] of the text that is read and, a step after the other, written.
+        prompt: tokens of the prompt; 0 for none.
+    """
+    rows = lambda count, length: np.resize(tokens, (count, length))  # noqa: E731
+    if prompt:
+        ids, lengths = rows(1, prompt), np.array([prompt])
+        runs = {name: partial(_prefill, decoder_for(model), ids, lengths) for name, model in models.items()}
+        yield {"what": "prefill", "tokens": prompt, "batch": 1, "models": _compared(runs, rounds)}
+    for batch in batches:
+        decoders = {name: decoder_for(model) for name, model in models.items()}
+        for decoder in decoders.values():
+            decoder.prefill(rows(batch, _CONTEXT), np.full(batch, _CONTEXT), (rounds + 1) * _STEPS)
+        parts = iter(np.split(rows(batch, (rounds + 1) * _STEPS), rounds + 1, axis=1))
+        runs = {name: partial(_write, decoder) for name, decoder in decoders.items()}
+        yield {"what": "decode", "tokens": 1, "batch": batch, "models": _compared(runs, rounds, parts, _STEPS)}
+
+
+def _prefill(decoder: Any, ids: np.ndarray, lengths: np.ndarray) -> None:
+    decoder.prefill(ids, lengths, 0)
+
+
+def _write(decoder: Any, part: np.ndarray) -> None:
+    for ids in part.T:
+        decoder.step(ids)
+
+
+def _compared(
+    runs: Mapping[str, Callable[..., None]], rounds: int, given: Iterator[Any] | None = None, steps: int = 1
+) -> dict[str, Results]:
+    """Median milliseconds of a step, of the clock and of the processor, and how many times as fast as dense: the median and the quartiles
+    of the rounds' ratios."""
+    clock: dict[str, list[float]] = {name: [] for name in runs}
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        arguments = () if given is None else (next(given),)
+        for name, run in runs.items():
+            before, start = time.process_time(), time.perf_counter()
+            run(*arguments)
+            if turn:
+                clock[name].append((time.perf_counter() - start) / steps * 1000)
+                spent[name].append((time.process_time() - before) / steps * 1000)
+    found = {}
+    for name in runs:
+        ratios = {
+            kind: [d / t for d, t in zip(times["dense"], times[name], strict=True)] for kind, times in (("clock", clock), ("cpu", spent))
+        }
+        low, x, high = statistics.quantiles(ratios["clock"], n=4)
+        found[name] = {
+            "ms": statistics.median(clock[name]), "cpu_ms": statistics.median(spent[name]), "x_dense": x, "x_dense_quartiles": [low, high],
+            "x_dense_cpu": statistics.median(ratios["cpu"]),
+        }  # fmt: skip
+    return found
+
+
+def measure(
+    dense: Graph, *, precision: str = "fp32", kv: str = "compute", batches: Sequence[int] = (1, 4, 16), prompt: int = 512, threads: int = 1,
+    rounds: int = 9,
+) -> Results:  # fmt: skip
+    """Random routers: what a step takes, and what an ``If`` with all that belongs to it costs when every gate is open."""
+    variants, skipped = graphs(dense, precision, kv)
+    tokens = np.random.default_rng(0).integers(0, vocabulary_size(dense), 4096)
+    return _measured(variants, tokens, threads=threads, batches=batches, prompt=prompt, rounds=rounds) | {"skipped": skipped}
+
+
+def _measured(variants: dict[str, Graph], tokens: np.ndarray, *, threads: int, **settings: Any) -> Results:
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
-        for index, (name, (graph, _)) in enumerate(variants.items()):
-            if precision != "fp32":
-                Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
+        models, branches = {}, {}
+        for index, (name, graph) in enumerate(variants.items()):
             lower_artifact(graph, Path(folder) / str(index))
             models[name] = OrtModel(Path(folder) / str(index), threads=threads)
-        random = np.random.default_rng(0)
-        for batch in batches:
-            decoders = {name: decoder_for(model) for name, model in models.items()}
-            prompt = random.integers(0, vocabulary_size(dense), (batch, _PROMPT))
-            for decoder in decoders.values():
-                decoder.prefill(prompt, np.full(batch, _PROMPT), (rounds + 1) * _STEPS)
-            spent: dict[str, list[float]] = {name: [] for name in decoders}
-            for turn in range(rounds + 1):
-                tokens = random.integers(0, vocabulary_size(dense), (_STEPS, batch))
-                for name, decoder in decoders.items():
-                    start = time.process_time()
-                    for ids in tokens:
-                        decoder.step(ids)
-                    if turn:
-                        spent[name].append((time.process_time() - start) / _STEPS * 1000)
-            for name, times in spent.items():
-                ms, whole = statistics.median(times), statistics.median(spent["dense"])
-                yield {"batch": batch, "layers": name, "skipped": variants[name][1], "ms_per_step": ms, "x_dense": whole / ms}
+            branches[name] = models[name].config["operators"].get("If", 0)
+        steps = list(speed(models, tokens, **settings))
+    return {"machine": vars(detect()), "steps": steps, "ifs": branches, "open_us_per_if": _open_cost(steps, branches)}
+
+
+def _open_cost(steps: list[Results], branches: dict[str, int]) -> dict[str, float]:
+    """CPU microseconds of a decode step above the dense one's, over the number of ``If``: batch -> that."""
+    name = "0% skipped"
+    if not branches.get(name):
+        return {}
+    return {
+        str(step["batch"]): (step["models"][name]["cpu_ms"] - step["models"]["dense"]["cpu_ms"]) * 1000 / branches[name]
+        for step in steps if step["what"] == "decode"
+    }  # fmt: skip
+
+
+# ---- routers that were fitted ----------------------------------------------------------------------------------------
+def measure_bundle(path: str, *, batches: Sequence[int], prompt: int, threads: int, rounds: int = 9) -> Results:
+    """The routers of a converted model on packaged text: how much they skip there, the time, and the bytes of keys and values."""
+    opened = open_bundle(path)
+    loaded, converted = opened.dense(), opened.graph()
+    dense = trace_model(loaded)
+    for item in quantization_of(parse_passes(", ".join(entry.spec for entry in opened.manifest.passes))):
+        item.run(dense, Context())
+    reader = reader_of(loaded, dense)
+    ids = read_of(reader.draw(reader.load(reader.other), count=8, seed=0).rows)
+    computed = computed_shares(converted, ids)
+    found = _measured({"dense": dense, "fitted": converted}, ids.flatten().numpy(), threads=threads, batches=batches, prompt=prompt,
+                      rounds=rounds)  # fmt: skip
+    return found | {
+        "passes": [entry.spec for entry in opened.manifest.passes], "skipped": {"fitted": skipped_share(converted, computed)},
+        "kv_bytes_per_token": bytes_by_policy(converted, computed),
+    }  # fmt: skip
+
+
+def computed_shares(graph: Graph, ids: torch.Tensor) -> dict[str, float]:
+    """Fraction of the tokens ids [n, S] whose gate is open, by name of the gates."""
+    seen: dict[str, list[torch.Tensor]] = {skip.name: [] for skip in find_skips(graph)}
+    watch = {s.gates: (lambda _, value, name=s.name: seen[name].append(value != 0)) for s in find_skips(graph)}
+    Sweep(graph, [{graph.inputs[0].name: part} for part in ids.split(4)]).advance(graph.output_nodes[0], watch=watch)
+    return {name: float(torch.cat(values).float().mean()) for name, values in seen.items()}
+
+
+def bytes_by_policy(graph: Graph, computed: dict[str, float]) -> Results:
+    """Bytes of a token's keys and values under each policy, these gates taken for all; the first attention of the model has none to share
+    with and stays as it is."""
+    first = find_regions(graph).attentions[0].path
+    found: Results = {}
+    for policy in POLICIES:
+        work = graph.copy()
+        work.info["depth"] = {
+            name: {**facts, **({"kv": "compute" if policy == "share" and name == first else policy} if "kv" in facts else {})}
+            for name, facts in graph.info["depth"].items()
+        }
+        size = kv_bytes(work, computed)
+        if size is not None:
+            found |= {"dense": size.dense, policy: size.held}
+    return found
+
+
+# ---- the document ----------------------------------------------------------------------------------------------------
+def markdown(results: Results) -> str:
+    """docs/depth.md."""
+    rows = results["rows"]
+    lines = [
+        "# Tokens that skip layers: time and memory", "",
+        "Written by `python -m bench.depth`; do not edit. ONNX Runtime, on a machine that others used as well: trust the ratios, which",
+        "are of neighbouring runs (median over rounds, quartiles in brackets), not the milliseconds. *CPU* is the same ratio in time of",
+        "the processor. With random routers each layer's gate is open for all, 75 % or 50 % of the tokens, whatever they are; *skipped*",
+        "is what was skipped of all visits to layers.",
+    ]  # fmt: skip
+    for key, row in rows.items():
+        if "steps" in row:
+            lines += ["", f"## {key}", "", *_speed_lines(row)]
+    if (row := rows.get("branches")) is not None:
+        lines += ["", "## What a branch costs", "", *_branch_lines(row)]
+    if (row := rows.get("training from scratch")) is not None:
+        lines += ["", "## Trained from scratch", "", f"`{row['command']}`:", "", "```", *row["printed"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _speed_lines(row: Results) -> list[str]:
+    lines = ["| | batch | layers | skipped | ms | x dense, clock | x dense, CPU |", "|---|---|---|---|---|---|---|"]
+    for step in row["steps"]:
+        what = f"prefill of {step['tokens']}" if step["what"] == "prefill" else "decode, a step"
+        for name, times in step["models"].items():
+            low, high = times["x_dense_quartiles"]
+            ratios = ["", ""] if name == "dense" else [f"{times['x_dense']:.2f} [{low:.2f}, {high:.2f}]", f"{times['x_dense_cpu']:.2f}"]
+            share = f"{row['skipped'].get(name, 0.0):.0%}"
+            lines.append(f"| {what} | {step['batch']} | {name} | {share} | {times['ms']:.2f} | {ratios[0]} | {ratios[1]} |")
+    if row["open_us_per_if"]:
+        costs = ", ".join(f"{us:.1f} us at batch {batch}" for batch, us in row["open_us_per_if"].items())
+        count = row["ifs"]["0% skipped"]
+        lines += ["", f"`If` in the graph: {count}. With every gate open a step takes, for each, {costs} of CPU time more than dense:",
+                  "the branch, its gathering and scattering, and its part of router and stand-in."]  # fmt: skip
+    if "passes" in row:
+        lines += ["", f"Passes: `{', '.join(row['passes'])}`."]
+    if sizes := row.get("kv_bytes_per_token"):
+        shown = ", ".join(f"`kv={policy}` {sizes[policy]:.0f}" for policy in POLICIES if policy in sizes)
+        lines += ["", f"Bytes of keys and values a token, for these gates: {shown} (dense {sizes['dense']:.0f})."]
+    return lines
+
+
+def _branch_lines(row: Results) -> list[str]:
+    times, products = row["times"], row["products"]
+    return [
+        f"An `If` that is taken adds {times['taken_us']:.1f} us, one that is not takes {times['not_taken_us']:.1f} us (64 in a row around",
+        f"an operator of {times['operator_us']:.1f} us; {row['threads']} thread).", "",
+        "Weights in a branch are packed when the session is made, like those outside: a product [16, 576] @ [576, 1536] takes",
+        f"{products['inside, packed']:.0f} us inside and {products['outside, packed']:.0f} us outside, and with prepacking turned off",
+        f"{products['inside, not packed']:.0f} and {products['outside, not packed']:.0f} us.",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "int8"], choices=("fp32", "int8", "int4"))
+    parser.add_argument("--kv", nargs="+", default=["compute"], choices=POLICIES)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt; 0 leaves prefill out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bundle", help="a converted model, instead of random routers")
+    parser.add_argument("--training", type=Path, help="keep what examples/train_mod.py printed into this file")
+    given, rest = parser.parse_known_args()
+    torch.set_num_threads(given.threads)
+    settings: Results = {"batches": given.batch, "prompt": given.prompt, "threads": given.threads}
+    rows: dict[str, Callable[[], Results]] = {}
+    threads = f"{given.threads} thread{'s' if given.threads > 1 else ''}"
+    if given.bundle:
+        rows[f"{Path(given.bundle).name}, fitted routers, {threads}"] = lambda: measure_bundle(given.bundle, **settings)
+    elif given.training:
+        rows["training from scratch"] = lambda: printed(given.training)
+    else:
+        for precision in given.precision:
+            for kv in given.kv:
+                rows[f"{given.model}, {precision}, kv={kv}, random routers, {threads}"] = partial(
+                    _random, given.model, precision=precision, kv=kv, **settings
+                )
+        rows["branches"] = lambda: {
+            "times": branch_times(given.threads), "products": packing_times(given.threads), "threads": given.threads,
+        }  # fmt: skip
+    rowwise.main(f"{__doc__}", "depth.json", rows, lambda row: row(), markdown, rest)
+
+
+def _random(model: str, **settings: Any) -> Results:
+    return measure(trace_model(load_model(model)), **settings)
+
+
+def printed(file: Path) -> Results:
+    """What ``examples/train_mod.py`` printed, without its progress."""
+    lines = [line for line in file.read_text().splitlines() if line.strip() and not line.startswith("  step")]
+    return {"command": "python examples/train_mod.py", "printed": lines}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "int8", "int4"))
-    parser.add_argument("--kv", default="compute", choices=POLICIES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    print(f"{given.model}, {given.precision}, kv={given.kv}, {given.threads} thread(s)")
-    print("batch  layers        visits skipped  CPU ms a step  x dense")
-    found = measure(trace_model(load_model(given.model)), precision=given.precision, kv=given.kv, batches=tuple(given.batch),
-                    threads=given.threads)  # fmt: skip
-    for row in found:
-        print(f"{row['batch']:5}  {row['layers']:<12} {row['skipped']:15.0%} {row['ms_per_step']:14.2f} {row['x_dense']:8.2f}", flush=True)
+    main()

@@ -19,6 +19,7 @@ from dyncomp.passes import DropDepth, Heal, PruneStatic
 from dyncomp.passes.quantize import quantization_of
 from dyncomp.pipeline import Context, Pass, Pipeline, Progress, no_progress, parse_passes
 from dyncomp.regions import RoutedFFN, find_regions, find_routed
+from dyncomp.regions.depth import skipped_share
 from dyncomp.rows import Rows
 from dyncomp.tasks import load_task, run_task
 from dyncomp.trace import trace_model
@@ -62,7 +63,7 @@ def depth_baseline(dense: Graph, converted: Graph, quantize: Sequence[Pass], ctx
     """The dense model without as many attentions, FFNs or layers, for every token alike, as tokens of the converted one skip on average;
     with stand-ins if that has them."""
     skips = list(converted.info["depth"].values())
-    drop = DropDepth(what=skips[0]["what"], count=round(sum(s["skipped"] for s in skips)))
+    drop = DropDepth(what=skips[0]["what"], count=round(sum(s["skipped"] * s.get("units", 1) for s in skips)))
     if rank := skips[0].get("rank"):
         drop = dataclasses.replace(drop, standin="linear", rank=rank)
     dropped = dense.copy()
@@ -188,7 +189,7 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
     computed = quality.computed.get("converted", {})
     active = {name: use.active for name, use in loads.items()} | computed
     if computed:
-        figures["skipped"] = 1 - sum(computed.values()) / len(computed)
+        figures["skipped"] = skipped_share(converted, computed)
         figures["skipped_by_gate"] = {name: round(1 - share, 4) for name, share in computed.items()}
     if active:
         figures["active_by_region"] = active

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dyncomp.passes.depth_gates import Unit
+from dyncomp.passes.depth_gates import Unit, shared_experts
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor
 
@@ -16,18 +16,21 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.models.loaded import WRITES
 from dyncomp.pipeline import Context
+from dyncomp.regions import RoutedFFN
+from dyncomp.regions.depth import Part
 from dyncomp.regions.tokens import written_tokens
 from dyncomp.sweep import Sweep, fast_matmul
 
 STAND_IN_RIDGE = 0.1
 
 
-def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int) -> list[float]:
+def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int, experts: bool = False) -> list[float]:
     """Rise of the loss, in nats a token, when all tokens but the first skip one unit and get its stand-in; a unit each.
 
     Args:
         windows: calibration windows at the end that the loss is measured on; the stand-ins are fitted to the others.
         rank: of the stand-ins, their constant counted; 0 for none.
+        experts: that the shared experts of an FFN stand in for it.
     """
     batches = ctx.need_calibration("skip-depth{blocks=auto}").batches
     fitted, measured = _apart(batches, windows)
@@ -41,13 +44,23 @@ def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows:
                 x, y = first.advance(part.source), first.advance(part.result)
                 ahead = second.advance(part.source) if fork is None else fork.advance(part.source)
                 fork = second.branch() if fork is None else fork
-                given = stand_in(x, y, ahead, rank)
+                given = _of_experts(graph, part, fork) if experts else stand_in(x, y, ahead, rank)
                 true = fork.branch().advance(part.result)
                 fork.provide(part.result, [torch.cat([t[:, :1], g[:, 1:]], 1) for t, g in zip(true, given, strict=True)])
             assert fork is not None
             losses.append(_rise(graph, fork.advance(graph.output_nodes[0]), whole, measured))
             ctx.progress("skip-depth: sensitivity", position + 1, len(units))
     return losses
+
+
+def _of_experts(graph: Graph, part: Part, sweep: Sweep) -> list[Tensor]:
+    """What the shared experts of a routed FFN give, [B, S, d_out] a batch, where the sweep is."""
+    shared = shared_experts(graph, part)
+    assert isinstance(part.ffn, RoutedFFN)
+    assert shared is not None
+    fork = sweep.branch()
+    fork.provide(part.ffn.gates, [shared.expand(*x.shape[:-1], -1) for x in sweep.values(part.source)])
+    return fork.advance(part.result)
 
 
 def stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -> list[Tensor]:
@@ -112,3 +125,16 @@ def allocate(losses: Sequence[float], total: float, power: float = 1.2, *, most:
         else:
             high = middle
     return (high * weights).clamp(max=most).tolist()
+
+
+def quantile(scores: Tensor, share: float) -> float:
+    """The threshold that a fraction ``share`` of the scores [n] does not exceed."""
+    ordered = scores.sort().values
+    rank = min(round(share * len(ordered)), len(ordered)) - 1
+    if rank < 0:
+        return float(ordered[0]) - 1.0
+    return float(ordered[rank]) + (ALL_SKIP if rank == len(ordered) - 1 else 0.0)  # on other text too
+
+
+ALL_SKIP = 1e3
+"""Above every score: a part that no token is to run."""

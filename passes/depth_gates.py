@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +48,26 @@ class Gated:
         routed: what an FFN has become; None for an attention, and for an FFN of linear layers that count small inputs as zero, which
             stays as it is, its result times the gates.
         refittable: whether its last projection may be replaced.
+        shared: [E], 1 for the experts of a routed FFN that stand in for it; None where none do.
     """
 
-    def __init__(self, graph: Graph, part: Part, gates: fx.Node, closed: fx.Node | None, rank: int, kv: KeysAndValues | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        part: Part,
+        gates: fx.Node,
+        closed: fx.Node | None,
+        rank: int,
+        kv: KeysAndValues | None,
+        *,
+        experts: bool = False,
+    ) -> None:
         self.graph, self.part, self.name = graph, part, part.name
         self.source, self.stream, self.gates = part.source, part.stream, gates
         self.routed: RoutedFFN | None = None
         self.bias: str | None = None
         self.refittable = True
+        self.shared = shared_experts(graph, part) if experts else None
         computed = self._attention(part, kv) if part.output is not None else self._ffn(part)
         self.d_out = int(computed.meta["val"].shape[-1])
         self.result = computed if closed is None else self._stand_in(computed, closed, rank)
@@ -117,7 +129,11 @@ class Gated:
         else:
             y = ffn.output
             with graph.inserting(before=ffn.node, path=part.name) as b:
-                ffn.node.update_arg(1, b.call(aten.mul.Tensor, ffn.gates, self.gates))
+                kept = b.call(aten.mul.Tensor, ffn.gates, self.gates)
+                if self.shared is not None:
+                    graph.add_tensor(f"{self.name}.standin.experts", self.shared, trainable=False)
+                    kept = b.call(aten.maximum.default, kept, graph.read(f"{self.name}.standin.experts"))
+                ffn.node.update_arg(1, kept)
         self.refittable = isinstance(ffn, FFN)
         self.routed = next(r for r in find_routed(graph) if y in (r.node, r.output))
         return y
@@ -148,6 +164,13 @@ class Gated:
             return self._large(expert_hidden(x, weights.w_up[None], b_up, ffn.d_ff, ffn.activation).flatten(1), ffn.down)
         assert self.part.output is not None
         return self._large(inputs, self.part.output)
+
+    def of_experts(self, inputs: Tensor) -> Tensor:
+        """[n, d] -> [n, d_out]: what a token that skips gets from the experts that stand in, the bias counted."""
+        assert self.shared is not None
+        weight, bias = self.projection()
+        features = self.features(inputs).unflatten(1, (len(self.shared), -1)) * self.shared[:, None]
+        return torch.nn.functional.linear(features.flatten(1), weight, bias)
 
     def _large(self, x: Tensor, linear: Linear) -> Tensor:
         """The inputs [n, K] of a linear layer as they count."""
@@ -216,7 +239,10 @@ class GatedUnit:
             self.gates.update_arg(0, b.inline(rule, scores))
 
 
-def insert_gates(graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | None = None) -> GatedUnit:
+def insert_gates(
+    graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | Sequence[KeysAndValues] | None = None, *, after: GatedUnit | None = None,
+    experts: bool = False,
+) -> GatedUnit:  # fmt: skip
     """Put a unit behind gates that are open; the graph computes what it did.
 
     before:  x + attention(linear(n, Wq), k, v) @ Wo
@@ -227,7 +253,9 @@ def insert_gates(graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | None =
 
     Args:
         rank: of the stand-in, its constant counted; 0 for none.
-        kv: what becomes of the keys and values of tokens that skip the unit's attention; None computes them.
+        kv: what becomes of the keys and values of tokens that skip the unit's attentions; None computes them.
+        after: a token that skips that unit, skips this one too: ``gates = threshold_gates(minimum(its score, that unit's))``.
+        experts: a token that skips an FFN still runs its shared experts: ``maximum(router's gates * gates, shared)``.
     """
     name, source = unit.name, unit.source
     weight, bias = f"{name}.depth.weight", f"{name}.depth.bias"
@@ -237,10 +265,25 @@ def insert_gates(graph: Graph, unit: Unit, rank: int, kv: KeysAndValues | None =
     with graph.inserting(before=source.next, path=f"{name}.depth") as b:
         scores = b.call(aten.linear.default, source, graph.read(weight), graph.read(bias))
         kept = scores if first is None else b.call(aten.add.Tensor, scores, first)
+        if after is not None:
+            kept = b.call(aten.minimum.default, kept, after.gates.args[0])
         gates = b.call(torch.ops.dyncomp.threshold_gates.default, kept)
         closed = b.call(aten.rsub.Scalar, gates, 1) if rank else None
-    parts = tuple(Gated(graph, part, gates, closed, rank, kv) for part in unit.parts)
+    every = kv if isinstance(kv, Sequence) else () if kv is None else (kv,)
+    known = {policy.attention.output: policy for policy in every}
+    parts = tuple(
+        Gated(graph, part, gates, closed, rank, known.get(part.attention.output) if part.attention is not None else None, experts=experts)
+        for part in unit.parts
+    )
     return GatedUnit(name, gates, closed, source, scores, weight, bias, parts)
+
+
+def shared_experts(graph: Graph, part: Part) -> Tensor | None:
+    """[E], 1 for the experts of a routed FFN that every token runs; None where there are none, or nothing else."""
+    if not isinstance(part.ffn, RoutedFFN):
+        return None
+    count, experts = int(routing_facts(graph, part.ffn.name).get("shared", 0)), part.ffn.experts
+    return (torch.arange(experts) < count).float() if 0 < count < experts else None
 
 
 def _first_position(graph: Graph) -> fx.Node | None:

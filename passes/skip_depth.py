@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from dyncomp.passes.across_tokens import refuse_decoders
-from dyncomp.passes.depth_budget import STAND_IN_RIDGE, allocate, sensitivities, stand_in
-from dyncomp.passes.depth_gates import ALWAYS, Gated, GatedUnit, Unit, insert_gates
+from dyncomp.passes.depth_budget import STAND_IN_RIDGE, allocate, quantile, sensitivities, stand_in
+from dyncomp.passes.depth_exit import TARGETS, Exits, segments
+from dyncomp.passes.depth_gates import ALWAYS, Gated, GatedUnit, Unit, insert_gates, shared_experts
 from dyncomp.passes.depth_kv import POLICIES, KeysAndValues, keys_and_values
 from dyncomp.passes.layerwise import residual_add, routing_facts
 from dyncomp.passes.least_squares import LeastSquares
@@ -19,14 +20,14 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.ops import sequence_scores
 from dyncomp.pipeline import Context, Pass, PassResult
-from dyncomp.regions import Regions, find_linears, find_regions
+from dyncomp.regions import Attention, Regions, find_linears, find_regions
 from dyncomp.regions.depth import find_parts, kv_bytes
 from dyncomp.regions.refusal import Refusal
 from dyncomp.routing import expert_choice
 from dyncomp.sweep import Sweep, fast_matmul
 
 WHAT = ("ffn", "attention", "block")
-GATES = ("threshold", "expert-choice", "sequence")
+GATES = ("threshold", "expert-choice", "sequence", "exit")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class SkipDepth(Pass):
     keep_last: int = 0
     """Layers at the start and at the end that every token runs."""
     standin: str = "linear"
-    """What a token that skips gets: ``linear``, a low-rank map fitted to what it would have got, or ``none``."""
+    """What a token that skips gets: ``linear``, a low-rank map fitted to what it would have got, ``none``, or with ``what=ffn`` after
+    ``carve-experts{shared=N}`` the shared ``experts``, which it runs as every token does."""
     rank: int = 32
     """Of the stand-in, its constant counted."""
     follow_dense: float = 0.5
@@ -70,7 +72,14 @@ class SkipDepth(Pass):
     their projections."""
     gates: str = "threshold"
     """``threshold`` (each token by its own score), ``expert-choice`` (the tokens of a sequence that score highest, the same share of each;
-    a decoder needs ``predictor``) or ``sequence`` (all tokens of a sequence after the ``first`` alike, by the mean of their scores)."""
+    a decoder needs ``predictor``), ``sequence`` (all tokens of a sequence after the ``first`` alike, by the mean of their scores) or
+    ``exit``: a token leaves at one of ``blocks`` and skips all that comes after, as in CALM (Schuster et al., 2207.07061), where its
+    hidden state goes on to the keys and values of later layers (``kv=compute``). ``blocks=auto`` is then the middle and three quarters of
+    the depth, and as many tokens leave at each."""
+    target: str = "kl"
+    """What the predictors of ``gates=exit`` are fitted to, by ridge of its logarithm on the token's own hidden state: ``kl``, between what
+    the dense model predicts and what it predicts without the layers that are left, or ``entropy`` of the former, the measure of BranchyNet
+    (1709.01686)."""
     predictor: bool = False
     """With ``expert-choice``: fit a predictor, from each token alone, of whether it is chosen. The graph then has the predictor's
     threshold gates, when it reads a whole sequence as well: figures are those of what decodes."""
@@ -84,13 +93,19 @@ class SkipDepth(Pass):
             raise RequestError(f"skip-depth: what={self.what} is not known", hint=f"use {', '.join(WHAT)}")
         if not 0 < self.active <= 1:
             raise RequestError(f"skip-depth: the active fraction {self.active:g} is not in (0, 1]", hint="for example active=87.5%")
-        require_stand_in(self.name, self.standin, self.rank)
+        require_stand_in(self.name, self.standin, self.rank, experts=True)
+        if self.standin == "experts" and (self.what != "ffn" or self.gates == "exit"):
+            raise RequestError(
+                f"skip-depth: standin=experts with what={self.what} gates={self.gates}, and experts are an FFN's", hint="use what=ffn"
+            )
         if self.kv not in POLICIES:
             raise RequestError(f"skip-depth: kv={self.kv} is not known", hint=f"use {', '.join(POLICIES)}")
         if self.kv != "compute" and self.what == "ffn":
             raise RequestError(f"skip-depth: kv={self.kv} with what=ffn, which has no keys", hint="use what=attention or what=block")
         if self.gates not in GATES:
             raise RequestError(f"skip-depth: gates={self.gates} is not known", hint=f"use {', '.join(GATES)}")
+        if self.target not in TARGETS:
+            raise RequestError(f"skip-depth: target={self.target} is not known", hint=f"use {' or '.join(TARGETS)}")
         if self.predictor and self.gates != "expert-choice":
             raise RequestError(f"skip-depth: a predictor of gates={self.gates}, which look at no later token", hint="leave it out")
         if self.first < 1:
@@ -101,8 +116,14 @@ class SkipDepth(Pass):
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         if self.gates == "expert-choice" and not self.predictor:
             refuse_decoders(graph, "skip-depth{gates=expert-choice}", hint="fit a causal predictor of the choice: predictor=true")
+        if self.gates == "exit" and graph.info.get("task") != "causal-lm":
+            raise RequestError("skip-depth{gates=exit}: the model does not predict the next token", hint="use gates=threshold")
         regions = find_regions(graph)
         units, refused = _units(graph, regions, self.what)
+        if self.standin == "experts":
+            lacking = [u for u in units if shared_experts(graph, u.parts[0]) is None]
+            units = [u for u in units if u not in lacking]
+            refused += [Refusal(u.name, "skip", "it has no shared experts", "carve-experts{shared=N} first") for u in lacking]
         kv = self._kv(graph, regions, units, refused)
         if not kv:
             reasons = "; ".join(sorted({r.reason for r in refused}))
@@ -110,6 +131,8 @@ class SkipDepth(Pass):
         chosen = [i for i in self._chosen(len(units)) if i in kv]
         batches = ctx.need_calibration(self.name).batches
         skipped, most = (1 - self.active) * len(units), self._most(next(iter(batches[0].values())))
+        if self.gates == "exit":
+            return self._exits(graph, regions, units, kv, refused, chosen, ctx)
         if skipped > len(chosen) * most:
             raise RequestError(
                 f"skip-depth: {self.active:.1%} active means skipping {skipped:.1f} of {len(units)}, and {len(chosen) * most:.3g} may be "
@@ -120,24 +143,60 @@ class SkipDepth(Pass):
         shares = dict.fromkeys(chosen, skipped / max(len(chosen), 1))
         if self.blocks == "auto":
             candidates = [units[i] for i in chosen]
-            losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self._rank)
+            losses = sensitivities(graph, candidates, ctx, windows=self.windows, rank=self._rank, experts=self.standin == "experts")
             shares = dict(zip(chosen, allocate(losses, skipped, most=most), strict=True))
             result.facts["sensitivity"] = {u.name: round(loss, 4) for u, loss in zip(candidates, losses, strict=True)}
         graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
-        gated = [(insert_gates(graph, units[i], self._rank, kv[i]), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
+        experts = self.standin == "experts"
+        gated = [(insert_gates(graph, units[i], self._rank, kv[i], experts=experts), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
+        return self._fitted(graph, gated, ctx, result)
+
+    def _exits(
+        self, graph: Graph, regions: Regions, units: list[Unit], kv: dict[int, KeysAndValues | None], refused: list[Refusal],
+        exits: list[int], ctx: Context,
+    ) -> PassResult:  # fmt: skip
+        if self.blocks == "auto":
+            exits = [i for i in dict.fromkeys((len(units) // 2, 3 * len(units) // 4)) if i in exits]
+        skippable = [i for i in kv if i < len(units) - self.keep_last]
+        found = segments(units, exits, skippable, (1 - self.active) * len(units))
+        policies = [policy for policy in kv.values() if policy is not None]
+        graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
+        gated: list[tuple[GatedUnit, float]] = []
+        last = regions.blocks[-1].output
+        for segment in found:
+            inside = [p.attention for p in segment.unit.parts if p.attention is not None]
+            own = [policy for policy in policies if policy.attention in inside]
+            unit = insert_gates(graph, segment.unit, self._rank, own, after=gated[-1][0] if gated else None)
+            gated.append((unit, segment.share))
+        result = self._fitted(graph, gated, ctx, PassResult(refused=refused), last)
+        for (unit, _), segment in zip(gated, found, strict=True):
+            graph.info["depth"][unit.name]["units"] = segment.units
+        return result
+
+    def _fitted(
+        self, graph: Graph, gated: list[tuple[GatedUnit, float]], ctx: Context, result: PassResult, last: fx.Node | None = None
+    ) -> PassResult:
+        """Fit what has gates, and note it.
+
+        Args:
+            last: the end of the residual stream, for predictors of what the layers up to there give.
+        """
         with fast_matmul(), torch.no_grad():
-            computed = self._fit(graph, gated, batches, ctx, result.facts)
+            computed = self._fit(graph, gated, ctx.need_calibration(self.name).batches, ctx, result.facts, last)
         for unit, share in gated:
             result.changed += [p.name for p in unit.parts]
             attentions = [p.part.attention for p in unit.parts if p.part.attention is not None]
             graph.info.setdefault("depth", {})[unit.name] = {
                 "what": self.what, "parts": [p.name for p in unit.parts], "skipped": share, "gates": self._gates, "rank": self._rank,
-                **({"kv": self.kv, "kv_bytes": sum(a.cache_bytes for a in attentions)} if attentions else {}),
+                **(self._kv_facts(attentions) if attentions else {}),
             }  # fmt: skip
         result.facts |= {"what": self.what, "active": self.active, "skipped": {u.name: round(s, 4) for u, s in gated}}
         if (size := kv_bytes(graph, computed)) is not None:
             result.facts["kv"] = {"policy": self.kv, "bytes_per_token": round(size.held, 1), "dense_bytes_per_token": size.dense}
         return result
+
+    def _kv_facts(self, attentions: list[Attention]) -> dict[str, Any]:
+        return {"kv": self.kv, "kv_bytes": sum(a.cache_bytes for a in attentions), "attentions": len(attentions)}
 
     @property
     def _gates(self) -> str:
@@ -178,24 +237,35 @@ class SkipDepth(Pass):
 
     # ---- fitting ---------------------------------------------------------------------------------------------------
     def _fit(
-        self, graph: Graph, gated: list[tuple[GatedUnit, float]], batches: list[dict[str, Tensor]], ctx: Context, facts: dict[str, Any]
-    ) -> dict[str, float]:
+        self, graph: Graph, gated: list[tuple[GatedUnit, float]], batches: list[dict[str, Tensor]], ctx: Context, facts: dict[str, Any],
+        last: fx.Node | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Fit routers and parts, in order; the fraction of the calibration tokens that are computed, by name of their gates."""
         computed: dict[str, float] = {}
+        kept: list[Tensor] = []
         sweep = Sweep(graph, batches)
         follow = Follow(ctx.dense, batches) if self.follow_dense > 0 and ctx.dense is not None else None
+        exits = Exits(graph, batches, last, self.target) if last is not None else None
         for position, (unit, share) in enumerate(gated):
             for index, part in enumerate(unit.parts):
                 # What the part gives may depend on other tokens' gates, and nodes may be added before the gates: the sweep stays there.
-                alone = index == 0 and (self.kv != "compute" or self._gates != "threshold")
+                again = index > 0 and part.part.attention is not None  # its queries are gated, and all tokens' are wanted
+                alone = again or (index == 0 and (self.kv != "compute" or self._gates != "threshold"))
                 x = sweep.advance(part.source)
                 at_source = sweep.branch()
                 ahead = sweep.branch() if alone else sweep
+                if again:
+                    ahead.provide(unit.gates, [torch.ones_like(gates) for gates in kept])
+                    if unit.closed is not None:
+                        ahead.provide(unit.closed, [torch.zeros_like(gates) for gates in kept])
                 inputs = ahead.advance(part.inputs)
                 streams = sweep.values(part.stream) if sweep.has(part.stream) else None
                 wanted = follow.target(part, streams) if follow is not None and streams is not None else None
                 if index == 0:
-                    kept = self._fit_router(graph, unit, share, at_source, ahead, facts)
+                    if exits is not None:
+                        kept = exits.fit(unit, share, at_source, streams if streams is not None else x)
+                    else:
+                        kept = self._fit_router(graph, unit, share, at_source, ahead, facts)
                     sweep.provide(unit.gates, kept)
                     if unit.closed is not None:
                         sweep.provide(unit.closed, [1 - gates for gates in kept])
@@ -205,7 +275,8 @@ class SkipDepth(Pass):
                 self._fit_part(part, x, inputs, wanted, kept)
                 if part.routed is not None:
                     routing = routing_facts(graph, part.name)
-                    routing["active"] = routing.get("active", 1.0) * (1 - share)
+                    left = 0.0 if part.shared is None else float(part.shared.mean())
+                    routing["active"] = routing.get("active", 1.0) * (1 - share) + left * share
             ctx.progress(self.name, position + 1, len(gated))
         return computed
 
@@ -230,9 +301,9 @@ class SkipDepth(Pass):
             if best:
                 weight, bias = self._predict(source, best)
                 scores = [x @ weight + bias for x in source]
-            threshold = _quantile(torch.cat([s[:, 1:].flatten() for s in scores]), share)
+            threshold = quantile(torch.cat([s[:, 1:].flatten() for s in scores]), share)
         elif self.gates == "sequence":
-            threshold = _quantile(torch.cat([s[:, : self.first].mean(1) for s in scores]).flatten(), share / self._most(scores[0]))
+            threshold = quantile(torch.cat([s[:, : self.first].mean(1) for s in scores]).flatten(), share / self._most(scores[0]))
             unit.choose(graph, partial(sequence_scores._opoverload, first=self.first), keep_first=False)
         else:
             unit.choose(graph, partial(expert_choice, share=1 - share), keep_first=True)
@@ -265,7 +336,11 @@ class SkipDepth(Pass):
                 streams = sweep.values(part.stream) if sweep.has(part.stream) else x
                 energy = [s.square().sum(-1) for s in streams]
             given = _contributions(part, inputs)
-            left = [y - s for y, s in zip(given, stand_in(x, given, x, self._rank), strict=True)]
+            if part.shared is None:
+                others = stand_in(x, given, x, self._rank)
+            else:
+                others = [part.of_experts(i.flatten(0, 1)).view_as(y) for i, y in zip(inputs, given, strict=True)]
+            left = [y - s for y, s in zip(given, others, strict=True)]
             total = [t + y for t, y in zip(total, left, strict=True)] if total else left
         return [t.square().sum(-1) / e.clamp_min(1e-12) for t, e in zip(total, energy, strict=True)]
 
@@ -294,23 +369,15 @@ class SkipDepth(Pass):
                 part.set_stand_in(*problem.solve_low_rank(STAND_IN_RIDGE, self.rank - 1))
 
 
-def require_stand_in(who: str, standin: str, rank: int) -> None:
+def require_stand_in(who: str, standin: str, rank: int, *, experts: bool = False) -> None:
     """Raises:
     RequestError: there are no such stand-ins.
     """
-    if standin not in ("linear", "none"):
-        raise RequestError(f"{who}: standin={standin} is not known", hint="use linear or none")
+    known = ("linear", "none", "experts") if experts else ("linear", "none")
+    if standin not in known:
+        raise RequestError(f"{who}: standin={standin} is not known", hint=f"use {', '.join(known[:-1])} or {known[-1]}")
     if rank < 2:
         raise RequestError(f"{who}: a stand-in of rank {rank}", hint="rank is at least 2, or standin=none")
-
-
-def _quantile(scores: Tensor, share: float) -> float:
-    """The threshold that a fraction ``share`` of the scores [n] does not exceed."""
-    ordered = scores.sort().values
-    rank = min(round(share * len(ordered)), len(ordered)) - 1
-    if rank < 0:
-        return float(ordered[0]) - 1.0
-    return float(ordered[rank]) + (ALL_SKIP if rank == len(ordered) - 1 else 0.0)  # on other text too
 
 
 def keep_first(scores: Tensor) -> Tensor:
@@ -322,8 +389,6 @@ MIN_SHARE = 0.01
 """Of tokens that skip, below which a layer gets no router: it would cost more than it spares."""
 MIN_ROWS = 32
 """Tokens needed to fit anything to them."""
-ALL_SKIP = 1e3
-"""Above every score: a part that no token is to run."""
 
 
 def find_units(graph: Graph, what: str) -> tuple[list[Unit], list[Refusal]]:

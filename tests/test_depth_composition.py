@@ -13,7 +13,7 @@ from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import AddKVCache, SkipDepth, Sparsify
 from dyncomp.passes.skip_depth import find_units
 from helpers import assert_close
-from test_depth import context
+from test_depth import context, values
 
 from bench.tiny import built, sample, trace_tiny
 from dyncomp.cost import count
@@ -21,6 +21,7 @@ from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import sparse_nodes
 from dyncomp.pipeline import Context, Pipeline, parse_passes
+from dyncomp.regions import find_regions
 from dyncomp.regions.depth import find_skips
 
 EXPERTS = "carve-experts{experts=2 cluster=random}, fit-router{active=75%}"
@@ -118,6 +119,32 @@ def test_what_is_left_out_twice_is_counted_so() -> None:
     assert half.by_region[ffn].active_parameters == 0.5 * whole.by_region[ffn].active_parameters == 0.25 * whole.by_region[ffn].parameters
 
 
+SHARED = "carve-experts{experts=4 shared=1 cluster=random}, fit-router{active=75%}"
+
+
+@pytest.mark.parametrize("blocks", ["all", "auto"])
+def test_shared_experts_stand_in_for_an_ffn(blocks: str, tmp_path: Path) -> None:
+    graph, ctx = composed("llama", (SHARED, f"skip-depth{{what=ffn standin=experts active=60% blocks={blocks}}}"))
+    ids = torch.cat([b["input_ids"] for b in ctx.calibration.batches])  # type: ignore[union-attr]
+    skips, routed = find_skips(graph), {r.node: r.gates for r in find_regions(graph).routed}
+    assert len(skips) == 2 or blocks == "auto"  # the least share that is worth a router
+    assert not any(s.standins for s in skips)
+    watched = values(graph, [n for s in skips for member in s.members for n in (s.gates, routed[member])], input_ids=ids)
+    assert len(watched) == 2 * len(skips) > 0
+    for kept, gates in zip(watched[::2], watched[1::2], strict=True):
+        closed = kept[..., 0] == 0
+        assert 0.1 < float(closed.float().mean()) < 0.9
+        assert torch.equal(gates[closed], torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(int(closed.sum()), 4))
+        assert float(gates[~closed].sum(-1).mean()) > 2
+    _, inputs, dims = built("llama")
+    fresh = sample(inputs, dims, {"batch": 3, "sequence": 11}, seed=5)
+    assert ctx.dense is not None
+    assert_close(opened(graph)(**fresh), ctx.dense(**fresh), rel=1e-5)
+    assert AddKVCache(logits="chosen").run(graph, Context()).changed
+    lower(graph, tmp_path)
+    assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=8)["relative_error"] <= 1e-4
+
+
 def test_what_cannot_compose_is_refused_by_name() -> None:
     graph, ctx = composed("llama", (SKIP,))
     result = Sparsify(active=0.6).run(graph, ctx)
@@ -135,3 +162,8 @@ def test_what_cannot_compose_is_refused_by_name() -> None:
     partly.clean()
     refused = find_units(partly, "ffn")[1]
     assert any("only some of its linear layers" in r.reason for r in refused)
+    with pytest.raises(RequestError, match="no ffn that tokens can skip") as raised:
+        SkipDepth(what="ffn", standin="experts").run(composed("llama", (EXPERTS,))[0], ctx)
+    assert "no shared experts" in str(raised.value.hint)
+    with pytest.raises(RequestError, match="experts are an FFN's"):
+        SkipDepth(standin="experts")

@@ -22,7 +22,7 @@ _THRESHOLD = torch.ops.dyncomp.threshold_gates.default
 _GATED = torch.ops.dyncomp.gated_linear.default
 _ROUTED = torch.ops.dyncomp.routed_ffn.default
 _SPARSE = torch.ops.dyncomp.sparse_linear.default
-_SAME = {aten.reshape.default, aten.view.default, aten.mul.Tensor, aten.rsub.Scalar}
+_SAME = {aten.reshape.default, aten.view.default, aten.mul.Tensor, aten.maximum.default, aten.rsub.Scalar}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _ffn(region: FFN | RoutedFFN, block: Block) -> Part | str:
         return "its weights are read by another layer"
     if isinstance(region, FFN) and region.sparse:
         if region.output.target is not _SPARSE or len({up.thresholds for up in region.ups}) > 1:
-            return "only some of its linear layers count small inputs as zero: sparsify after skip-depth, or with where=all"
+            return "only some of its linear layers count small inputs as zero"
         if not _is_tokens(region.output):
             return _FLAT
     return Part(region.name, "ffn", source, block.input, ffn=region) if _is_tokens(source) else _FLAT
@@ -215,6 +215,17 @@ def _scores(gates: fx.Node) -> fx.Node:
     return next(n for n in ancestors(gates, 64) if n.target is aten.linear.default)
 
 
+def skipped_share(graph: Graph, computed: Mapping[str, float]) -> float:
+    """Fraction of the visits that tokens skip, of those that have gates; each unit behind an exit counts.
+
+    Args:
+        computed: fraction of the tokens that do not skip, by :class:`Skip` name.
+    """
+    units = {f"{name}.depth": facts.get("units", 1) for name, facts in graph.info.get("depth", {}).items()}
+    weights = {name: units.get(name, 1) for name in computed}
+    return 1 - sum(computed[name] * weight for name, weight in weights.items()) / sum(weights.values())
+
+
 # ---- what the cache needs ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class KVBytes:
@@ -244,7 +255,7 @@ def kv_bytes(graph: Graph, computed: Mapping[str, float]) -> KVBytes | None:
         if facts["kv"] != "compute":
             held -= (1 - computed.get(f"{name}.depth", 1.0)) * facts["kv_bytes"]
         if facts["kv"] == "absent":
-            held += ABSENCE_BYTES
+            held += ABSENCE_BYTES * facts.get("attentions", 1)
     return KVBytes(dense, held)
 
 
