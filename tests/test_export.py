@@ -348,7 +348,7 @@ def fitted() -> tuple[LoadedModel, Graph]:
     loaded = load_model("smollm2-135m")
     graph = trace_model(loaded)
     ids = windows(load_text("wikipedia"), loaded.tokenizer, length=256, tokens=768, seed=0)
-    passes = "carve-experts{experts=8 shared=2 keep-dense= cluster=random}, fit-router{gates=topk k=6 bias=false temper=2}"
+    passes = "carve-experts{experts=8 shared=2 keep-dense= cluster=random}, fit-router{gates=topk k=6 bias=false temper=4}"
     Pipeline(parse_passes(passes)).run(graph, Context(Calibration([{"input_ids": ids}], "a little")))
     return loaded, graph
 
