@@ -90,7 +90,8 @@ def probe() -> Probe:
     file = cache_folder() / "hardware" / f"{key}.json"
     try:
         kept = json.loads(file.read_bytes())
-        return Probe(*({n: float(kept[name][str(n)]) for n in counts} for name in ("bandwidth", "peak")))
+        bandwidth, peak = ({n: float(kept[name][str(n)]) for n in counts} for name in ("bandwidth", "peak"))
+        return Probe(bandwidth, peak)
     except (OSError, ValueError, KeyError, TypeError):  # a damaged file counts as absent: it is a cache
         found = _measure(counts)
     if not found.disturbed:
