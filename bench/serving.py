@@ -1,8 +1,9 @@
 """What serving a dense model takes, beside the bare runtime: eight requests at a time, Python's share of a step, loading, prompt lookup.
 
-    python -m bench.serving [--threads 2] [--model smollm2-135m] [--precision int8 int4] [--json FILE]
+    python -m bench.serving [--threads 2] [--model smollm2-135m] [--precision int8 int4] [--cpu-time] [--json FILE]
 
 All in one process and taking turns, but for loading, which has a process of its own (:mod:`bench.loading`). Medians; greedy unless said.
+On a machine that others use, ``--cpu-time`` with one thread counts the processor's seconds, where the clock says how long the others ran.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from dyncomp.runtime.sampling import Sampling
 from dyncomp.runtime.speculate import Speculation
 from dyncomp.trace import trace_model
 
+Clock = Callable[[], float]
 REQUESTS, PROMPT, STEPS, ROUNDS = 8, 64, 24, 6
 WAYS = {
     "greedy": Sampling(max_tokens=STEPS), "temperature 0.8": Sampling(max_tokens=STEPS, temperature=0.8),
@@ -40,7 +43,7 @@ WAYS = {
 }  # fmt: skip
 
 
-def together(model: OrtModel, tokenizer: Any, texts: list[str]) -> dict[str, float]:
+def together(model: OrtModel, tokenizer: Any, texts: list[str], clock: Clock = time.perf_counter) -> dict[str, float]:
     """Tokens a second of one request and of as many as there are texts, each through a :class:`Batcher`: of decoding, and of whole
     requests of :data:`STEPS` tokens with their prompts."""
     capacity = max(len(tokenizer(text)["input_ids"]) for text in texts) + STEPS
@@ -49,17 +52,17 @@ def together(model: OrtModel, tokenizer: Any, texts: list[str]) -> dict[str, flo
     whole: dict[int, list[float]] = {n: [] for n in batchers}
     for turn in range(ROUNDS + 1):
         for n, batcher in batchers.items():
-            begun, requests = time.perf_counter(), [batcher.submit(text, WAYS["greedy"]) for text in (texts * 2)[turn % n :][:n]]
+            begun, requests = clock(), [batcher.submit(text, WAYS["greedy"]) for text in (texts * 2)[turn % n :][:n]]
             batcher.step()  # all join, and decode once
             steps = []
             while not batcher.idle:
-                before, start = sum(len(r.tokens) for r in requests), time.perf_counter()
+                before, start = sum(len(r.tokens) for r in requests), clock()
                 batcher.step()
                 if more := sum(len(r.tokens) for r in requests) - before:
-                    steps.append((time.perf_counter() - start) / more)
+                    steps.append((clock() - start) / more)
             if turn:
                 a_token[n] += steps
-                whole[n].append((time.perf_counter() - begun) / sum(len(r.tokens) for r in requests))
+                whole[n].append((clock() - begun) / sum(len(r.tokens) for r in requests))
     rates = {n: (1 / statistics.median(a_token[n]), 1 / statistics.median(whole[n])) for n in batchers}
     (one, one_whole), (all_, all_whole) = rates[1], rates[len(texts)]
     return {
@@ -70,30 +73,31 @@ def together(model: OrtModel, tokenizer: Any, texts: list[str]) -> dict[str, flo
 class _Watched:
     """A runtime session that notes when its runs begin and end."""
 
-    def __init__(self, session: Any, runs: list[tuple[float, float]]) -> None:
-        self._session, self._runs = session, runs
+    def __init__(self, session: Any, runs: list[tuple[float, float]], clock: Clock) -> None:
+        self._session, self._runs, self._clock = session, runs, clock
 
     def run_with_iobinding(self, *arguments: Any) -> None:
-        start = time.perf_counter()
+        start = self._clock()
         self._session.run_with_iobinding(*arguments)
-        self._runs.append((start, time.perf_counter()))
+        self._runs.append((start, self._clock()))
 
 
 class _WatchedDecoder(OrtDecoder):
-    def __init__(self, model: OrtModel) -> None:
+    def __init__(self, model: OrtModel, clock: Clock) -> None:
         self.runs: list[tuple[float, float]] = []
+        self._clock = clock
         super().__init__(model)
 
     def _bind(self, *arguments: Any) -> Binding:
         binding = super()._bind(*arguments)
-        binding._session = _Watched(binding._session, self.runs)
+        binding._session = _Watched(binding._session, self.runs, self._clock)
         return binding
 
 
-def overhead(model: OrtModel, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+def overhead(model: OrtModel, tokenizer: Any, texts: list[str], clock: Clock = time.perf_counter) -> dict[str, Any]:
     """Of a step of :meth:`Generator.stream`: seconds within ``run_with_iobinding``, and what is spent outside of it (choosing the token,
     its text, the next call) as a share of that."""
-    decoder = _WatchedDecoder(model)
+    decoder = _WatchedDecoder(model, clock)
     generator, outside, inside = Generator(decoder, tokenizer), {way: [] for way in WAYS}, []  # type: ignore[var-annotated]
     for turn in range(ROUNDS + 1):
         for way, sampling in WAYS.items():
@@ -108,18 +112,24 @@ def overhead(model: OrtModel, tokenizer: Any, texts: list[str]) -> dict[str, Any
     return {"step_seconds": step, "overhead": {way: statistics.median(seconds) / step for way, seconds in outside.items()}}
 
 
-def lookup(model: OrtModel, tokenizer: Any, prompts: dict[str, str], *, tokens: int = 4 * STEPS) -> dict[str, dict[str, Any]]:
-    """Prompt lookup beside decoding without it: tokens a second × those without, and what was guessed and accepted."""
+def lookup(
+    model: OrtModel, tokenizer: Any, prompts: dict[str, str], clock: Clock = time.perf_counter, *, tokens: int = 4 * STEPS
+) -> dict[str, dict[str, Any]]:
+    """Prompt lookup beside decoding without it, prompts included: tokens a second × those without, and what was guessed and accepted."""
     found = {}
     for kind, prompt in prompts.items():
-        plain, session = Generator(OrtDecoder(model), tokenizer), Speculation(OrtDecoder(model))
+        plain, session = Generator(OrtDecoder(model), tokenizer), Speculation(OrtDecoder(model), clock)
         ways, seconds = (plain, Generator(session, tokenizer)), ([], [])  # type: ignore[var-annotated]
         for turn in range(ROUNDS + 1):
-            done = [way.generate([prompt], Sampling(max_tokens=tokens))[0] for way in ways]
+            done, spent = [], []
+            for way in ways:
+                start = clock()
+                done.append(way.generate([prompt], Sampling(max_tokens=tokens))[0])
+                spent.append(clock() - start)
             if done[0].tokens != done[1].tokens:
                 raise AssertionError(f"speculation changed the text after the {kind} prompt")
-            for times, completion in zip(seconds, done, strict=True):
-                times += [completion.seconds[1]] if turn else []
+            for times, each in zip(seconds, spent, strict=True):
+                times += [each] if turn else []
         report = session.report
         found[kind] = {
             "speed": statistics.median(seconds[0]) / statistics.median(seconds[1]), "guessed": report.guessed, "accepted": report.accepted,
@@ -140,8 +150,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--precision", nargs="+", default=["int8", "int4"], choices=("fp32", "int8", "int4"))
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds; takes --threads 1")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
+    if given.cpu_time and given.threads != 1:
+        parser.error("--cpu-time takes --threads 1: threads that wait use the processor too")
+    clock = time.process_time if given.cpu_time else time.perf_counter
     loaded = load_model(given.model)
     dense = trace_model(loaded)
     windows = packaged_text(loaded, dense)
@@ -155,9 +169,9 @@ def main() -> None:
         model = OrtModel(folder, threads=given.threads)
         rows.append(
             {"model": loaded.name, "precision": precision, "threads": given.threads}
-            | together(model, loaded.tokenizer, texts)
-            | overhead(model, loaded.tokenizer, texts)
-            | {"loading": measured(folder), "lookup": lookup(model, loaded.tokenizer, prompts)}
+            | together(model, loaded.tokenizer, texts, clock)
+            | overhead(model, loaded.tokenizer, texts, clock)
+            | {"loading": measured(folder), "lookup": lookup(model, loaded.tokenizer, prompts, clock)}
         )
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
