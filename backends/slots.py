@@ -57,7 +57,7 @@ class CachedSlots:
         if length + len(ids) > self.capacity:
             raise RequestError(f"{length} tokens and {len(ids)} more exceed the capacity of {self.capacity}")
         caches = [c[slot : slot + 1] for c in self._caches]
-        logits = append_in_pieces(lambda ids, past, chosen: self._bind(ids, past, chosen, caches), ids[None], length, self.zeros)
+        logits = append_in_pieces(lambda i, past, chosen: self._bind(i, past, chosen, caches), ids[None], length, self.zeros)
         self.lengths[slot] += len(ids)
         return np.asarray(logits[0])
 

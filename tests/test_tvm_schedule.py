@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def functions_of(graph: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch, ma
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "whisper_encoder"])
 def test_nothing_is_left_unscheduled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = trace_tiny(name)
     graph = with_cache(graph) if ARCHITECTURES[name].vocab else graph
@@ -60,7 +61,7 @@ class Pointwise(torch.nn.Module):
     def forward(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         table = torch.softmax(x @ y, -1)  # [B, 48, 32]
         picked = table[:, :, :1] * x.sum(1, keepdim=True).mean(-1, keepdim=True) + torch.where(table > 0.1, table, -table)
-        return picked + torch.nn.functional.embedding(ids, y[0].t())[:, None, :32].sum(2, keepdim=True) + (x > 0).float().amax(1).sum()
+        return picked + torch.nn.functional.embedding(ids, y[0].t())[:, None, :32].sum(2, keepdim=True) + (x > 0).float().mean(1).sum()
 
 
 def test_scheduled_code_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ def test_scheduled_code_computes_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     functions = functions_of(graph, tmp_path, monkeypatch, Machine("x86_64", ("avx2",), 2))
     code = {name: function.script() for name, function in functions.items()}
     product = next(text for name, text in code.items() if "matmul" in name)
-    assert "T.vectorized(8)" in product
+    assert re.search(r"T\.vectorized\((T\.int64\()?8\b", product), product
     assert "T.parallel" in product
     lower(graph, tmp_path)
     (given,) = TvmModel(tmp_path, threads=2).run(x=x, y=y, ids=ids).values()

@@ -52,11 +52,7 @@ class OrtDecoder(CachedDecoder):
     def _read_row(self, ids: Array, row: int) -> Array:
         encoded = {name: value[row : row + 1] for name, value in self._encoded.items()}
         caches = [c[row : row + 1] for c in self._caches]
-
-        def bound(ids: Array, past: Array, chosen: Array) -> Binding:
-            return Binding(self.model, self._names, ids, past, chosen, caches, encoded)
-
-        return append_in_pieces(bound, ids, 0)
+        return append_in_pieces(lambda i, past, chosen: Binding(self.model, self._names, i, past, chosen, caches, encoded), ids, 0)
 
     def _bind(self, ids: Array, past: Array, chosen: Array) -> Binding:
         return Binding(self.model, self._names, ids, past, chosen, self._caches, self._encoded)

@@ -14,6 +14,11 @@ def f32(value: float) -> Any:
     return T.float32(value)
 
 
+def is_open(gate: Any) -> Any:
+    """Whether a float32 gate is not 0; one that is NaN is open (TVM's ``!=`` is false for it, and its result would be a silent 0)."""
+    return T.bitwise_and(T.reinterpret("int32", gate), T.int32(0x7FFFFFFF)) != 0
+
+
 def exp(x: Any) -> Any:
     """e^x for float32, relative error below 3e-7 on [-87, 88]; clamped outside, NaN stays NaN.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dyncomp.backends.tvm.kernels.functions import is_open
 from dyncomp.backends.tvm.kernels.tile import Tile, product
 from tvm.script import tirx as T
 
@@ -54,7 +55,7 @@ def gated_linear(rows: int, depth: int, tile: Tile) -> Any:
         open_ = T.alloc_buffer((1,), "int32")
         open_[0] = 0
         for t in range(tokens):
-            if gates[t, 0] != T.float32(0):
+            if is_open(gates[t, 0]):
                 listed[open_[0]] = T.Cast("int32", t)
                 open_[0] = open_[0] + 1
             else:

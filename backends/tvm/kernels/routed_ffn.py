@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
+from dyncomp.backends.tvm.kernels.functions import FUNCTIONS, is_open
 from dyncomp.backends.tvm.kernels.tile import Tile, product
 from tvm.script import tirx as T
 
@@ -105,7 +105,7 @@ def routed_ffn(experts: int, neurons: int, depth: int, rows: int, activation: st
         for e in range(experts):
             start[e] = count_of[1]
             for t in range(tokens):
-                if gates[t, e] != T.float32(0):
+                if is_open(gates[t, e]):
                     listed[count_of[1]] = T.Cast("int32", t)
                     count_of[1] = count_of[1] + 1
             if count_of[1] > start[e]:
