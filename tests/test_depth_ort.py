@@ -34,13 +34,20 @@ def cached(graph: Graph) -> Graph:
     return graph
 
 
-def test_skipping_in_onnx_runtime(tmp_path: Path) -> None:
-    """Prefill of rows of different lengths and decoding, through one branch for each gated operation."""
+NATIVE = pytest.param(True, marks=pytest.mark.skipif(not available(), reason="needs a C++ compiler"))
+
+
+@pytest.mark.parametrize("native", [False, NATIVE])
+def test_skipping_in_onnx_runtime(native: bool, tmp_path: Path) -> None:
+    """Prefill of rows of different lengths and decoding, through branches, or operators that take the gates themselves."""
     graph = gated("llama", "block", closed=True)
     save_graph(graph, tmp_path / "graph.json", tmp_path / "graph.safetensors")
     graph = load_graph(tmp_path / "graph.json", tmp_path / "graph.safetensors")
-    lowered = lower(cached(graph), tmp_path / "ort")
-    assert lowered.operators["If"] == 2 * 3  # queries; then the rest of the layer, and the stand-ins
+    lowered = lower(cached(graph), tmp_path / "ort", native=native)
+    if native:  # FFNs and the stand-ins of attentions and FFNs; float queries and outputs have no operator with gates
+        assert (lowered.operators["dyncomp.FloatFFN"], lowered.operators["If"]) == (2 * 3, 2 * 2)
+    else:
+        assert lowered.operators["If"] == 2 * 3  # queries; then the rest of the layer, and the stand-ins
     model = OrtModel(tmp_path / "ort", threads=1)
     assert parity(graph, model, prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
 
@@ -56,7 +63,7 @@ def test_absent_tokens_in_the_native_attention(tmp_path: Path) -> None:
     """The projections of queries, keys and values in one branch, the mark of absence kept beside the cache; a sequence decided at once."""
     graph = cached(gated(wide(), "block", closed=True, kv="absent", first=5))
     lowered = lower(graph, tmp_path)
-    assert lowered.operators["If"] == 2 * 3
+    assert lowered.operators["If"] == 2 * 2
     assert lowered.operators["dyncomp.CachedAttention"] == 2
     assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
 
@@ -89,7 +96,7 @@ def test_nothing_is_computed_for_a_token_that_skips(tmp_path: Path) -> None:
             graph.add_tensor(unit.bias, torch.tensor([-1.0 if closed else 1.0]))
         graph.clean()
         graph.info |= {"task": "causal-lm", "context_length": 64}
-        lower(cached(graph), tmp_path / str(closed))
+        lower(cached(graph), tmp_path / str(closed), native=False)
         model = OrtModel(tmp_path / str(closed), threads=1, profile=tmp_path / f"profile-{closed}")
         caches = {n: np.zeros((1, 2, 8, 8), np.float32) for n in model.inputs if "_cache_" in n}
         model.run(input_ids=np.array([[5]]), past_length=np.array([3]), chosen=np.array([[0]]), **caches)
@@ -108,6 +115,25 @@ def products(model: OrtModel) -> list[int]:
     events = [e for e in json.loads(model.end_profiling().read_text()) if e.get("name", "").endswith("_kernel_time")]
     calls = [e["args"] for e in events if e.get("args", {}).get("op_name") in ("MatMul", "FusedMatMul", "Gemm")]
     return [math.prod(next(iter(c["input_type_shape"][0].values()))[:-1]) for c in calls]
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("what", ["attention", "block"])
+def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path: Path) -> None:
+    """One operator for each gated layer: prefill of rows of different lengths, and decoding."""
+    graph = cached(gated(trace_wider(), what, closed=True, rank=4))
+    Quantize(bits=8).run(graph, Context())
+    lowered = lower(graph, tmp_path, native=True)
+    assert "If" not in lowered.operators
+    with float_activations(graph):
+        rounded = graph.copy()
+    assert parity(rounded, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=2e-2)["relative_error"] <= 0.1
+
+
+def trace_wider() -> Graph:
+    """Weights that divide into blocks of 32."""
+    module, inputs, dims = bench.tiny._decoder("wider", "Llama", bench.tiny.SILU, hidden_size=64, head_dim=32, intermediate_size=96).build()
+    return trace(module, inputs, dims, info={"name": "wider"})
 
 
 def test_experts_skipping_and_quantized_weights_together(tmp_path: Path) -> None:

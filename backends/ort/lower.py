@@ -140,7 +140,7 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
     elif not on_gpu:
         select_quantized_moe(graph)
     decoded = _quantized_weights(graph) & {name for r in find_routed(graph) for name in (r.w_up, r.w_down)}
-    select_gated(graph)
+    select_gated(graph, native=native)
     if native:
         select_sparse_ffns(graph, ops)
         select_routed_ffns(graph)
@@ -149,7 +149,7 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
     select_norms(graph, on_gpu=on_gpu)
     select_sparse_linears(graph, ops if native else None)
     if native:
-        select_quantized_linears(graph, ops)
+        select_quantized_linears(graph, ops, gated=True)
     else:
         select_matmul_nbits(graph)
     graph.info["decoded"] = sorted(decoded | _quantized_weights(graph))
