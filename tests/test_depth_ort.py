@@ -125,6 +125,7 @@ def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path:
     Quantize(bits=8).run(graph, Context())
     lowered = lower(graph, tmp_path, native=True)
     assert "If" not in lowered.operators
+    assert lowered.operators["dyncomp.TokenGates"] == 2
     with float_activations(graph):
         rounded = graph.copy()
     assert parity(rounded, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=2e-2)["relative_error"] <= 0.1

@@ -1056,3 +1056,26 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
     with pytest.raises(BackendError, match=r"cannot compile the native operators: x.cc:1: error: no"):
         library(tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("columns", [1, 16, 100])
+@pytest.mark.parametrize("positions", [None, (5, 1), (3, 5, 1)])
+def test_gates_of_tokens(native: Native, columns: int, positions: tuple[int, ...] | None) -> None:
+    generator = np.random.default_rng(columns)
+    x, weight = generator.standard_normal((3, 5, columns), np.float32), generator.standard_normal((1, columns), np.float32)
+    bias, first = np.array([0.25], np.float32), None
+    x[1, 2] = np.nan
+    if positions is not None:
+        first = np.zeros(positions, np.float32)
+        first[..., 0, :] = 1e4
+    inputs: Tensors = {"x": x, "weight": weight, "bias": bias, "first": first}
+    session = native.session("TokenGates", inputs, {}, 1, ["gates", "closed"], {"columns": columns})
+    gates, closed = session.run(None, feeds(inputs))
+    scores = torch.from_numpy(x @ weight.T + bias + (0 if first is None else first))
+    assert np.array_equal(gates, threshold_gates(scores).numpy())
+    assert np.array_equal(closed, 1 - gates)
+    assert gates[1, 2] == 0
+    assert first is None or gates[:, 0].all()
+    wrong = inputs | {"first": np.zeros((4, 1), np.float32)}
+    with pytest.raises(Exception, match="first has 4 elements for 15 tokens"):
+        native.session("TokenGates", wrong, {}, 1, ["gates", "closed"], {"columns": columns}).run(None, feeds(wrong))

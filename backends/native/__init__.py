@@ -23,6 +23,9 @@ down_bias f32 [d_out]?) -> f32 [.., d_out]``
     the same with float weights and any F: up [E, 1 or 2, F / 16, d, 16], down [E, d_out / 16, F, 16], both rounded up.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?, lower?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with its first four attributes.
+``TokenGates(x f32 [.., K], weight f32 [1, K], bias f32 [1], first f32?) -> f32 [.., 1], f32 [.., 1]``
+    with ``columns`` (K): 1 where ``x . weight + bias + first`` is positive, else 0; and one less that. ``first`` has as many elements as
+    there are tokens, or as a sequence has.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?,
 present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
     ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is

@@ -5,6 +5,7 @@ In two steps: the graph to export marks where rows are taken and put back; the O
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,41 @@ def select_gated(graph: Graph, *, native: bool = False) -> None:
                 _put(b, node, _rows(b, sparse, node.args[1], _own(node)), node.args[1])
     graph.clean()
     join_rows(graph)
+
+
+def select_token_gates(graph: Graph) -> None:
+    """Gates of tokens by a threshold, and those that are open where these are closed -> one native operator.
+
+    before:  gates = threshold_gates(linear(x, W, b) + first);  closed = 1 - gates
+    after:   gates, closed = token_gates(x, W, b, first)
+    """
+    for node in graph.nodes:
+        if node.target is not threshold_gates._opoverload or node.meta["val"].shape[-1] != 1:
+            continue
+        scores, first = _kept_first(node.args[0])
+        if scores is None or len(scores.args) != 3 or not _is_float_tokens(scores.args[0]):
+            continue
+        with graph.inserting(before=node) as b:
+            both = b.call(ops.token_gates, *scores.args, first)
+            gates, closed = (b.call(operator.getitem, both, i) for i in (0, 1))
+        for user in [u for u in node.users if u.target is aten.rsub.Scalar and u.args[1:] == (1,)]:
+            user.replace_all_uses_with(closed)
+        node.replace_all_uses_with(gates)
+    graph.clean()
+
+
+def _kept_first(scores: Any) -> tuple[fx.Node | None, fx.Node | None]:
+    """(the linear layer that scores tokens, what keeps the first of them), or Nones."""
+    first = None
+    if scores.target is aten.add.Tensor and not scores.kwargs:
+        scores, first = scores.args
+    known = isinstance(scores, fx.Node) and scores.target is aten.linear.default
+    return (scores, first) if known and (first is None or isinstance(first, fx.Node)) else (None, None)
+
+
+def _is_float_tokens(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.dim() == 3
 
 
 def _fuse_projections(graph: Graph) -> None:

@@ -23,7 +23,7 @@ from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.attention import select_attention
 from dyncomp.backends.ort.cuda import operators_of, require_supported
 from dyncomp.backends.ort.exporter import made_once
-from dyncomp.backends.ort.gated import select_gated
+from dyncomp.backends.ort.gated import select_gated, select_token_gates
 from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe, select_quantized_moe
 from dyncomp.backends.ort.native import DOMAIN, library
@@ -141,6 +141,8 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
         select_quantized_moe(graph)
     decoded = _quantized_weights(graph) & {name for r in find_routed(graph) for name in (r.w_up, r.w_down)}
     select_gated(graph, native=native)
+    if native:
+        select_token_gates(graph)
     if native:
         select_sparse_ffns(graph, ops)
         select_routed_ffns(graph)

@@ -198,6 +198,21 @@ def quantized_linear(
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower, gates], attributes, x, [*x.shape[:-1], rows])
 
 
+def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``threshold_gates(linear(x, weight, bias) + first)`` and one less that, [..., 1] each: x [..., K], weight [1, K], bias [1], first
+    [S, 1] or [B, S, 1]."""
+    inputs, attributes, shape = [x, weight, bias, first], {"columns": int(weight.shape[1])}, [*x.shape[:-1], 1]
+    result = ops.symbolic_multi_out(
+        f"{DOMAIN}::TokenGates",
+        [x, weight, bias, first],
+        {"columns": int(weight.shape[1])},
+        dtypes=[x.dtype] * 2,
+        shapes=[shape] * 2,
+        version=1,
+    )
+    return result[0], result[1]
+
+
 def sparse_linear(
     x: Tensor, thresholds: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int,
     bits: int, block: int, activation: int,
