@@ -108,7 +108,7 @@ def test_tokens_that_skip_are_healed_at_the_same_cost(passes: list[Pass]) -> Non
     Recalibrate().run(graph, unseen)
     before = kl(graph, ctx)
     assert len(find_thresholds(graph)) == 2 * len(passes[:2])
-    Pipeline([Heal(steps=40, **QUICK)]).run(graph, ctx)
+    Pipeline([Heal(steps=60, **QUICK)]).run(graph, ctx)
     assert kl(graph, ctx) < 0.98 * before
     for threshold in find_thresholds(graph):
         (scores,) = Sweep(graph, [{"input_ids": ctx.text[-100:]}]).advance(threshold.scores)

@@ -17,21 +17,21 @@ from dyncomp.errors import DyncompError, RequestError
 from dyncomp.recipe import MADE, RECIPES, load_recipe
 from dyncomp.regions import find_routed
 
-NOT_TOP_K = "its gates are not the k highest scores"
+NO_CHOICE = "its gates are neither a softmax nor a sigmoid of its k highest scores"
 PRESETS = {
     # name: (experts, share of their neurons that a token runs, the architecture that holds it or why none does)
     "mixtral-8x2:carved": (8, 2 / 8, "granite-moe"),
-    "mixtral-8x2:upcycled": (8, 2 / 8, NOT_TOP_K),
+    "mixtral-8x2:upcycled": (8, 2 / 8, "granite-moe"),
     "gpt4-16x2:carved": (16, 2 / 16, "granite-moe"),
-    "gpt4-16x2:upcycled": (16, 2 / 16, NOT_TOP_K),
+    "gpt4-16x2:upcycled": (16, 2 / 16, "granite-moe"),
     "qwen-moe-64x8:carved": (64, 8 / 64, "granite-moe"),
-    "qwen-moe-64x8:upcycled": (64, 8 / 64, NOT_TOP_K),
+    "qwen-moe-64x8:upcycled": (64, 8 / 64, NO_CHOICE),
     "ds-moe:carved": (64, 8 / 64, "glm4-moe"),
-    "ds-moe:upcycled": (62, 8 / 62, NOT_TOP_K),
-    "deepseek-v3:carved": (64, 16 / 64, NOT_TOP_K),
-    "deepseek-v3:upcycled": (57, 8 / 57, NOT_TOP_K),
+    "ds-moe:upcycled": (62, 8 / 62, NO_CHOICE),
+    "deepseek-v3:carved": (64, 16 / 64, NO_CHOICE),
+    "deepseek-v3:upcycled": (57, 8 / 57, NO_CHOICE),
     "switch:carved": (8, 1 / 8, "granite-moe"),
-    "switch:upcycled": (8, 1 / 8, NOT_TOP_K),
+    "switch:upcycled": (8, 1 / 8, "granite-moe"),
     "mod-12.5": (0, 0.875, "each added to the stream"),
     "soft-moe": (8, 1 / 8, "not token ids alone"),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.run import OrtModel
-from test_batching import Modulo, model  # noqa: F401  (a fixture)
+from test_batching import Modulo, enliven, with_cache
 
 from bench import serving
+from bench.tiny import trace_tiny
 from dyncomp.report.markdown import SERVING, results_markdown
 
 
@@ -22,7 +25,11 @@ class Numbers(Modulo):
         return "".join(f" {i}" for i in ids)
 
 
-def test_every_figure_is_measured_and_shown(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_every_figure_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace_tiny("llama")
+    enliven(graph.module, 1)
+    lower(with_cache(graph, context=96), tmp_path)
+    model = OrtModel(tmp_path, threads=1)
     monkeypatch.setattr(serving, "PROMPT", 12)
     monkeypatch.setattr(serving, "ROUNDS", 1)
     tokenizer = Numbers()
@@ -45,7 +52,7 @@ def test_every_figure_is_measured_and_shown(model: OrtModel, monkeypatch: pytest
     assert cells.count("|") == len(SERVING) + 1
 
 
-def test_speculation_that_changes_the_text_is_not_timed(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_speculation_that_changes_the_text_is_not_timed(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
     step = serving.Speculation.step
     monkeypatch.setattr(serving.Speculation, "step", lambda self, ids: -step(self, ids))
     with pytest.raises(AssertionError, match="changed the text"):

@@ -113,8 +113,6 @@ class Architecture:
             found.append("its router has no bias, the model's has (fit-router{bias=false})")
         if routing.shared and not self.shared:
             found.append("it has no shared experts, the model has (carve-experts{shared=0})")
-        if routing.shared == 0 and self.name == "glm4-moe":
-            found.append("it always has a shared expert, the model has none")
         if routing.width % ALIGNED:
             found.append(f"experts of {routing.width} neurons: transformers' kernels take multiples of {ALIGNED} (fewer experts)")
         found += self._weighted(routing.weighting)

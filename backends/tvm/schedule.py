@@ -45,9 +45,13 @@ def is_scheduled(function: Any) -> bool:
 
 
 def scheduled(function: Any, lanes: int, threads: int) -> Any | None:
-    """The function with a schedule and the mark; None where a part of it is neither computed element by element nor a sum."""
+    """The function with a schedule and the mark; None where a part of it is neither computed element by element nor a sum, or it is a
+    program of its own (TVM's scans, which divide their rows among threads)."""
     schedule = s_tir.Schedule(function)
-    root = schedule.get_sblock("root")
+    try:
+        root = schedule.get_sblock("root")
+    except s_tir.schedule.ScheduleError:
+        return None
     kept = {schedule.get(b).name_hint for b in schedule.get_output_blocks(root)}
     for block in schedule.get_child_blocks(root):
         if schedule.get(block).name_hint not in kept and _is_a_step(schedule, block):

@@ -226,7 +226,7 @@ class Trainer:
     def _evaluate(self) -> float:
         """Mean loss on the held-out windows, without the terms that only guide training."""
         total = torch.zeros(1, dtype=torch.float64)
-        parts = split_rows(self._held_out[ranks.rank() :: ranks.world()], max(1, _LOOK // row_tokens(self.student.graph, self._held_out)))
+        parts = split_rows(self._held_out, max(1, _LOOK // row_tokens(self.student.graph, self._held_out)))[ranks.rank() :: ranks.world()]
         self._wanted = self._wanted or [self.teacher(model_inputs(self.teacher.graph, ids))[0] for ids in parts]
         for ids, wanted in zip(parts, self._wanted, strict=True):
             output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)

@@ -6,6 +6,7 @@ known, and the gates that a model was trained with are found like those that pas
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -75,18 +76,22 @@ def find_weighting(graph: Graph, gates: fx.Node, scores: fx.Node, always: int, b
         always: experts that every token runs with a gate of 1, the first ones.
         bias: [E - always] that the graph adds where experts are chosen, or None.
     """
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(symbolic_shape(graph, scores, _SIZES), generator=generator)
-    values[..., :always] = 1e4
-    try:
+
+    @functools.cache
+    def tried(scale: float) -> tuple[Tensor, Tensor]:
+        """Scores of that size and the gates that come out, [n, all experts] each."""
+        values = scale * torch.randn(symbolic_shape(graph, scores, _SIZES), generator=torch.Generator().manual_seed(0))
+        values[..., :always] = 1e4
         (found,) = evaluate(graph, [gates], _SIZES, {scores: values.clone()})
+        return values.flatten(0, -2), found.flatten(0, -2).float()
+
+    try:
+        values, found = tried(1.0)
     except GraphError:
         return "its gates depend on more than its scores"
-    experts = values.shape[-1]
-    values, found = values.view(-1, experts)[:, always:], found.reshape(-1, experts).float()
     if always and not bool((found[:, :always] == 1).all()):
         return "its shared experts have gates that are not 1"
-    found = found[:, always:]
+    values, found = values[:, always:], found[:, always:]
     counts = (found > 0).sum(-1)
     k = int(counts[0])
     if not bool((counts == k).all()):
@@ -96,7 +101,12 @@ def find_weighting(graph: Graph, gates: fx.Node, scores: fx.Node, always: int, b
     for candidate in _candidates(values.shape[-1], k):
         if _total(candidate, values[:4], found[:4], k, bias) is None:  # most are refused by few tokens
             continue
-        if (total := _total(candidate, values, found, k, bias)) is not None:
+        total = _total(candidate, values, found, k, bias)
+        if total is None:
+            continue
+        # Where scores are made small, a bias alone chooses: they must be large for groups to show.
+        large = tried(1 / candidate.slope) if candidate.slope and bias is not None else None
+        if large is None or _total(candidate, large[0][:, always:], large[1][:, always:], k, bias) is not None:
             return replace(candidate, total=float(f"{total:.6g}")), k
     return "its gates are neither a softmax nor a sigmoid of its k highest scores"
 
