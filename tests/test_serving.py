@@ -25,11 +25,15 @@ class Numbers(Modulo):
         return "".join(f" {i}" for i in ids)
 
 
-def test_every_figure_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> OrtModel:
     graph = trace_tiny("llama")
     enliven(graph.module, 1)
     lower(with_cache(graph, context=96), tmp_path)
-    model = OrtModel(tmp_path, threads=1)
+    return OrtModel(tmp_path, threads=1)
+
+
+def test_every_figure_is_measured_and_shown(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "PROMPT", 12)
     monkeypatch.setattr(serving, "ROUNDS", 1)
     tokenizer = Numbers()

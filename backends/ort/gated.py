@@ -59,7 +59,7 @@ def select_gated(graph: Graph, *, native: bool = False) -> None:
 
 
 def select_token_gates(graph: Graph) -> None:
-    """Gates of tokens by a threshold, and those that are open where these are closed -> one native operator.
+    """Gates of tokens by a threshold, where something stands in for the layer that the others compute -> one native operator.
 
     before:  gates = threshold_gates(linear(x, W, b) + first);  closed = 1 - gates
     after:   gates, closed = token_gates(x, W, b, first)
@@ -68,12 +68,13 @@ def select_token_gates(graph: Graph) -> None:
         if node.target is not threshold_gates._opoverload or node.meta["val"].shape[-1] != 1:
             continue
         scores, first = _kept_first(node.args[0])
-        if scores is None or len(scores.args) != 3 or not _is_float_tokens(scores.args[0]):
+        inverted = [u for u in node.users if u.target is aten.rsub.Scalar and u.args[1:] == (1,)]
+        if not inverted or scores is None or len(scores.args) != 3 or not _is_float_tokens(scores.args[0]):
             continue
         with graph.inserting(before=node) as b:
             both = b.call(ops.token_gates, *scores.args, first)
             gates, closed = (b.call(operator.getitem, both, i) for i in (0, 1))
-        for user in [u for u in node.users if u.target is aten.rsub.Scalar and u.args[1:] == (1,)]:
+        for user in inverted:
             user.replace_all_uses_with(closed)
         node.replace_all_uses_with(gates)
     graph.clean()
