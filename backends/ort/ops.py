@@ -201,7 +201,8 @@ def quantized_linear(
 def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """``threshold_gates(linear(x, weight, bias) + first)`` and one less that, [..., 1] each: x [..., K], weight [1, K], bias [1], first
     [S, 1] or [B, S, 1]."""
-    inputs, attributes, shape = [x, weight, bias, first], {"columns": int(weight.shape[1])}, [*x.shape[:-1], 1]
+    inputs, shape = [x, weight, bias, first], [*x.shape[:-1], 1]
+    attributes: dict[str, Any] = {"columns": int(weight.shape[1])}
     result = ops.symbolic_multi_out(f"{DOMAIN}::TokenGates", inputs, attributes, dtypes=[x.dtype] * 2, shapes=[shape] * 2, version=1)
     return result[0], result[1]
 
