@@ -15,6 +15,7 @@ from dyncomp.graph import Graph
 from dyncomp.ops import expert_hidden
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions import RoutedFFN, find_carved, find_regions, find_routed
+from dyncomp.regions.thresholds import Threshold
 from dyncomp.sweep import Sweep, fast_matmul, reduced_products, release_memory
 
 aten = torch.ops.aten
@@ -245,21 +246,10 @@ def set_threshold(graph: Graph, layer: Layer) -> None:
     The share counts the shared experts; the routed ones make up the rest.
     """
     view = ExpertView(graph, layer.view.region)
-    share = routing_facts(graph, view.name).get("active", 1.0)
-    routed = ~view.shared
-    wanted = max(share * view.experts - int(view.shared.sum()), 0) / int(routed.sum())
-    scores = torch.cat([view.scores(x.reshape(-1, view.d_model))[:, routed].flatten() for x in layer.fresh or layer.inputs])
-    bias = view.bias.clone()
-    bias[routed] -= _quantile(scores, wanted)
-    graph.add_tensor(view.router_bias, bias)
-
-
-def _quantile(scores: Tensor, share: float) -> float:
-    """The score above which a fraction ``share`` of all lies."""
-    rank = min(max(round((1 - share) * scores.numel()), 0), scores.numel())
-    if rank == 0:
-        return float(scores.min()) - 1.0
-    return float(scores.kthvalue(rank).values)
+    facts, scores = routing_facts(graph, view.name), view.gates.args[0]
+    assert isinstance(scores, fx.Node)
+    threshold = Threshold(view.name, view.gates, scores, view.router_bias, facts.get("active", 1.0), facts.get("shared", 0))
+    threshold.lower(graph, threshold.level(*(view.scores(x.reshape(-1, view.d_model)) for x in layer.fresh or layer.inputs)))
 
 
 def set_gates(graph: Graph, view: ExpertView, *, k: int) -> None:

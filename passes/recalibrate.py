@@ -38,9 +38,7 @@ class Recalibrate(Pass):
             for position, threshold in enumerate(thresholds):
                 scores = sweep.advance(threshold.scores)
                 level = threshold.level(*scores)
-                bias = graph.tensor(threshold.bias).detach().clone()
-                bias[threshold.shared :] -= level
-                graph.add_tensor(threshold.bias, bias)
+                threshold.lower(graph, level)
                 sweep.provide(threshold.scores, [threshold.moved(s, level) for s in scores])
                 result.changed.append(threshold.name)
                 ctx.progress(self.name, position + 1, len(thresholds))

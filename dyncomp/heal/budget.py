@@ -36,10 +36,10 @@ class DepthBudget:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.thresholds = [t for t in find_thresholds(graph) if t.gates in {s.gates for s in find_skips(graph)}]
+        skips, names = {s.gates: s for s in find_skips(graph)}, {r.node: r.name for r in find_routed(graph)}
+        self.thresholds = [t for t in find_thresholds(graph) if t.gates in skips]
         if not self.thresholds:
             raise RequestError("there is no budget to spend: no token skips a layer by a threshold", hint="run skip-depth first")
-        skips, names = {s.gates: s for s in find_skips(graph)}, {r.node: r.name for r in find_routed(graph)}
         self._open: list[float] = []
         self._closed: list[float] = []
         self._routers = 0.0

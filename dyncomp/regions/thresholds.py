@@ -44,6 +44,12 @@ class Threshold:
         rank = round((1 - wanted) * len(chosen))
         return chosen.kthvalue(rank).values if rank > 0 else chosen.min() - 1.0
 
+    def lower(self, graph: Graph, level: Tensor) -> None:
+        """Make the bias ``level`` lower."""
+        bias = graph.tensor(self.bias).detach().clone()
+        bias[self.shared :] -= level
+        graph.add_tensor(self.bias, bias)
+
     def moved(self, scores: Tensor, level: Tensor) -> Tensor:
         """The scores as they are with a bias that is ``level`` lower."""
         if not self.shared:
