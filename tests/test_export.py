@@ -18,6 +18,7 @@ from dyncomp.backends.hf.architectures import ARCHITECTURES
 from dyncomp.backends.hf.check import compare
 from dyncomp.backends.hf.write import choose, explain, write
 from helpers import assert_close
+from safetensors.torch import load_file
 from test_cli import run
 from tiny_checkpoint import write_checkpoint, write_text
 from transformers import AutoTokenizer, GenerationConfig
@@ -98,6 +99,15 @@ def test_gates_by_softmax_are_written_as_they_are(model: str, passes: str, archi
     assert found["greedy_equal"] == found["greedy_tokens"] == 64
     assert found.get("other_experts", 0) == 0
     assert (found["positions"] == 72) == bool(find_routed(converted(model, passes)))
+
+
+def test_biases_are_written_where_a_server_reads_them_whatever_the_configuration_says(tmp_path) -> None:
+    """vLLM's Qwen2Moe: without them it computed with memory that nothing had set, and gave no number."""
+    written(converted("llama", SOFTMAX), "qwen2-moe", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["qkv_bias"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    for part, features in (("q", 32), ("k", 16), ("v", 16)):
+        assert torch.equal(tensors[f"model.layers.1.self_attn.{part}_proj.bias"], torch.zeros(features))
 
 
 def test_a_bias_that_chooses_stays_one(tmp_path) -> None:

@@ -38,7 +38,9 @@ class Architecture:
         router, experts, shared: names below a layer; ``shared`` is (gate, up, down), or (both, down), or () when it has none.
         router_bias: name of the bias of its scores, or None.
         dense: which layers may be left without experts: ``none``, ``first`` or ``any``.
-        qkv_bias, out_bias: ``no``, ``may`` or (qkv only) ``must`` have one. ffn_bias: the FFN's three linear layers may have biases.
+        qkv_bias, out_bias: ``no``, ``may`` or (qkv only) ``must`` have one; ``always``: it has, zeros where the
+            model has none (a class may read them whatever the configuration says: vLLM's Qwen2Moe). ffn_bias: the FFN's three linear
+            layers may have biases.
         head_norm: whether queries and keys are normalised: ``no``, ``may``, ``must``.
         free_scale: the factor on the scores can be chosen. partial_rotary: a part of each head can be left unrotated.
         always_shared: it has at least one shared expert: one of zeros where the model has none.
@@ -166,7 +168,7 @@ def _qwen2_moe(shape: Shape) -> dict[str, Any]:
     return {
         "intermediate_size": shape.dense_width or routing.width, "moe_intermediate_size": routing.width,
         "shared_expert_intermediate_size": routing.shared, "num_experts": routing.experts, "num_experts_per_tok": routing.k,
-        "norm_topk_prob": routing.weighting.normalised, "mlp_only_layers": list(shape.dense), "qkv_bias": shape.qkv_bias,
+        "norm_topk_prob": routing.weighting.normalised, "mlp_only_layers": list(shape.dense), "qkv_bias": True,
     }  # fmt: skip
 
 
@@ -217,7 +219,7 @@ ARCHITECTURES = {
             shared=tuple(f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")), partial_rotary=True, scaled=True,
         ),
         Architecture(
-            "qwen2-moe", "qwen2_moe", _qwen2_moe, dense="any", shared_factor=2.0, unnormalised=True,
+            "qwen2-moe", "qwen2_moe", _qwen2_moe, qkv_bias="always", dense="any", shared_factor=2.0, unnormalised=True,
             shared=tuple(f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")),
         ),
         Architecture("qwen3-moe", "qwen3_moe", _qwen3_moe, dense="any", out_bias="may", head_norm="must", unnormalised=True),

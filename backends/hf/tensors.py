@@ -87,7 +87,7 @@ def _attention(architecture: Architecture, decoder: Decoder, layer: DecoderLayer
     for name, scale in (("q", layer.query_norm), ("k", layer.key_norm)):
         if scale is not None:
             parts[f"self_attn.{name}_norm.weight"] = scale
-    biased = shape.qkv_bias or shape.out_bias
+    biased = shape.qkv_bias or shape.out_bias or architecture.qkv_bias == "always"
     for name, linear in (("q", layer.query), ("k", layer.key), ("v", layer.value), ("o", layer.out)):
         parts[f"self_attn.{name}_proj.weight"] = linear.weight_matrix(decoder.graph)
         if biased and (name != "o" or architecture.out_bias == "may"):
