@@ -108,12 +108,13 @@ def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict
     return rise / len(batches)
 
 
-def allocate(losses: Sequence[float], total: float, power: float = 1.2, *, most: float = 1.0) -> list[float]:
+def allocate(losses: Sequence[float], total: float, power: float = 1.6, *, most: float = 1.0) -> list[float]:
     """Shares from 0 to ``most`` that add up to ``total``, minimising ``sum of losses * share ** power``.
 
     A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: above 1, since its router
     chooses, so that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to
-    s ** (1 / (1 - power)). 1.2 is what SmolLM2-135M's attentions show: skipping 22 % of each costs 0.20 nats, of all that they cost 1.2.
+    s ** (1 / (1 - power)). SmolLM2-135M, 12.5 % of the visits to layers skipped, fitted to 16384 tokens, KL on held-out text and on
+    another source: .218 and .222 at 1.2 (two layers are dropped), .186 and .167 at 1.6, .188 and .177 at 2.2.
     """
     floor = 1e-4  # nats: what a few windows can tell from nothing
     weights = torch.tensor([max(loss, floor) for loss in losses], dtype=torch.float64) ** (1 / (1 - power))

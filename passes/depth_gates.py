@@ -38,6 +38,11 @@ class Unit:
         """What the router reads."""
         return self.parts[0].source
 
+    @property
+    def width(self) -> int:
+        """The most features that a projection back to the residual stream reads."""
+        return max(p.ffn.d_ff if p.ffn is not None else p.output.in_features for p in self.parts)  # type: ignore[union-attr]
+
 
 class Gated:
     """One part behind its gates. Its tensors are read from the graph each time, so that fitting it is replacing them.

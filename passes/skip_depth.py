@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ from dyncomp.passes.depth_exit import TARGETS, Exits, segments
 from dyncomp.passes.depth_gates import ALWAYS, Gated, GatedUnit, Unit, insert_gates, shared_experts
 from dyncomp.passes.depth_kv import POLICIES, KeysAndValues, keys_and_values
 from dyncomp.passes.layerwise import residual_add, routing_facts
-from dyncomp.passes.least_squares import LeastSquares
+from dyncomp.passes.least_squares import LeastSquares, enough_tokens
+from dyncomp.passes.recalibrate import Recalibrate
 from torch import Tensor, fx
 
 from dyncomp.errors import RequestError
@@ -43,7 +45,7 @@ class SkipDepth(Pass):
     stand-in, a low-rank linear map, cannot give. ``gates`` says how its scores open gates, ``kv`` what later tokens see of a token that
     skipped an attention. Parts are fitted in order, each on what the fitted parts before it give, and the projection back to the residual
     stream of the tokens that stay is refitted as in ``refit-down``. How much each layer skips follows from what the loss is when that
-    layer alone is replaced by its stand-in.
+    layer alone is replaced by its stand-in. Thresholds are then set on text that nothing was fitted to, where there is more of it.
     """
 
     name: ClassVar[str] = "skip-depth"
@@ -129,7 +131,9 @@ class SkipDepth(Pass):
             reasons = "; ".join(sorted({r.reason for r in refused}))
             raise RequestError(f"skip-depth: the graph has no {self.what} that tokens can skip", hint=reasons or None)
         chosen = [i for i in self._chosen(len(units)) if i in kv]
-        batches = ctx.need_calibration(self.name).batches
+        calibration, tokens = ctx.need_calibration(self.name), enough_tokens(max(u.width for u in units))
+        batches, fresh = calibration.first(tokens), calibration.unfitted(tokens)
+        ctx = dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=batches))
         skipped, most = (1 - self.active) * len(units), self._most(next(iter(batches[0].values())))
         if self.gates == "exit":
             return self._exits(graph, regions, units, kv, refused, chosen, ctx)
@@ -149,7 +153,10 @@ class SkipDepth(Pass):
         graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
         experts = self.standin == "experts"
         gated = [(insert_gates(graph, units[i], self._rank, kv[i], experts=experts), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
-        return self._fitted(graph, gated, ctx, result)
+        result = self._fitted(graph, gated, ctx, result)
+        if fresh and self._gates == "threshold":
+            Recalibrate().run(graph, dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=fresh)))
+        return result
 
     def _exits(
         self, graph: Graph, regions: Regions, units: list[Unit], kv: dict[int, KeysAndValues | None], refused: list[Refusal],

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import dyncomp.passes.skip_depth
 import pytest
 import torch
 from dyncomp.backends.native import available
@@ -322,6 +323,21 @@ def test_the_fitted_model_skips_what_was_asked_for(what: str, blocks: str) -> No
         count(graph, active=quality.computed["converted"] | {k: v.active for k, v in quality.load["converted"].items()}),
     )  # type: ignore[arg-type]
     assert after.flops_per_token < before.flops_per_token
+
+
+def test_thresholds_are_set_on_text_that_nothing_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace_tiny("llama")
+    graph.info["task"] = "causal-lm"
+    ctx = context("llama", graph, batches=24)
+    monkeypatch.setattr(dyncomp.passes.skip_depth, "enough_tokens", lambda _: 12 * 32)
+    SkipDepth(active=0.7, blocks="all", rank=4).run(graph, ctx)
+    gates: list[torch.Tensor] = []
+    watch = {s.gates: lambda _, value: gates.append(value[:, 1:]) for s in find_skips(graph)}
+    for batches, exact in ((ctx.calibration.batches[12:], True), (ctx.calibration.batches[:12], False)):  # type: ignore[union-attr]
+        gates.clear()
+        Sweep(graph, batches).advance(graph.output_nodes[0], watch=watch)
+        computed = [float(torch.cat(gates[layer::2]).mean()) for layer in range(2)]
+        assert (computed == pytest.approx([0.7, 0.7], abs=0.02)) == exact
 
 
 def test_a_fitted_stand_in_is_better_than_none() -> None:
