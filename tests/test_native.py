@@ -299,6 +299,31 @@ def test_linear_of_any_shape(best: Native, data: st.DataObject) -> None:
     assert error(linear(best, x, w), emulate(x, w)).max() < 1e-5
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_linear_under_gates_of_any_rows(native: Native, data: st.DataObject) -> None:
+    """Gates of the first rows, or of all; what is computed under closed gates shows nowhere, and no weight is read where all are closed."""
+    bits, block = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([32, 64]))
+    rows, columns = data.draw(st.integers(1, 150)), block * data.draw(st.integers(1, 3))
+    tokens, threads = data.draw(st.one_of(st.integers(1, 9), st.integers(90, 110))), data.draw(st.integers(1, 2))
+    gated = 16 * data.draw(st.integers(0, rows // 16))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    w, x = Quantized(rng, (rows, columns), bits, block, data.draw(st.booleans())), rng.standard_normal((tokens, columns), np.float32)
+    bias = rng.standard_normal(rows, np.float32) if data.draw(st.booleans()) else None
+    values = np.array(data.draw(st.sampled_from([(0,), (1,), (0, 1), (0, 0, 1, 1, 0.3, -0.7)])), np.float32)
+    gates = rng.choice(values, (tokens, 1))
+    expected, end = emulate(x, w) + (0 if bias is None else bias), gated or rows
+    expected[:, :end] *= gates
+    if end == rows:
+        x[gates[:, 0] == 0] = np.nan
+    inputs: Tensors = {"x": x, **w.packed(), "bias": bias, "lower": None, "gates": gates}
+    if not gates.any():
+        inputs["scales"][: -(-end // 16)] = np.nan  # type: ignore[index]
+    y = native.run("QuantizedLinear", inputs, {}, threads, rows=rows, columns=columns, bits=bits, block=block, terms=1, gated=gated)
+    assert error(y, expected).max(initial=0) < 1e-5
+    assert not y[gates[:, 0] == 0, :end].any()
+
+
 def test_linear_keeps_leading_dimensions_and_takes_no_tokens(native: Native) -> None:
     rng = np.random.default_rng(0)
     w = Quantized(rng, (20, 64), 8, 32, False)
@@ -983,6 +1008,8 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
         ({"block": 128}, "64 columns are no multiple of the block, 128"),
         ({"rows": 0}, "a matrix of 0 rows and 64 columns"),
         ({"terms": 3}, "terms should be 1 or 2"),
+        ({"gated": 24}, "gated is no multiple of 16, or there are not so many rows"),
+        ({"gated": 32}, "gated is no multiple of 16, or there are not so many rows"),
     ],
 )
 def test_wrong_linears_are_refused(best: Native, change: dict[str, int], message: str) -> None:

@@ -7,7 +7,8 @@ and :mod:`dyncomp.backends.tvm.native` to TVM. Compiled on first use.
     with ``rows`` (N), ``columns`` (K), ``bits`` (4 or 8), ``block`` (32, 64 or 128; divides K), ``terms`` (of the rounded inputs, 1 or 2).
     With ``lower`` (``pack_lower``) the codes, in 4 bits with offsets, are the upper halves of 8: the lower ones are read for the rows whose
     product comes within the float ``margin`` of the token's largest (:func:`dyncomp.interpret.screened`). With ``gates`` it is
-    ``dyncomp::gated_linear``: a token whose gate is 0 costs nothing.
+    ``dyncomp::gated_linear``: a token whose gate is 0 costs nothing; where ``gated`` is not 0, in that many first rows, a multiple of 16,
+    and the others are computed for every token.
 ``SparseLinear(x f32 [.., K], thresholds f32 [K], codes, scales, offsets?, bias f32 [N]?) -> f32 [.., N]``
     with the first four of these attributes, and ``activation``: ``dyncomp::sparse_linear``; or, where that is not -1, the activation of
     the first half of the rows times the second half, [.., N / 2]. Weights are stored input by input (``pack_inputs``): for one token

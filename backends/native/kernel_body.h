@@ -176,10 +176,10 @@ void linear(const LinearJob& job, int64_t first, int64_t last, int64_t from, int
     for (int64_t t = from, n; t < to; t += n) {
       n = take(to - t);
       int32_t rows[kTokens];
-      for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(t + i);
+      for (int64_t i = 0; i < n; i++) rows[i] = job.which ? job.which[t + i] : static_cast<int32_t>(t + i);
       rows_of(w, tile, count, job.blocks, rows, n, to_out.at, false);
       for (int64_t i = 0; i < n; i++) {
-        float* y = job.output + (t + i) * w.rows + column;
+        float* y = job.output + rows[i] * w.rows + column;
         if (job.bias) {
           for (int64_t j = 0; j < width; j++) y[j] = out[i][j] + job.bias[column + j];
         } else {

@@ -54,6 +54,7 @@ struct LinearJob {
   const float* bias;   // [rows] or null
   float* output;       // [tokens, rows]
   int64_t tokens;
+  const int32_t* which;  // those that are computed, `tokens` of them; null: all
 };
 
 // For one token: y[row] += min(1, y[row] - floor) * (lower halves of the row times x), for rows that are above the floor.
@@ -139,7 +140,7 @@ struct Kernels {
   const char* name;
   // Quantizes `count` blocks of 32 floats for a product with the matrix. A block with an infinity or a NaN becomes NaN.
   void (*quantize)(const Matrix& matrix, const float* input, int64_t count, Block* output);
-  // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
+  // Rows of the tiles first .. last - 1 for the tokens from .. to - 1, of those that are computed.
   void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
   // The largest of `count` numbers; NaNs count as nothing, or as the largest.
   float (*peak)(const float* x, int64_t count);

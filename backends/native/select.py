@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from dyncomp.backends.attention import gated_queries
 from dyncomp.backends.native import ACTIVATION_CODES, pack_codes, pack_lower, pack_scales
 from torch import Tensor, fx
 
@@ -20,6 +21,7 @@ from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
 _THRESHOLD, _TOPK, _GATED = threshold_gates._opoverload, topk_gates._opoverload, gated_linear._opoverload
+_WEIGHT: dict[Any, int] = {aten.linear.default: 1, aten.embedding.default: 0, _GATED: 2, gated_queries: 2}  # where the weight is
 _ROWS = 16  # the native layout's tiles
 
 
@@ -46,8 +48,10 @@ def select_quantized_linears(graph: Graph, ops: Any, *, gated: bool = False) -> 
             if node.target is aten.embedding.default:
                 y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings, lower)
             else:
-                x, gates, _, bias = (*node.args, None)[:4] if node.target is _GATED else (node.args[0], None, *(*node.args[1:], None)[:2])
-                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0, *([] if gates is None else [gates]))
+                position = _WEIGHT[node.target]
+                x, *gates = node.args[:position]
+                bias, *rows = node.args[position + 1 :] or (None,)
+                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0, *gates, *rows)
                 y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings)
         node.replace_all_uses_with(y)
         graph.module.graph.erase_node(node)
@@ -55,9 +59,9 @@ def select_quantized_linears(graph: Graph, ops: Any, *, gated: bool = False) -> 
 
 def quantized_nodes(graph: Graph, *, gated: bool = False) -> Iterator[tuple[fx.Node, str]]:
     """Linear layers and embeddings with a quantized weight, and its name; with ``gated`` also ``dyncomp.gated_linear``."""
-    position = {aten.linear.default: 1, aten.embedding.default: 0} | ({_GATED: 2} if gated else {})
     for node in graph.nodes:
-        weight = node.args[position[node.target]] if node.target in position else None
+        known = node.target in _WEIGHT and (gated or node.target is not _GATED)
+        weight = node.args[_WEIGHT[node.target]] if known else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in graph.quantized:
             yield node, str(weight.target)
 

@@ -189,12 +189,12 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: i
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
 ) -> Tensor:  # fmt: skip
     """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
     :func:`dyncomp.interpret.round_activations`; ``lower``, ``margin``: :func:`dyncomp.interpret.screened`; ``gates`` [..., 1]:
-    ``dyncomp::gated_linear``."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
+    ``dyncomp::gated_linear``, of the first ``gated`` outputs where that is not 0."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower, gates], attributes, x, [*x.shape[:-1], rows])
 
 

@@ -88,10 +88,10 @@ def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
 ) -> Tensor:  # fmt: skip
-    """[..., K] -> [..., N]; gates [..., 1]."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
+    """[..., K] -> [..., N]; gates [..., 1], of the first ``gated`` outputs where that is not 0."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
     return _native("quantized_linear", [x, codes, scales, offsets, bias, lower, gates], attributes, rows)
 
 
