@@ -738,7 +738,7 @@ class Attention:
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
         head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
-        softcap: float = 0.0, absent: float = 0.0, coded: bool = False, biased: bool = False,
+        softcap: float = 0.0, absent: float = 0.0, coded: bool = False, biased: bool = False, closed: float = 0.0,
     ) -> None:  # fmt: skip
         self.coded, self.op = coded, "QuantizedCachedAttention" if coded else "CachedAttention"
         self.past, self.length, self.packed = np.array(past, np.int64), length, packed
@@ -754,6 +754,7 @@ class Attention:
         self.bias = rng.standard_normal((kv_heads * group, self.capacity), np.float32) * 2 if biased else None
         marks = rng.random((len(past), 1, self.capacity, 1)) >= absent
         self.present = marks.astype(np.float32) if absent else None
+        self.gates = np.where(rng.random((len(past), length, 1)) < closed, 0, rng.standard_normal()).astype(np.float32) if closed else None
         angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
         self.tables = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
         self.attributes: dict[str, float] = {
@@ -768,7 +769,7 @@ class Attention:
         return {
             "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
             "past_length": self.past, "cos": cos, "sin": sin, "present": self.present,
-            "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(),
+            "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(), "gates": self.gates,
         }  # fmt: skip
 
     def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
@@ -796,7 +797,8 @@ class Attention:
         present = torch.from_numpy(self.present) if self.present is not None else None
         bias = None if self.bias is None else torch.from_numpy(self.bias).double()
         out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings, present, bias)
-        return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
+        flat = out.transpose(1, 2).flatten(2).numpy()
+        return [flat if self.gates is None else flat * (self.gates != 0), *(c.numpy() for c in caches)]
 
     def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
         actual = self.run(native, threads, in_place)
@@ -881,6 +883,24 @@ def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
         assert np.isfinite(attention.run(native)[0]).all()
 
 
+@pytest.mark.parametrize("closed", [0.3, 0.9, 1.0])
+def test_attention_computes_nothing_for_closed_queries(native: Native, closed: float) -> None:
+    """Their keys and values are appended all the same; whatever their queries hold shows nowhere."""
+    rng = np.random.default_rng(int(10 * closed))
+    for past, length, more in [
+        ((0,), 150, {}), ((3, 130), 90, {"window": 17}), ((200, 7, 64), 1, {"softcap": 5.0}), ((900,), 1, {"absent": 0.3}),
+        ((400, 270), 5, {"coded": True}), ((40,), 60, {"biased": True}),
+    ]:  # fmt: skip
+        attention = Attention(rng, past=past, length=length, closed=closed, **more)
+        attention.check(native, 2)
+        assert attention.gates is not None
+        attention = Attention(rng, past=past, length=length, closed=closed, **more)
+        whole, attention.new[0] = attention.run(native), attention.new[0].copy()
+        attention.new[0][(attention.gates == 0)[:, :, 0]] = np.nan
+        for a, b in zip(attention.run(native, 2), whole, strict=True):
+            assert np.array_equal(a, b, equal_nan=True)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_attention_over_int8_caches(native: Native, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
@@ -916,7 +936,7 @@ def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
         rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
         absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])), coded=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()),
+        biased=data.draw(st.booleans()), closed=data.draw(st.sampled_from([0.0, 0.0, 0.3, 0.8])),
     ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
 
 
@@ -974,6 +994,7 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
 
     refused("3 entries and 2 new ones exceed the cache's capacity of 4", capacity=4)
     refused("present should have a number for each of 1 rows and 5 entries", inputs={"present": zeros(1, 1, 4, 1)})
+    refused("gates should have a number for each of 2 tokens", inputs={"gates": zeros(1, 3, 1)})
     refused("bias should have for each of 6 heads", inputs={"bias": zeros(5, 69)})
     refused("5 positions; the bias reaches over 4", inputs={"bias": zeros(6, 68)})
     refused("-1 entries and 2 new ones", inputs={"past_length": np.array([-1])})

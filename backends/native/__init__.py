@@ -28,11 +28,11 @@ down_bias f32 [d_out]?) -> f32 [.., d_out]``
     with ``columns`` (K): 1 where ``x . weight + bias + first`` is positive, else 0; and one less that. ``first`` has as many elements as
     there are tokens, or as a sequence has.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?,
-present f32 [B, 1, C, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
+present f32 [B, 1, C, 1]?, bias f32 [H, P + 64]?, gates f32 [B, S, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
     ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is
     all three side by side. Caches [B, Hkv, C, D] that are bound to the outputs' memory are updated in place. With ``heads`` (H),
     ``kv_heads`` (Hkv), ``interleaved``, ``window`` (0: all) and the floats ``scale`` and ``softcap`` (0: none). D is a multiple of 16, at
-    most 256.
+    most 256. A query whose gate is 0 is not computed, and gives zeros.
 ``QuantizedCachedAttention(…)``
     the same with caches in int8, u8 [B, Hkv, C, D + 4]: each entry is D codes (int8) and their scale (float32, the largest magnitude
     / 127). New entries are rounded before they are attended to, as all others are.

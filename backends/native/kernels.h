@@ -103,6 +103,7 @@ struct AttentionJob {
   bool coded;
   const int64_t* past;               // [batch]
   const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
+  const float* gates;                // [batch, length], 0 for queries that nothing reads, which give zeros; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
   const float* bias;                 // [heads, reach + kKeys]: entry i is added to the score of a key reach - 1 - i positions back; or null
   int64_t reach;

@@ -92,11 +92,11 @@ def group_query_attention(
 def cached_attention(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
-    present: Tensor | None = None, bias: Tensor | None = None,
+    present: Tensor | None = None, bias: Tensor | None = None, gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, present
-    [B, 1, C, 1], 0 for entries that are not attended to, and a bias as :func:`reaching_back` makes it. Over caches in int8, uint8
-    [B, Hkv, C, D + 4], it is another operator."""
+    [B, 1, C, 1], 0 for entries that are not attended to, a bias as :func:`reaching_back` makes it, and gates [B, S, 1], 0 for queries that
+    nothing reads: they give zeros. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
     coded = key_cache.dtype == torch.uint8
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
@@ -105,7 +105,7 @@ def cached_attention(
     head_dim = key_cache.shape[3] - (SCALE_BYTES if coded else 0)
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::{'QuantizedCachedAttention' if coded else 'CachedAttention'}",
-        [query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias],
+        [query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias, gates],
         attributes,
         dtypes=[query.dtype, key_cache.dtype, value_cache.dtype],
         shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
