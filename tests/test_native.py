@@ -379,7 +379,7 @@ class Experts:
         experts, rows, neurons = self.down.values.shape
         code = ACTIVATION_CODES.get(self.activation, 99)
         constants = {**self.up.packed("up_"), "up_bias": self.bias, **self.down.packed("down_")}
-        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")} if more else {}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias", "base")} if more else {}
         return native.run(
             "QuantizedFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.values.shape[2],
             neurons=neurons, rows=rows, gated=self.gated, activation=code, bits=self.up.bits, block=self.up.block,
@@ -477,7 +477,7 @@ class FloatExperts:
         experts, rows, neurons = self.down.shape
         up = pack_floats(self.up.reshape(experts, -1, neurons, self.up.shape[2]))
         constants = {"up": up, "up_bias": self.bias, "down": pack_floats(self.down)}
-        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias", "base")}
         return native.run(
             "FloatFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.shape[2], neurons=neurons,
             rows=rows, gated=self.gated, activation=ACTIVATION_CODES.get(self.activation, 99), k=k,
@@ -570,6 +570,24 @@ def test_wrong_float_ffns_are_refused(best: Native) -> None:
     ffn.activation = "other"
     with pytest.raises(Exception, match="the activation has no function of that code"):
         ffn.run(best, x, None)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_an_ffn_is_added_to(native: Native, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kind, rows = data.draw(st.sampled_from([Experts, FloatExperts])), data.draw(st.integers(1, 70))
+    tokens, experts = data.draw(st.one_of(st.integers(1, 8), st.integers(40, 60))), data.draw(st.integers(1, 3))
+    ffn = kind(rng, experts=experts, d=64, neurons=32, rows=rows, gated=data.draw(st.booleans()), biased=data.draw(st.booleans()))
+    x, base = rng.standard_normal((tokens, 64), np.float32), 1e3 * rng.standard_normal((tokens, rows), np.float32)
+    gates = random_gates(rng, tokens, experts) * data.draw(st.sampled_from([0, 1]))
+    bias = rng.standard_normal(rows, np.float32) if data.draw(st.booleans()) else np.zeros(rows, np.float32)
+    more: Any = {"down_bias": bias} if bias.any() else {}
+    alone, y = ffn.run(native, x, gates, **more), ffn.run(native, x, gates, data.draw(st.integers(1, 2)), base=base, **more)
+    assert error(y, base + alone).max() < 1e-6
+    assert np.array_equal(y[~gates.any(1)], (base + bias)[~gates.any(1)])
+    with pytest.raises(Exception, match=f"the input base has {(tokens + 1) * rows} elements; it should have {tokens * rows}"):
+        ffn.run(native, x, gates, base=np.zeros((tokens + 1, rows), np.float32))
 
 
 # ---- routers inside ----------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ and :mod:`dyncomp.backends.tvm.native` to TVM. Compiled on first use.
     the first half of the rows times the second half, [.., N / 2]. Weights are stored input by input (``pack_inputs``): for one token
     those of inputs that count as zero are not read; several tokens are computed densely.
 ``QuantizedFFN(x f32 [.., d], gates f32 [.., E]?, up_codes, up_scales, up_offsets?, up_bias f32 [E, F or 2F]?, down_codes, down_scales,
-down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?) -> f32 [.., d_out]``
-    the sum over the experts of ``gate * FFN_e(x)``, like ``dyncomp::routed_ffn``; an expert whose gate is 0 costs nothing. Without
-    gates ``router`` opens the experts whose score is positive, or with ``k`` > 0 the k of the highest scores (the earlier of equal ones;
-    a NaN is the highest), and without a router every gate is 1. With ``experts`` (E), ``columns`` (d), ``neurons`` (F, a multiple of the
-    block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``, ``block``, and ``k`` (0 when absent).
+down_offsets?, router f32 [E, d]?, router_bias f32 [E]?, down_bias f32 [d_out]?, base f32 [.., d_out]?) -> f32 [.., d_out]``
+    ``base`` and the sum over the experts of ``gate * FFN_e(x)``, as ``dyncomp::routed_ffn``: an expert whose gate is 0 costs nothing.
+    Without gates ``router`` opens the experts whose score is positive, or with ``k`` > 0 the k of the highest scores (the earlier of equal
+    ones; a NaN is the highest), and without a router every gate is 1. With ``experts`` (E), ``columns`` (d), ``neurons`` (F, a multiple of
+    the block), ``rows`` (d_out), ``gated``, ``activation`` (:data:`ACTIVATION_CODES`), ``bits``, ``block``, and ``k`` (0 when absent).
 ``FloatFFN(x f32 [.., d], gates f32 [.., E]?, up f32, up_bias f32 [E, F or 2F]?, down f32, router f32 [E, d]?, router_bias f32 [E]?,
-down_bias f32 [d_out]?) -> f32 [.., d_out]``
+down_bias f32 [d_out]?, base f32 [.., d_out]?) -> f32 [.., d_out]``
     the same with float weights and any F: up [E, 1 or 2, F / 16, d, 16], down [E, d_out / 16, F, 16], both rounded up.
 ``QuantizedEmbedding(ids i64 [..], codes, scales, offsets?, lower?) -> f32 [.., K]``
     rows of a matrix in the layout of ``QuantizedLinear``, with its first four attributes.

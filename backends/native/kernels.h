@@ -69,6 +69,7 @@ struct RefineJob {
 // y[t] = sum of gate * FFN_e(x[t]). A use is one token of one expert; the uses of an expert lie side by side.
 struct FfnJob {
   const float* input;       // [tokens, columns]
+  const float* base;        // [tokens, rows], what the result is added to; or null
   const float* bias;        // [experts, neurons or 2 * neurons] or null
   const float* down_bias;   // [rows] or null
   const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1

@@ -110,9 +110,26 @@ def _select_routed(graph: Graph, routed: RoutedFFN, ops: Any) -> None:
     router, k = inner_router(routed)
     gates = routed.gates if router == (None, None) else None
     attributes = (*ffn_attributes(experts, routed.d_model, neurons, d_out, routed.gated, routed.activation, k), *_format(up))
-    with graph.inserting(before=routed.output, path=routed.name) as b:
-        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes)
-    routed.output.replace_all_uses_with(y)
+    total, base = with_base(routed)
+    with graph.inserting(before=total, path=routed.name) as b:
+        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes, *base)
+    total.replace_all_uses_with(y)
+
+
+def with_base(routed: RoutedFFN) -> tuple[fx.Node, list[fx.Node]]:
+    """(its sum with what stands beside it, [the latter]), where that alone reads it and is then added to the residual stream; or (its
+    output, [])."""
+    total = next(iter(routed.output.users), None)
+    if total is None or len(routed.output.users) > 1 or not _is_sum(total) or len(total.users) > 1 or not all(map(_is_sum, total.users)):
+        return routed.output, []
+    return total, [a for a in total.args if a is not routed.output]  # type: ignore[misc]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Of two different tensors of one shape."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
+        return False
+    return len({str(n.meta["val"].shape) for n in (node, *node.all_input_nodes)}) == 1
 
 
 def inner_router(routed: RoutedFFN) -> tuple[tuple[fx.Node | None, fx.Node | None], int]:

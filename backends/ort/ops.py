@@ -230,7 +230,7 @@ def quantized_embedding(
 
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
-    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``dyncomp.routed_ffn`` on packed weights.
 
@@ -238,16 +238,17 @@ def quantized_ffn(
         gates: [..., E]; or None: ``router`` (weight [E, d] and bias [E]) opens the experts whose score is positive, or the ``k`` best
             where that attribute is not 0, and without one every gate is 1.
         up, down: codes, scales, offsets.
+        base: [..., d_out], what the result is added to.
     """
     values = dict(attributes)
-    inputs = [x, gates, *up, up_bias, *down, *router, down_bias]
+    inputs = [x, gates, *up, up_bias, *down, *router, down_bias, base]
     return _one(f"{DOMAIN}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])
 
 
 def float_ffn(
     x: Tensor, gates: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, router: Sequence[Tensor | None],
-    down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As :func:`quantized_ffn`, on float32 weights in tiles (:func:`~dyncomp.backends.native.pack.pack_floats`)."""
     values = dict(attributes)
-    return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias], values, x, [*x.shape[:-1], values["rows"]])
+    return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias, base], values, x, [*x.shape[:-1], values["rows"]])

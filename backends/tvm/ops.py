@@ -106,11 +106,12 @@ def quantized_embedding(
 
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
-    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets."""
+    """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets; ``base``
+    [..., d_out]: what the result is added to."""
     values = dict(attributes)
-    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias], values, values["rows"])
+    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias, base], values, values["rows"])
 
 
 def sparse_linear(
