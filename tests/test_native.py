@@ -1124,6 +1124,35 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
     assert os.listdir(tmp_path / "cache") == []
 
 
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_gates_of_tokens_by_a_norm(native: Native, data: st.DataObject) -> None:
+    columns, shape = data.draw(st.integers(1, 200)), (data.draw(st.integers(1, 3)), data.draw(st.integers(0, 40)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    a, b = (rng.standard_normal((*shape, columns), np.float32) * 3 for _ in range(2))
+    scale, weight, bias = (rng.standard_normal(s, np.float32) for s in ((columns,), (1, columns), (1,)))
+    first = np.zeros((shape[1], 1), np.float32) if data.draw(st.booleans()) else None
+    if first is not None:
+        first[:1] = 1e4
+    epsilon = data.draw(st.sampled_from([1e-5, 0.5]))
+    inputs: Tensors = {"a": a, "b": b, "scale": scale, "weight": weight, "bias": bias, "first": first}
+    names, threads = ["gates", "closed", "normed", "sum"], data.draw(st.integers(1, 2))
+    session = native.session("NormGates", inputs, {}, threads, names, {"columns": columns, "epsilon": epsilon})
+    gates, closed, normed, total = session.run(None, feeds(inputs))
+    assert np.array_equal(total, a + b)
+    expected = torch.nn.functional.rms_norm(torch.from_numpy(a + b), (columns,), torch.from_numpy(scale), epsilon).numpy()
+    np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)
+    scores = normed.astype(np.float64) @ weight.T + bias + (0 if first is None else first)
+    clear = np.abs(scores) > 1e-4
+    assert np.array_equal(gates[clear], (scores > 0)[clear])
+    assert np.array_equal(closed, 1 - gates)
+    assert first is None or gates[:, :1].all()
+    wrong = inputs | {"b": b[..., :-1]}
+    if b.size and columns > 1:
+        with pytest.raises(Exception, match=f"the input b has {wrong['b'].size} elements; it should have {b.size}"):  # type: ignore[union-attr]
+            native.session("NormGates", wrong, {}, 1, names, {"columns": columns}).run(None, feeds(wrong))
+
+
 @pytest.mark.parametrize("columns", [1, 16, 100])
 @pytest.mark.parametrize("positions", [None, (5, 1), (3, 5, 1)])
 def test_gates_of_tokens(native: Native, columns: int, positions: tuple[int, ...] | None) -> None:

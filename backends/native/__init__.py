@@ -27,6 +27,9 @@ down_bias f32 [d_out]?, base f32 [.., d_out]?) -> f32 [.., d_out]``
 ``TokenGates(x f32 [.., K], weight f32 [1, K], bias f32 [1], first f32?) -> f32 [.., 1], f32 [.., 1]``
     with ``columns`` (K): 1 where ``x . weight + bias + first`` is positive, else 0; and one less that. ``first`` has as many elements as
     there are tokens, or as a sequence has.
+``NormGates(a f32 [.., K], b f32 [.., K], scale f32 [K], weight f32 [1, K], bias f32 [1], first f32?) -> f32 [.., 1], f32 [.., 1],
+f32 [.., K], f32 [.., K]``
+    with ``columns`` (K) and the float ``epsilon``: ``TokenGates`` of the RMSNorm of ``a + b``, then that norm, and the sum.
 ``CachedAttention(query f32, key f32?, value f32?, key_cache f32, value_cache f32, past_length i64 [B], cos f32 [P, R / 2]?, sin f32?,
 present f32 [B, 1, C, 1]?, bias f32 [H, P + 64]?, gates f32 [B, S, 1]?) -> f32 [B, S, H * D], key_cache f32, value_cache f32``
     ``dyncomp::cached_attention`` with ``dyncomp::rotary`` inside. query is [B, S, H * D], key and value are [B, S, Hkv * D]; or query is

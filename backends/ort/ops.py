@@ -207,6 +207,19 @@ def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -
     return result[0], result[1]
 
 
+def norm_gates(
+    a: Tensor, b: Tensor, scale: Tensor, epsilon: float, weight: Tensor, bias: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`token_gates` of x = RMSNorm(a + b), then x and a + b, [..., K] each."""
+    column: list[Any] = [*a.shape[:-1], 1]
+    shapes = [column, column, list(a.shape), list(a.shape)]
+    attributes: dict[str, Any] = {"columns": int(weight.shape[1]), "epsilon": float(epsilon)}
+    result = ops.symbolic_multi_out(
+        f"{DOMAIN}::NormGates", [a, b, scale, weight, bias, first], attributes, dtypes=[a.dtype] * 4, shapes=shapes, version=1
+    )
+    return result[0], result[1], result[2], result[3]
+
+
 def sparse_linear(
     x: Tensor, thresholds: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int,
     bits: int, block: int, activation: int,
