@@ -136,6 +136,17 @@ def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path:
     assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=1e-2)["relative_error"] <= 2e-2
 
 
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kv", ["compute", "share", "absent"])
+def test_quantized_layers_in_4_bits_whatever_later_tokens_see(kv: str, tmp_path: Path) -> None:
+    graph = cached(gated(trace_wider(), "block", closed=True, rank=32, kv=kv))
+    Quantize(bits=4).run(graph, Context())
+    lowered = lower(graph, tmp_path, native=True)
+    assert "If" not in lowered.operators
+    assert lowered.operators["dyncomp.QuantizedLinear"] == (7 if kv == "share" else 5)
+    assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=1e-3)["relative_error"] <= 2e-2
+
+
 def nodes(folder: Path, operator: str) -> list[Any]:
     model = pytest.importorskip("onnx").load(str(folder / "model.onnx"), load_external_data=False)
     return [node for node in model.graph.node if node.op_type == operator]
