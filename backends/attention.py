@@ -11,14 +11,14 @@ from torch import Tensor, fx
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Builder, Graph
-from dyncomp.ops import cached_attention, rotary, sparse_linear
+from dyncomp.ops import cached_attention, gated_linear, rotary, sparse_linear
 from dyncomp.quantized import join
 from dyncomp.regions.attention import ROUNDED
 from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 
 aten = torch.ops.aten
 CACHED, ROTARY = cached_attention._opoverload, rotary._opoverload
-_SPARSE = sparse_linear._opoverload
+_SPARSE, _GATED = sparse_linear._opoverload, gated_linear._opoverload
 _SIZES = {"batch": 2, "sequence": 3, "capacity": 5}
 
 
@@ -107,6 +107,8 @@ def _packed(graph: Graph, b: Builder, operands: list[fx.Node], shapes: ShapeOnly
         return None
     if all(n.target in (aten.linear.default, _SPARSE) for n in operands):
         return fused_linear(graph, b, operands)
+    if operands[0].target is _GATED:
+        return _gated_queries(graph, b, *operands)
     sources = {_single_source(n, shapes) for n in operands}
     source = sources.pop()
     if sources or source is None or source.meta["val"].dim() != 3:
@@ -114,6 +116,26 @@ def _packed(graph: Graph, b: Builder, operands: list[fx.Node], shapes: ShapeOnly
     x = torch.randn(symbolic_shape(graph, source, _SIZES))
     parts = evaluate(graph, operands, _SIZES, {source: x})
     return source if torch.equal(torch.cat(parts, -1), x) else None
+
+
+def _gated_queries(graph: Graph, b: Builder, query: fx.Node, key: fx.Node, value: fx.Node) -> fx.Node | None:
+    """gated_linear(x, gates, Wq), linear(x, Wk), linear(x, Wv) -> gated_queries(x, gates, [Wq; Wk; Wv]), of weights that are quantized:
+    their kernel takes the gates."""
+    x, gates, *weights = query.args
+    rows = int(query.meta["val"].shape[-1])
+    if rows % 16 or any(len(n.users) > 1 for n in (query, key, value)):
+        return None
+    linears = [b.call(aten.linear.default, x, *weights), key, value]
+    if any(n.target is not aten.linear.default or str(n.args[1].target) not in graph.quantized for n in linears):  # type: ignore[union-attr]
+        return None
+    fused = fused_linear(graph, b, linears)
+    return None if fused is None else b.call(gated_queries, x, gates, *fused.args[1:], rows)
+
+
+def gated_queries(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """A linear layer whose first ``rows`` outputs are those of ``dyncomp::gated_linear``: [B, S, d], [B, S, 1] -> [B, S, N]."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return torch.cat([y[..., :rows] * gates, y[..., rows:]], -1)
 
 
 def _single_source(node: fx.Node, shapes: ShapeOnly) -> fx.Node | None:

@@ -42,6 +42,7 @@ class PositionTables:
     names: list[str] = field(default_factory=list)
     _rotary: dict[tuple[object, ...], tuple[str, str]] = field(default_factory=dict)
     _numbers: dict[Hashable, int] = field(default_factory=dict)
+    _looked_up: dict[tuple[str, int], fx.Node] = field(default_factory=dict)
 
     def replace_rotary(self, region: Rotary) -> fx.Node:
         """Put a ``dyncomp.rotary`` node in the place of a recognised region; returns it."""
@@ -98,13 +99,15 @@ class PositionTables:
         if axis == 0 or shape[axis] != sequence:
             raise NotTabulated(f"{where} depends on the positions along a dimension that is not the sequence")
         name = self._add("position_table", table[0].movedim(axis - 1, 0).contiguous())  # [P, dims before, dims after]
-        weight = self.graph.read(name)
-        with self.graph.module.graph.inserting_before(user):
-            node = self.call(aten.index.Tensor, weight, [self.positions])  # [B, S, dims before, dims after]
-            if axis > 1:
-                order = [0, *range(2, axis + 1), 1, *range(axis + 1, rank)]
-                node = self.call(aten.permute.default, node, order)
-        user.replace_input_with(source, node)
+        if (name, axis) not in self._looked_up:  # users come in graph order: what is made before the first is there for all
+            weight = self.graph.read(name)
+            with self.graph.module.graph.inserting_before(user):
+                node = self.call(aten.index.Tensor, weight, [self.positions])  # [B, S, dims before, dims after]
+                if axis > 1:
+                    order = [0, *range(2, axis + 1), 1, *range(axis + 1, rank)]
+                    node = self.call(aten.permute.default, node, order)
+            self._looked_up[name, axis] = node
+        user.replace_input_with(source, self._looked_up[name, axis])
 
     def _position_axis(self, source: fx.Node, where: str) -> int | None:
         """The axis along which ``source`` follows the positions, or None when it is the same at every position."""

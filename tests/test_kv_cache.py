@@ -8,12 +8,14 @@ from dyncomp.passes import AddKVCache
 from dyncomp.passes.verify_cache import verify_cache
 from helpers import assert_close
 from test_attention import Eager
+from test_depth import gated
 from torch import Tensor, nn
 
 from bench.tiny import ARCHITECTURES, tokens, trace_tiny
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, parse_passes
+from dyncomp.regions.depth import find_skips
 from dyncomp.trace import trace
 
 DECODERS = [n for n in ARCHITECTURES if n in {
@@ -91,6 +93,13 @@ def test_tables_are_shared_between_layers_and_reach_to_the_context() -> None:
     graph = cached(trace_tiny("llama"))
     tables = {n: t.shape for n, t in graph.constants().items() if n.startswith("tables.")}
     assert tables == {"tables.rotary_cos_0": (CONTEXT, 4), "tables.rotary_sin_0": (CONTEXT, 4)}
+
+
+def test_what_layers_read_at_the_same_positions_is_looked_up_once() -> None:
+    graph = cached(gated("llama", "block", closed=True))
+    assert len(find_skips(graph)) == 2
+    tables = [n.args[0].target for n in graph.nodes if n.target is torch.ops.aten.index.Tensor]  # type: ignore[union-attr]
+    assert tables.count("tables.position_table_0") == 1
 
 
 def test_the_original_is_not_touched_by_a_refusal() -> None:

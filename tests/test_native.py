@@ -299,6 +299,31 @@ def test_linear_of_any_shape(best: Native, data: st.DataObject) -> None:
     assert error(linear(best, x, w), emulate(x, w)).max() < 1e-5
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_linear_under_gates_of_any_rows(native: Native, data: st.DataObject) -> None:
+    """Gates of the first rows, or of all; what is computed under closed gates shows nowhere, and no weight is read where all are closed."""
+    bits, block = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([32, 64]))
+    rows, columns = data.draw(st.integers(1, 150)), block * data.draw(st.integers(1, 3))
+    tokens, threads = data.draw(st.one_of(st.integers(1, 9), st.integers(90, 110))), data.draw(st.integers(1, 2))
+    gated = 16 * data.draw(st.integers(0, rows // 16))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    w, x = Quantized(rng, (rows, columns), bits, block, data.draw(st.booleans())), rng.standard_normal((tokens, columns), np.float32)
+    bias = rng.standard_normal(rows, np.float32) if data.draw(st.booleans()) else None
+    values = np.array(data.draw(st.sampled_from([(0,), (1,), (0, 1), (0, 0, 1, 1, 0.3, -0.7)])), np.float32)
+    gates = rng.choice(values, (tokens, 1))
+    expected, end = emulate(x, w) + (0 if bias is None else bias), gated or rows
+    expected[:, :end] *= gates
+    if end == rows:
+        x[gates[:, 0] == 0] = np.nan
+    inputs: Tensors = {"x": x, **w.packed(), "bias": bias, "lower": None, "gates": gates}
+    if not gates.any():
+        inputs["scales"][: -(-end // 16)] = np.nan  # type: ignore[index]
+    y = native.run("QuantizedLinear", inputs, {}, threads, rows=rows, columns=columns, bits=bits, block=block, terms=1, gated=gated)
+    assert error(y, expected).max(initial=0) < 1e-5
+    assert not y[gates[:, 0] == 0, :end].any()
+
+
 def test_linear_keeps_leading_dimensions_and_takes_no_tokens(native: Native) -> None:
     rng = np.random.default_rng(0)
     w = Quantized(rng, (20, 64), 8, 32, False)
@@ -354,7 +379,7 @@ class Experts:
         experts, rows, neurons = self.down.values.shape
         code = ACTIVATION_CODES.get(self.activation, 99)
         constants = {**self.up.packed("up_"), "up_bias": self.bias, **self.down.packed("down_")}
-        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")} if more else {}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias", "base")} if more else {}
         return native.run(
             "QuantizedFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.values.shape[2],
             neurons=neurons, rows=rows, gated=self.gated, activation=code, bits=self.up.bits, block=self.up.block,
@@ -452,7 +477,7 @@ class FloatExperts:
         experts, rows, neurons = self.down.shape
         up = pack_floats(self.up.reshape(experts, -1, neurons, self.up.shape[2]))
         constants = {"up": up, "up_bias": self.bias, "down": pack_floats(self.down)}
-        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias")}
+        constants |= {name: more.get(name) for name in ("router", "router_bias", "down_bias", "base")}
         return native.run(
             "FloatFFN", {"x": x, "gates": gates}, constants, threads, experts=experts, columns=self.up.shape[2], neurons=neurons,
             rows=rows, gated=self.gated, activation=ACTIVATION_CODES.get(self.activation, 99), k=k,
@@ -545,6 +570,24 @@ def test_wrong_float_ffns_are_refused(best: Native) -> None:
     ffn.activation = "other"
     with pytest.raises(Exception, match="the activation has no function of that code"):
         ffn.run(best, x, None)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_an_ffn_is_added_to(native: Native, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kind, rows = data.draw(st.sampled_from([Experts, FloatExperts])), data.draw(st.integers(1, 70))
+    tokens, experts = data.draw(st.one_of(st.integers(1, 8), st.integers(40, 60))), data.draw(st.integers(1, 3))
+    ffn = kind(rng, experts=experts, d=64, neurons=32, rows=rows, gated=data.draw(st.booleans()), biased=data.draw(st.booleans()))
+    x, base = rng.standard_normal((tokens, 64), np.float32), 1e3 * rng.standard_normal((tokens, rows), np.float32)
+    gates = random_gates(rng, tokens, experts) * data.draw(st.sampled_from([0, 1]))
+    bias = rng.standard_normal(rows, np.float32) if data.draw(st.booleans()) else np.zeros(rows, np.float32)
+    more: Any = {"down_bias": bias} if bias.any() else {}
+    alone, y = ffn.run(native, x, gates, **more), ffn.run(native, x, gates, data.draw(st.integers(1, 2)), base=base, **more)
+    assert error(y, base + alone).max() < 1e-6
+    assert np.array_equal(y[~gates.any(1)], (base + bias)[~gates.any(1)])
+    with pytest.raises(Exception, match=f"the input base has {(tokens + 1) * rows} elements; it should have {tokens * rows}"):
+        ffn.run(native, x, gates, base=np.zeros((tokens + 1, rows), np.float32))
 
 
 # ---- routers inside ----------------------------------------------------------------------------------------------
@@ -713,7 +756,7 @@ class Attention:
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
         head_dim: int = 32, capacity: int = 0, rotated: int = 32, interleaved: bool = False, packed: bool = True, window: int = 0,
-        softcap: float = 0.0, absent: float = 0.0, coded: bool = False, biased: bool = False,
+        softcap: float = 0.0, absent: float = 0.0, coded: bool = False, biased: bool = False, closed: float = 0.0,
     ) -> None:  # fmt: skip
         self.coded, self.op = coded, "QuantizedCachedAttention" if coded else "CachedAttention"
         self.past, self.length, self.packed = np.array(past, np.int64), length, packed
@@ -729,6 +772,7 @@ class Attention:
         self.bias = rng.standard_normal((kv_heads * group, self.capacity), np.float32) * 2 if biased else None
         marks = rng.random((len(past), 1, self.capacity, 1)) >= absent
         self.present = marks.astype(np.float32) if absent else None
+        self.gates = np.where(rng.random((len(past), length, 1)) < closed, 0, rng.standard_normal()).astype(np.float32) if closed else None
         angles = np.arange(self.capacity)[:, None] * 100.0 ** -(np.arange(rotated // 2) / max(rotated // 2, 1))
         self.tables = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
         self.attributes: dict[str, float] = {
@@ -743,7 +787,7 @@ class Attention:
         return {
             "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
             "past_length": self.past, "cos": cos, "sin": sin, "present": self.present,
-            "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(),
+            "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(), "gates": self.gates,
         }  # fmt: skip
 
     def run(self, native: Native, threads: int = 1, in_place: bool = False) -> list[Array]:
@@ -771,7 +815,8 @@ class Attention:
         present = torch.from_numpy(self.present) if self.present is not None else None
         bias = None if self.bias is None else torch.from_numpy(self.bias).double()
         out, *caches = cached_attention(q, k, v, *caches, torch.from_numpy(self.past), *settings, present, bias)
-        return [out.transpose(1, 2).flatten(2).numpy(), *(c.numpy() for c in caches)]
+        flat = out.transpose(1, 2).flatten(2).numpy()
+        return [flat if self.gates is None else flat * (self.gates != 0), *(c.numpy() for c in caches)]
 
     def check(self, native: Native, threads: int = 1, in_place: bool = False) -> None:
         actual = self.run(native, threads, in_place)
@@ -856,6 +901,24 @@ def test_attention_without_absent_tokens(native: Native, absent: float) -> None:
         assert np.isfinite(attention.run(native)[0]).all()
 
 
+@pytest.mark.parametrize("closed", [0.3, 0.9, 1.0])
+def test_attention_computes_nothing_for_closed_queries(native: Native, closed: float) -> None:
+    """Their keys and values are appended all the same; whatever their queries hold shows nowhere."""
+    rng = np.random.default_rng(int(10 * closed))
+    for past, length, more in [
+        ((0,), 150, {}), ((3, 130), 90, {"window": 17}), ((200, 7, 64), 1, {"softcap": 5.0}), ((900,), 1, {"absent": 0.3}),
+        ((400, 270), 5, {"coded": True}), ((40,), 60, {"biased": True}),
+    ]:  # fmt: skip
+        attention = Attention(rng, past=past, length=length, closed=closed, **more)
+        attention.check(native, 2)
+        assert attention.gates is not None
+        attention = Attention(rng, past=past, length=length, closed=closed, **more)
+        whole, attention.new[0] = attention.run(native), attention.new[0].copy()
+        attention.new[0][(attention.gates == 0)[:, :, 0]] = np.nan
+        for a, b in zip(attention.run(native, 2), whole, strict=True):
+            assert np.array_equal(a, b, equal_nan=True)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_attention_over_int8_caches(native: Native, head_dim: int) -> None:
     rng = np.random.default_rng(head_dim)
@@ -891,7 +954,7 @@ def test_attention_of_any_shape(best: Native, data: st.DataObject) -> None:
         rotated=2 * data.draw(st.integers(0, head_dim // 2)), interleaved=data.draw(st.booleans()), packed=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([0, 0, 2, 40, 1000])), softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
         absent=data.draw(st.sampled_from([0.0, 0.0, 0.5])), coded=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()),
+        biased=data.draw(st.booleans()), closed=data.draw(st.sampled_from([0.0, 0.0, 0.3, 0.8])),
     ).check(best, data.draw(st.integers(1, 2)), data.draw(st.booleans()))  # fmt: skip
 
 
@@ -949,6 +1012,7 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
 
     refused("3 entries and 2 new ones exceed the cache's capacity of 4", capacity=4)
     refused("present should have a number for each of 1 rows and 5 entries", inputs={"present": zeros(1, 1, 4, 1)})
+    refused("gates should have a number for each of 2 tokens", inputs={"gates": zeros(1, 3, 1)})
     refused("bias should have for each of 6 heads", inputs={"bias": zeros(5, 69)})
     refused("5 positions; the bias reaches over 4", inputs={"bias": zeros(6, 68)})
     refused("-1 entries and 2 new ones", inputs={"past_length": np.array([-1])})
@@ -983,6 +1047,8 @@ def test_wrong_attentions_are_refused(best: Native) -> None:
         ({"block": 128}, "64 columns are no multiple of the block, 128"),
         ({"rows": 0}, "a matrix of 0 rows and 64 columns"),
         ({"terms": 3}, "terms should be 1 or 2"),
+        ({"gated": 24}, "gated is no multiple of 16, or there are not so many rows"),
+        ({"gated": 32}, "gated is no multiple of 16, or there are not so many rows"),
     ],
 )
 def test_wrong_linears_are_refused(best: Native, change: dict[str, int], message: str) -> None:
@@ -1056,6 +1122,35 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
     with pytest.raises(BackendError, match=r"cannot compile the native operators: x.cc:1: error: no"):
         library(tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_gates_of_tokens_by_a_norm(native: Native, data: st.DataObject) -> None:
+    columns, shape = data.draw(st.integers(1, 200)), (data.draw(st.integers(1, 3)), data.draw(st.integers(0, 40)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    a, b = (rng.standard_normal((*shape, columns), np.float32) * 3 for _ in range(2))
+    scale, weight, bias = (rng.standard_normal(s, np.float32) for s in ((columns,), (1, columns), (1,)))
+    first = np.zeros((shape[1], 1), np.float32) if data.draw(st.booleans()) else None
+    if first is not None:
+        first[:1] = 1e4
+    epsilon = data.draw(st.sampled_from([1e-5, 0.5]))
+    inputs: Tensors = {"a": a, "b": b, "scale": scale, "weight": weight, "bias": bias, "first": first}
+    names, threads = ["gates", "closed", "normed", "sum"], data.draw(st.integers(1, 2))
+    session = native.session("NormGates", inputs, {}, threads, names, {"columns": columns, "epsilon": epsilon})
+    gates, closed, normed, total = session.run(None, feeds(inputs))
+    assert np.array_equal(total, a + b)
+    expected = torch.nn.functional.rms_norm(torch.from_numpy(a + b), (columns,), torch.from_numpy(scale), epsilon).numpy()
+    np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)
+    scores = normed.astype(np.float64) @ weight.T + bias + (0 if first is None else first)
+    clear = np.abs(scores) > 1e-4
+    assert np.array_equal(gates[clear], (scores > 0)[clear])
+    assert np.array_equal(closed, 1 - gates)
+    assert first is None or gates[:, :1].all()
+    wrong = inputs | {"b": b[..., :-1]}
+    if b.size and columns > 1:
+        with pytest.raises(Exception, match=f"the input b has {wrong['b'].size} elements; it should have {b.size}"):  # type: ignore[union-attr]
+            native.session("NormGates", wrong, {}, 1, names, {"columns": columns}).run(None, feeds(wrong))
 
 
 @pytest.mark.parametrize("columns", [1, 16, 100])

@@ -65,7 +65,7 @@ class Packed(Native):
         first = next(v for v in inputs.values() if v is not None)
         lead = first.shape if name == "embedding" else first.shape[:-1]
         y = aligned_zeros([*lead, attributes["columns" if name == "embedding" else "rows"]], np.float32)
-        count = {"linear": 7, "ffn": 12, "embedding": 5}[name]
+        count = {"linear": 7, "ffn": 13, "embedding": 5}[name]
         given = [*inputs.values(), *constants.values()]
         self.call(f"quantized_{name}", attributes, [*given, *[None] * (count - len(given))], y, threads)
         return y

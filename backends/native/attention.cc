@@ -14,7 +14,7 @@ constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kFloat, true}, {Type::kFloat, true},  // query, key, value
     {CACHE, false},        {CACHE, false},       {Type::kInt64, false},  // key_cache, value_cache, past_length
     {Type::kFloat, true},  {Type::kFloat, true}, {Type::kFloat, true},  // cos, sin, present
-    {Type::kFloat, true},                                              // bias
+    {Type::kFloat, true},  {Type::kFloat, true},                        // bias, gates
 };
 // With fewer than kFewUnits units of work, the keys are divided among units of kSplitKeys.
 constexpr int64_t kFewUnits = 16, kSplitKeys = 64;
@@ -93,7 +93,7 @@ bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equ
 void compute(const void* kernel, Call& call, bool coded) {
   const Attention& op = *static_cast<const Attention*>(kernel);
   const auto show = [](int64_t x) { return static_cast<long long>(x); };
-  Shape query, key, value, caches, values, table, sines, present, bias;
+  Shape query, key, value, caches, values, table, sines, present, bias, gates;
   Work work = {};
   AttentionJob& job = work.job;
   job.query = call.input<float>(0, "query", false, &query);
@@ -105,6 +105,7 @@ void compute(const void* kernel, Call& call, bool coded) {
   job.sin = call.input<float>(7, "sin", true, &sines);
   job.present = call.input<float>(8, "present", true, &present);
   job.bias = call.input<float>(9, "bias", true, &bias);
+  job.gates = call.input<float>(10, "gates", true, &gates);
   if (call.failed()) return;
   if (query.rank != 3 || caches.rank != 4 || !equal(caches, values)) {
     call.fail("the query should have 3 dimensions, and the caches the same 4");
@@ -131,6 +132,8 @@ void compute(const void* kernel, Call& call, bool coded) {
               show(kv_width));
   } else if (job.present && present.count() != static_cast<size_t>(job.batch * job.capacity)) {
     call.fail("present should have a number for each of %lld rows and %lld entries", show(job.batch), show(job.capacity));
+  } else if (job.gates && gates.count() != job.batch * job.length) {
+    call.fail("gates should have a number for each of %lld tokens", show(job.batch * job.length));
   } else if (job.bias && (bias.rank != 2 || bias.sizes[0] != op.heads || bias.last() <= kKeys)) {
     call.fail("bias should have for each of %lld heads a number for each distance, and %d more", show(op.heads), kKeys);
   } else if ((job.cos == nullptr) != (job.sin == nullptr) ||
@@ -188,9 +191,9 @@ void compute(const void* kernel, Call& call, bool coded) {
 
 }  // namespace
 
-const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 10, create,
+const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 11, create,
     [](const void* kernel, Call& call) { compute(kernel, call, false); }, destroy, 3};
-const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 10, create,
+const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 11, create,
     [](const void* kernel, Call& call) { compute(kernel, call, true); }, destroy, 3, Type::kByte};
 
 }  // namespace dyncomp

@@ -122,23 +122,24 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
   alignas(64) float query[kUnitFloats], out[kUnitFloats], keys[kMaxHeadDim * kKeys], weights[kRows * kKeys];
   alignas(64) float sum[kUnitRows * kTile], marks[kKeys], decoded[kTile * kMaxHeadDim], decoded_values[kMaxHeadDim * kKeys];
   float peak[kUnitRows];
-  const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row], rows = unit.to - unit.from;
+  const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row];
   const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * job.entry, element = job.coded ? 1 : sizeof(float);
   const char* key_cache = job.key_cache + cache;
   const char* value_cache = job.value_cache + cache;
   const float factor = job.softcap != 0.0f ? job.scale / job.softcap : job.scale;
   const float* present = job.present ? job.present + unit.row * job.capacity : nullptr;
-  const auto absent = [&](int64_t r) { return present && present[past + (unit.from + r) / group] == 0.0f; };
-  bool none = true;  // of the queries is present: then nothing is to be computed
-  for (int64_t r = 0; r < rows; r++) none = none && absent(r);
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
+  const float* gates = job.gates ? job.gates + unit.row * job.length : nullptr;
+  int64_t open[kUnitRows], rows = 0;  // the queries that are computed, side by side
+  for (int64_t at = unit.from; at < unit.to; at++) {
+    const int64_t s = at / group, head = unit.head * group + at % group, r = rows;
+    if ((gates && gates[s] == 0.0f) || (present && present[past + s] == 0.0f)) continue;
     rotate(job, job.query + (unit.row * job.length + s) * job.query_stride + head * d, past + s, factor, query + r * d);
     for (int64_t i = 0; i < d; i += kTile) store(out + r * d + i, set(0.0f));
     store(sum + r * kTile, set(0.0f));
     peak[r] = kLowest;
+    open[rows++] = at;
   }
-  for (int64_t k = unit.begin; k < unit.end && !none; k += kKeys) {
+  for (int64_t k = unit.begin; k < unit.end && rows > 0; k += kKeys) {
     const int64_t count = least(kKeys, unit.end - k);
     if (present) {
       float any = 0.0f;
@@ -169,7 +170,7 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
     for (int64_t r = 0, n; r < rows; r += n) {
       n = least(kRows, rows - r);
       // The positions of these rows' first and last query, counted from key k.
-      const int64_t first = past + (unit.from + r) / group - k, last = past + (unit.from + r + n - 1) / group - k;
+      const int64_t first = past + open[r] / group - k, last = past + open[r + n - 1] / group - k;
       const int64_t low = job.window && first >= job.window ? first - job.window + 1 : 0, high = least(count, last + 1);
       if (low >= high) continue;
       const int64_t columns = (high + kTile - 1) / kTile * kTile;
@@ -177,7 +178,7 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
       for (int64_t i = 0; i < n; i++) queries[i] = query + (r + i) * d, shares[i] = weights + i * kKeys + low;
       multiply_all(n, columns, queries, keys, kKeys, weights, kKeys, d, false);
       for (int64_t i = 0; i < n; i++) {
-        const int64_t at = past + (unit.from + r + i) / group - k, head = unit.head * group + (unit.from + r + i) % group;
+        const int64_t at = past + open[r + i] / group - k, head = unit.head * group + open[r + i] % group;
         const float* bias = job.bias ? job.bias + head * (job.reach + kKeys) + job.reach - 1 - at : nullptr;
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
         weigh(job, weights + i * kKeys, bias, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1),
@@ -186,20 +187,21 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
       multiply_all(n, d, shares, values + low * d, d, out + r * d, d, high - low, true);
     }
   }
-  for (int64_t r = 0; r < rows; r++) {
+  for (int64_t at = unit.from, r = 0; at < unit.to; at++) {
+    const bool computed = r < rows && open[r] == at;
     float total = 0.0f;
-    for (int i = 0; i < kTile; i++) total += sum[r * kTile + i];
+    for (int i = 0; i < kTile && computed; i++) total += sum[r * kTile + i];
     float* y;
-    V by = set(absent(r) ? 0.0f : 1.0f);
-    if (absent(r)) total = 0.0f;
+    V by = set(1.0f);
     if (unit.partial) {
-      y = unit.partial + r * (d + kTile);
-      y[d] = peak[r], y[d + 1] = total;
+      y = unit.partial + (at - unit.from) * (d + kTile);
+      y[d] = computed ? peak[r] : kLowest, y[d + 1] = total;
     } else {
-      const int64_t s = (unit.from + r) / group, head = unit.head * group + (unit.from + r) % group;
+      const int64_t s = at / group, head = unit.head * group + at % group;
       y = job.output + ((unit.row * job.length + s) * job.heads + head) * d;
       by = set(total == 0.0f ? 0.0f : 1.0f / total);
     }
-    for (int64_t i = 0; i < d; i += kTile) store(y + i, load(out + r * d + i) * by);
+    for (int64_t i = 0; i < d; i += kTile) store(y + i, computed ? load(out + r * d + i) * by : set(0.0f));
+    r += computed;
   }
 }

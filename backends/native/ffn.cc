@@ -1,4 +1,4 @@
-// QuantizedFFN: y[t] = sum over the experts of gates[t, e] * FFN_e(x[t]), computing only those whose gate is not 0.
+// QuantizedFFN: y[t] = base[t] + sum over the experts of gates[t, e] * FFN_e(x[t]), computing only those whose gate is not 0.
 #include <algorithm>
 
 #include "operators.h"
@@ -14,6 +14,7 @@ constexpr Input kInputs[] = {
     {Type::kFloat, true},                                             // up_bias
     {Type::kByte, false},   {Type::kHalf, false}, {Type::kHalf, true},  // down_codes, down_scales, down_offsets
     {Type::kFloat, true},    {Type::kFloat, true},    {Type::kFloat, true},     // router, router_bias, down_bias
+    {Type::kFloat, true},                                                     // base
 };
 struct Ffn {
   Experts experts;
@@ -48,6 +49,7 @@ void compute(const void* kernel, Call& call) {
   job.bias = call.input<float>(5, "up_bias", true, op.experts * up_rows);
   job.down = matrix(call, 6, "down_", op.rows, op.neurons, bits, block, op.experts);
   job.down_bias = call.input<float>(11, "down_bias", true, op.rows);
+  job.base = call.input<float>(12, "base", true, tokens * op.rows);
   const Routing routing = read_routing(call, op, tokens, 1, 9);
   if (call.failed()) return;
   shape.sizes[shape.rank - 1] = op.rows;
@@ -63,7 +65,7 @@ void compute(const void* kernel, Call& call) {
   job.hidden = static_cast<Block*>(parts[1]);
   const Uses uses = list_uses(call, op, routing, job.input, parts[2]);
   if (uses.count == 0) {
-    fill_output(job.down_bias, tokens, op.rows, job.output);
+    fill_output(job.base, job.down_bias, tokens, op.rows, job.output);
     return;
   }
   describe(op, uses, &job);
@@ -76,6 +78,6 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator quantized_ffn = {kName, kInputs, 12, create, compute, [](void* kernel) { delete static_cast<Ffn*>(kernel); }};
+const Operator quantized_ffn = {kName, kInputs, 13, create, compute, [](void* kernel) { delete static_cast<Ffn*>(kernel); }};
 
 }  // namespace dyncomp

@@ -1,4 +1,4 @@
-// FloatFFN: y[t] = sum over the experts of gates[t, e] * FFN_e(x[t]) with weights of float32, computing only those whose gate is not 0.
+// FloatFFN: y[t] = base[t] + sum over the experts of gates[t, e] * FFN_e(x[t]), weights in float32, computing only those whose gate is not 0.
 #include <algorithm>
 
 #include "operators.h"
@@ -12,7 +12,7 @@ constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kFloat, true},                      // x, gates
     {Type::kFloat, false}, {Type::kFloat, true},                   // up, up_bias
     {Type::kFloat, false}, {Type::kFloat, true},  {Type::kFloat, true},  // down, router, router_bias
-    {Type::kFloat, true},                                       // down_bias
+    {Type::kFloat, true},  {Type::kFloat, true},                // down_bias, base
 };
 
 void* create(Attributes& attributes) { return keep(attributes, read_experts(attributes)); }
@@ -39,6 +39,7 @@ void compute(const void* kernel, Call& call) {
   job.bias = call.input<float>(3, "up_bias", true, op.experts * parts_of_up * op.neurons);
   job.down = call.input<float>(4, "down", false, op.experts * tiles_of(op.rows) * op.neurons * kTile);
   job.down_bias = call.input<float>(7, "down_bias", true, op.rows);
+  job.base = call.input<float>(8, "base", true, tokens * op.rows);
   const Routing routing = read_routing(call, op, tokens, 1, 5);
   if (call.failed()) return;
   shape.sizes[shape.rank - 1] = op.rows;
@@ -51,7 +52,7 @@ void compute(const void* kernel, Call& call) {
   job.hidden = static_cast<float*>(parts[0]);
   const Uses uses = list_uses(call, op, routing, job.input, parts[1]);
   if (uses.count == 0) {
-    fill_output(job.down_bias, tokens, op.rows, job.output);
+    fill_output(job.base, job.down_bias, tokens, op.rows, job.output);
     return;
   }
   describe(op, uses, &job);
@@ -61,6 +62,6 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator float_ffn = {kName, kInputs, 8, create, compute, [](void* kernel) { delete static_cast<Experts*>(kernel); }};
+const Operator float_ffn = {kName, kInputs, 9, create, compute, [](void* kernel) { delete static_cast<Experts*>(kernel); }};
 
 }  // namespace dyncomp

@@ -176,10 +176,10 @@ void linear(const LinearJob& job, int64_t first, int64_t last, int64_t from, int
     for (int64_t t = from, n; t < to; t += n) {
       n = take(to - t);
       int32_t rows[kTokens];
-      for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(t + i);
+      for (int64_t i = 0; i < n; i++) rows[i] = job.which ? job.which[t + i] : static_cast<int32_t>(t + i);
       rows_of(w, tile, count, job.blocks, rows, n, to_out.at, false);
       for (int64_t i = 0; i < n; i++) {
-        float* y = job.output + (t + i) * w.rows + column;
+        float* y = job.output + rows[i] * w.rows + column;
         if (job.bias) {
           for (int64_t j = 0; j < width; j++) y[j] = out[i][j] + job.bias[column + j];
         } else {
@@ -309,7 +309,9 @@ void expand(const QuantizedFfnJob& job, int64_t first, int64_t last) {
 
 inline void start_output(const FfnJob& job, int64_t column, int64_t width) {
   for (int64_t t = 0; t < job.tokens; t++) {
-    for (int64_t j = 0; j < width; j++) job.output[t * job.rows + column + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;
+    const int64_t at = t * job.rows + column;
+    for (int64_t j = 0; j < width; j++) job.output[at + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;
+    for (int64_t j = 0; j < width && job.base; j++) job.output[at + j] += job.base[at + j];
   }
 }
 

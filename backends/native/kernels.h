@@ -54,6 +54,7 @@ struct LinearJob {
   const float* bias;   // [rows] or null
   float* output;       // [tokens, rows]
   int64_t tokens;
+  const int32_t* which;  // those that are computed, `tokens` of them; null: all
 };
 
 // For one token: y[row] += min(1, y[row] - floor) * (lower halves of the row times x), for rows that are above the floor.
@@ -68,6 +69,7 @@ struct RefineJob {
 // y[t] = sum of gate * FFN_e(x[t]). A use is one token of one expert; the uses of an expert lie side by side.
 struct FfnJob {
   const float* input;       // [tokens, columns]
+  const float* base;        // [tokens, rows], what the result is added to; or null
   const float* bias;        // [experts, neurons or 2 * neurons] or null
   const float* down_bias;   // [rows] or null
   const int64_t* starts;    // [experts + 1]: the uses of expert e are starts[e] .. starts[e + 1] - 1
@@ -102,6 +104,7 @@ struct AttentionJob {
   bool coded;
   const int64_t* past;               // [batch]
   const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
+  const float* gates;                // [batch, length], 0 for queries that nothing reads, which give zeros; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
   const float* bias;                 // [heads, reach + kKeys]: entry i is added to the score of a key reach - 1 - i positions back; or null
   int64_t reach;
@@ -139,7 +142,7 @@ struct Kernels {
   const char* name;
   // Quantizes `count` blocks of 32 floats for a product with the matrix. A block with an infinity or a NaN becomes NaN.
   void (*quantize)(const Matrix& matrix, const float* input, int64_t count, Block* output);
-  // Rows of the tiles first .. last - 1 for the tokens from .. to - 1.
+  // Rows of the tiles first .. last - 1 for the tokens from .. to - 1, of those that are computed.
   void (*linear)(const LinearJob& job, int64_t first, int64_t last, int64_t from, int64_t to);
   // The largest of `count` numbers; NaNs count as nothing, or as the largest.
   float (*peak)(const float* x, int64_t count);

@@ -1,6 +1,6 @@
 // QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings. Where W are the upper halves
 // of codes, the lower ones count in the rows whose product comes within `margin` of the token's largest. With gates, y[t] = gates[t] (W x[t]
-// + bias), and a token whose gate is 0 costs nothing: when all are, no weight is read.
+// + bias), in the first `gated` rows or in all, and a token whose gate is 0 costs nothing there: when all are, no weight is read.
 #include <algorithm>
 
 #include "operators.h"
@@ -21,35 +21,43 @@ struct Linear {
   MatrixOp matrix;
   int64_t terms;
   float margin;
+  int64_t gated;
 };
 
 void* create(Attributes& attributes) {
-  const Linear op = {read_matrix_op(attributes), attributes.integer("terms"), attributes.number("margin", 0.0f)};
+  Linear op = {read_matrix_op(attributes), attributes.integer("terms"), attributes.number("margin", 0.0f), attributes.integer("gated", 0)};
   if (op.terms != 1 && op.terms != 2) attributes.fail("terms should be 1 or 2");
+  if (op.gated < 0 || op.gated > op.matrix.rows || op.gated % kTile) {
+    attributes.fail("gated is no multiple of 16, or there are not so many rows");
+  }
+  if (op.gated == 0) op.gated = op.matrix.rows;
   return keep(attributes, op);
 }
 
-// A unit of work is a group of tiles for `tokens` tokens; `groups` of them make up the rows.
+// A unit of work is a group of tiles for `tokens` tokens; `groups` of them make up the tiles first .. last - 1.
 struct Work {
   LinearJob job;
-  int64_t groups, tokens;
+  int64_t first, last, groups, tokens;
 };
 
 void run(const void* user, int64_t first, int64_t last) {
   const Work& work = *static_cast<const Work*>(user);
   for (int64_t i = first; i < last; i++) {
-    const int64_t tile = i % work.groups * kGroup, from = i / work.groups * work.tokens;
-    const int64_t end = std::min(tile + kGroup, tiles_of(work.job.weight.rows));
-    active->linear(work.job, tile, end, from, std::min(from + work.tokens, work.job.tokens));
+    const int64_t tile = work.first + i % work.groups * kGroup, from = i / work.groups * work.tokens;
+    active->linear(work.job, tile, std::min(tile + kGroup, work.last), from, std::min(from + work.tokens, work.job.tokens));
   }
 }
 
-void multiply(Call& call, Work& work) {
+// The tiles first .. last - 1.
+void multiply(Call& call, Work& work, int64_t first, int64_t last) {
   const LinearJob& job = work.job;
-  work.groups = (tiles_of(job.weight.rows) + kGroup - 1) / kGroup;
+  if (job.tokens == 0 || first == last) return;
+  work.first = first, work.last = last, work.groups = (last - first + kGroup - 1) / kGroup;
   work.tokens = job.tokens <= 2 * kTokensOfUnit ? job.tokens : kTokensOfUnit;
-  call.parallel(job.tokens * job.weight.rows * job.weight.columns, work.groups * ((job.tokens + work.tokens - 1) / work.tokens), run, &work);
+  const int64_t units = work.groups * ((job.tokens + work.tokens - 1) / work.tokens);
+  call.parallel(job.tokens * (last - first) * kTile * job.weight.columns, units, run, &work);
 }
+void multiply(Call& call, Work& work) { multiply(call, work, 0, tiles_of(work.job.weight.rows)); }
 
 // What rounding leaves of x: [tokens, columns].
 void remainder(const float* x, const Block* blocks, int64_t count, float* rest) {
@@ -131,51 +139,58 @@ void refine(Call& call, const LinearJob& linear, const LowerHalves& lower, float
   }
 }
 
-// The tokens whose gate is not 0: `open`, ascending, are `count` of `tokens`.
+// What gates make of the first `rows` of each token's `width` outputs.
 struct Gates {
   const float* values;
-  int64_t* open;
-  int64_t count, tokens;
+  float* output;
+  int64_t rows, width;
 };
 
-// Only those are rounded, and multiplied as if there were no others.
-void quantize_open(Call& call, const Gates& gates, LinearJob& job) {
-  struct Rows {
-    const Gates& gates;
-    const LinearJob& job;
-  };
-  const Rows rows = {gates, job};
-  const auto run = [](const void* user, int64_t first, int64_t last) {
-    const auto& [g, j] = *static_cast<const Rows*>(user);
-    const int64_t columns = j.weight.columns, blocks = columns / kBlock;
-    for (int64_t i = first; i < last; i++) active->quantize(j.weight, j.input + g.open[i] * columns, blocks, j.blocks + i * blocks);
-  };
-  call.parallel(gates.count * job.weight.columns * 4, gates.count, run, &rows);
+void apply(const void* user, int64_t first, int64_t last) {
+  const Gates& gates = *static_cast<const Gates*>(user);
+  for (int64_t t = first; t < last; t++) {
+    const float gate = gates.values[t];
+    float* y = gates.output + t * gates.width;
+    if (gate == 0.0f) std::fill(y, y + gates.rows, 0.0f);
+    for (int64_t n = 0; n < gates.rows && gate != 0.0f && gate != 1.0f; n++) y[n] *= gate;
+  }
 }
 
-// Their products lie one after the other where the output begins: from the last on, each to its place, times its gate; zeros elsewhere.
-void scatter(Call& call, const Gates& gates, const LinearJob& job) {
-  struct Places {
-    const Gates& gates;
-    float* output;
-    int64_t rows;
-  };
-  const Places places = {gates, job.output, job.weight.rows};
-  const auto run = [](const void* user, int64_t from, int64_t to) {
-    const auto& [g, output, rows] = *static_cast<const Places*>(user);
-    for (int64_t t = g.tokens - 1, i = g.count - 1; t >= 0; t--) {
-      float* y = output + t * rows;
-      const bool open = i >= 0 && g.open[i] == t;
-      const float* product = output + (open ? i : 0) * rows;
-      for (int64_t n = from; n < to; n++) y[n] = open ? product[n] * g.values[t] : 0.0f;
-      i -= open;
-    }
-  };
-  call.parallel(gates.tokens * job.weight.rows * 4, job.weight.rows, run, &places);
+void quantize_some(const void* user, int64_t first, int64_t last) {
+  const LinearJob& job = *static_cast<const LinearJob*>(user);
+  const int64_t columns = job.weight.columns, blocks = columns / kBlock;
+  for (int64_t i = first; i < last; i++) {
+    const int64_t t = job.which[i];
+    active->quantize(job.weight, job.input + t * columns, blocks, job.blocks + t * blocks);
+  }
+}
+
+// The first `rows` for the tokens whose gate is not 0, which `open` has room for; what is left of the rows for all.
+void under_gates(Call& call, Work& work, const float* gates, int64_t rows, int32_t* open) {
+  LinearJob& job = work.job;
+  const int64_t tokens = job.tokens, columns = job.weight.columns, end = tiles_of(rows), last = tiles_of(job.weight.rows);
+  int64_t count = 0, ones = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    if (gates[t] != 0.0f) open[count++] = static_cast<int32_t>(t);
+    ones += gates[t] == 1.0f;
+  }
+  job.which = open, job.tokens = count;
+  if (end < last || count == tokens) {
+    quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
+  } else {
+    call.parallel(count * columns * 4, count, quantize_some, &job);
+  }
+  if (ones < tokens) {
+    multiply(call, work, 0, end);
+    const Gates all = {gates, job.output, rows, job.weight.rows};
+    call.parallel(tokens * rows, tokens, apply, &all);
+  }
+  job.which = nullptr, job.tokens = tokens;
+  multiply(call, work, ones < tokens ? end : 0, last);
 }
 
 void compute(const void* kernel, Call& call) {
-  const auto& [op, terms, margin] = *static_cast<const Linear*>(kernel);
+  const auto& [op, terms, margin, gated] = *static_cast<const Linear*>(kernel);
   Shape shape;
   Work work = {};
   LinearJob& job = work.job;
@@ -187,8 +202,8 @@ void compute(const void* kernel, Call& call) {
   if (lower.rows && (terms == 2 || op.bits != 4 || !job.weight.offsets)) call.fail("lower halves belong to 4 bits with offsets, and one term");
   if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
-  Gates gates = {call.input<float>(6, "gates", true, tokens), nullptr, 0, tokens};
-  if (gates.values && (terms == 2 || lower.rows)) call.fail("gates belong to one term, without lower halves");
+  const float* gates = call.input<float>(6, "gates", true, tokens);
+  if (gates && (terms == 2 || lower.rows)) call.fail("gates belong to one term, without lower halves");
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
   if (call.failed() || tokens == 0) return;
@@ -198,19 +213,10 @@ void compute(const void* kernel, Call& call) {
   }
   void* parts[4];
   const size_t numbers = tiles_of(blocks) * kTile * sizeof(float);
-  const size_t places = gates.values ? tokens * sizeof(int64_t) : 0;
-  if (!call.scratch({tokens * blocks * sizeof(Block), numbers, numbers, places}, parts)) return;
+  if (!call.scratch({tokens * blocks * sizeof(Block), numbers, numbers, gates ? tokens * sizeof(int32_t) : 0}, parts)) return;
   job.blocks = static_cast<Block*>(parts[0]);
-  if (gates.values) {
-    gates.open = static_cast<int64_t*>(parts[3]);
-    for (int64_t t = 0; t < tokens; t++) {
-      if (gates.values[t] != 0.0f) gates.open[gates.count++] = t;
-    }
-    if ((job.tokens = gates.count) > 0) {
-      quantize_open(call, gates, job);
-      multiply(call, work);
-    }
-    scatter(call, gates, job);
+  if (gates) {
+    under_gates(call, work, gates, gated, static_cast<int32_t*>(parts[3]));
     return;
   }
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);

@@ -22,7 +22,7 @@ struct Operator {
   Type later = Type::kFloat;  // of the outputs after the first
 };
 
-extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, token_gates, cached_attention,
-    quantized_cached_attention;
+extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, token_gates, norm_gates,
+    cached_attention, quantized_cached_attention;
 
 }  // namespace dyncomp

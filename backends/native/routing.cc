@@ -129,13 +129,14 @@ void describe(const Experts& op, const Uses& uses, FfnJob* job) {
   job->down_tiles = tiles_of(op.rows);
 }
 
-void fill_output(const float* bias, int64_t tokens, int64_t rows, float* output) {
-  for (int64_t t = 0; t < tokens; t++, output += rows) {
-    if (bias) {
-      std::copy(bias, bias + rows, output);
-    } else {
-      std::fill(output, output + rows, 0.0f);
-    }
+void fill_output(const float* base, const float* bias, int64_t tokens, int64_t rows, float* output) {
+  if (base) {
+    std::copy(base, base + tokens * rows, output);
+  } else {
+    std::fill(output, output + tokens * rows, 0.0f);
+  }
+  for (int64_t t = 0; t < tokens && bias; t++, output += rows) {
+    for (int64_t n = 0; n < rows; n++) output[n] += bias[n];
   }
 }
 

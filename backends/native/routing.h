@@ -40,7 +40,7 @@ Uses list_uses(Call& call, const Experts& op, const Routing& routing, const floa
 // What the operator and its uses tell of a job.
 void describe(const Experts& op, const Uses& uses, FfnJob* job);
 
-// The output of tokens no expert of which is open: the bias, or zeros.
-void fill_output(const float* bias, int64_t tokens, int64_t rows, float* output);
+// The output when no expert of any token is open: base [tokens, rows] (zeros when null) and the bias (none when null).
+void fill_output(const float* base, const float* bias, int64_t tokens, int64_t rows, float* output);
 
 }  // namespace dyncomp

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from dyncomp.backends.attention import gated_queries
 from dyncomp.backends.native import ACTIVATION_CODES, pack_codes, pack_lower, pack_scales
 from torch import Tensor, fx
 
@@ -20,6 +21,7 @@ from dyncomp.regions import FFN, RoutedFFN, find_ffns, find_routed, replace_ffn
 
 aten = torch.ops.aten
 _THRESHOLD, _TOPK, _GATED = threshold_gates._opoverload, topk_gates._opoverload, gated_linear._opoverload
+_WEIGHT: dict[Any, int] = {aten.linear.default: 1, aten.embedding.default: 0, _GATED: 2, gated_queries: 2}  # where the weight is
 _ROWS = 16  # the native layout's tiles
 
 
@@ -46,8 +48,10 @@ def select_quantized_linears(graph: Graph, ops: Any, *, gated: bool = False) -> 
             if node.target is aten.embedding.default:
                 y = b.call(ops.quantized_embedding, node.args[1], *_packed(graph, name, value), *settings, lower)
             else:
-                x, gates, _, bias = (*node.args, None)[:4] if node.target is _GATED else (node.args[0], None, *(*node.args[1:], None)[:2])
-                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0, *([] if gates is None else [gates]))
+                position = _WEIGHT[node.target]
+                x, *gates = node.args[:position]
+                bias, *rows = node.args[position + 1 :] or (None,)
+                settings = (*settings, activation_terms(graph, name), lower, margin or 0.0, *gates, *rows)
                 y = b.call(ops.quantized_linear, x, *_packed(graph, name, value), bias, *settings)
         node.replace_all_uses_with(y)
         graph.module.graph.erase_node(node)
@@ -55,9 +59,9 @@ def select_quantized_linears(graph: Graph, ops: Any, *, gated: bool = False) -> 
 
 def quantized_nodes(graph: Graph, *, gated: bool = False) -> Iterator[tuple[fx.Node, str]]:
     """Linear layers and embeddings with a quantized weight, and its name; with ``gated`` also ``dyncomp.gated_linear``."""
-    position = {aten.linear.default: 1, aten.embedding.default: 0} | ({_GATED: 2} if gated else {})
     for node in graph.nodes:
-        weight = node.args[position[node.target]] if node.target in position else None
+        known = node.target in _WEIGHT and (gated or node.target is not _GATED)
+        weight = node.args[_WEIGHT[node.target]] if known else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in graph.quantized:
             yield node, str(weight.target)
 
@@ -106,9 +110,26 @@ def _select_routed(graph: Graph, routed: RoutedFFN, ops: Any) -> None:
     router, k = inner_router(routed)
     gates = routed.gates if router == (None, None) else None
     attributes = (*ffn_attributes(experts, routed.d_model, neurons, d_out, routed.gated, routed.activation, k), *_format(up))
-    with graph.inserting(before=routed.output, path=routed.name) as b:
-        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes)
-    routed.output.replace_all_uses_with(y)
+    total, base = with_base(routed)
+    with graph.inserting(before=total, path=routed.name) as b:
+        y = b.call(ops.quantized_ffn, routed.input, gates, packed[0], up_bias, packed[1], router, down_bias, attributes, *base)
+    total.replace_all_uses_with(y)
+
+
+def with_base(routed: RoutedFFN) -> tuple[fx.Node, list[fx.Node]]:
+    """(its sum with what stands beside it, [the latter]), where that alone reads it and is then added to the residual stream; or (its
+    output, [])."""
+    total = next(iter(routed.output.users), None)
+    if total is None or len(routed.output.users) > 1 or not _is_sum(total) or len(total.users) > 1 or not all(map(_is_sum, total.users)):
+        return routed.output, []
+    return total, [a for a in total.args if a is not routed.output]  # type: ignore[misc]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Of two different tensors of one shape."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
+        return False
+    return len({str(n.meta["val"].shape) for n in (node, *node.all_input_nodes)}) == 1
 
 
 def inner_router(routed: RoutedFFN) -> tuple[tuple[fx.Node | None, fx.Node | None], int]:

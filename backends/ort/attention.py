@@ -21,11 +21,12 @@ from torch import Tensor, fx
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
-from dyncomp.ops import append_cache, key_mask, key_mask_reference, sequence_scores, sequence_scores_reference
+from dyncomp.ops import append_cache, gated_linear, key_mask, key_mask_reference, sequence_scores, sequence_scores_reference
 from dyncomp.regions.partial import ShapeOnly
 
 aten = torch.ops.aten
 _MAX_HEAD_DIM = 256  # of the native operator
+_GATED = {gated_linear._opoverload, ops.take_rows}
 
 
 def select_attention(graph: Graph, *, native: bool, on_gpu: bool = False) -> None:
@@ -54,6 +55,8 @@ def select_attention(graph: Graph, *, native: bool, on_gpu: bool = False) -> Non
             node.target = attend_plainly
     graph.clean()
     for node in graph.nodes:
+        if node.target is ops.cached_attention:
+            _skip_closed(node)
         node.target = _PLAIN.get(node.target, node.target)
 
 
@@ -61,6 +64,14 @@ def _fits(node: fx.Node, multiple: int, most: int | None = None) -> bool:
     """Both operators need a head size that is a multiple of something, the same for keys and values."""
     key, value = (node.args[i].meta["val"].shape[3] for i in (1, 2))  # type: ignore[union-attr]
     return bool(key == value and key % multiple == 0 and (most is None or key <= most))
+
+
+def _skip_closed(node: fx.Node) -> None:
+    """Give our attention the gates under which alone its output is read: what nothing reads need not be computed."""
+    (out,) = (n for n in node.users if n.args[1] == 0)
+    readers = {u.args[1] if u.target in _GATED and u.args[0] is out else None for u in out.users}
+    if len(readers) == 1 and (gates := readers.pop()) is not None:
+        node.kwargs = {"gates": gates}
 
 
 def _require_kernel(node: fx.Node, native: bool) -> None:

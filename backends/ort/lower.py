@@ -28,7 +28,7 @@ from dyncomp.backends.ort.linear import select_linears
 from dyncomp.backends.ort.moe import select_moe, select_quantized_moe
 from dyncomp.backends.ort.native import DOMAIN, library
 from dyncomp.backends.ort.nbits import select_matmul_nbits
-from dyncomp.backends.ort.norm import select_norms
+from dyncomp.backends.ort.norm import join_token_gates, select_norms
 from dyncomp.backends.ort.routed import select_routed_ffns
 from dyncomp.backends.ort.simplify import simplify
 from dyncomp.backends.program import exported_program
@@ -149,6 +149,7 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
     select_attention(graph, native=native, on_gpu=on_gpu)
     select_moe(graph)
     select_norms(graph, on_gpu=on_gpu)
+    join_token_gates(graph)
     select_sparse_linears(graph, ops if native else None)
     if native:
         select_quantized_linears(graph, ops, gated=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from dyncomp.backends.ort import ops
@@ -45,6 +46,28 @@ def select_norms(graph: Graph, *, on_gpu: bool = False) -> None:
             with graph.inserting(before=node) as b:
                 node.replace_all_uses_with(b.call(ops.simplified_layer_norm, x, weight, eps))
         graph.module.graph.erase_node(node)
+
+
+def join_token_gates(graph: Graph) -> None:
+    """A norm of a sum, and gates of tokens by what it gives -> one operator.
+
+    before:  n, s = skip_simplified_layer_norm(a, b); gates, closed = token_gates(n, …)
+    after:   gates, closed, n, s = norm_gates(a, b, …)
+    """
+    for node in graph.nodes:
+        if node.target is not ops.token_gates:
+            continue
+        x: Any = node.args[0]
+        pair = x.args[0] if x.target is operator.getitem and x.args[1] == 0 else x
+        if pair.target is not ops.skip_simplified_layer_norm or any(reader < node for result in pair.users for reader in result.users):
+            continue
+        with graph.inserting(before=node) as b:
+            made = b.call(ops.norm_gates, *pair.args, *node.args[1:])
+            results = [b.call(operator.getitem, made, i) for i in range(4)]
+        for users, places in ((node.users, (0, 1)), (pair.users, (2, 3))):
+            for user in list(users):
+                user.replace_all_uses_with(results[places[user.args[1]]])
+    graph.clean()
 
 
 def norm_plainly(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -92,11 +92,11 @@ def group_query_attention(
 def cached_attention(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
     cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
-    present: Tensor | None = None, bias: Tensor | None = None,
+    present: Tensor | None = None, bias: Tensor | None = None, gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, present
-    [B, 1, C, 1], 0 for entries that are not attended to, and a bias as :func:`reaching_back` makes it. Over caches in int8, uint8
-    [B, Hkv, C, D + 4], it is another operator."""
+    [B, 1, C, 1], 0 for entries that are not attended to, a bias as :func:`reaching_back` makes it, and gates [B, S, 1], 0 for queries that
+    nothing reads: they give zeros. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
     coded = key_cache.dtype == torch.uint8
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
@@ -105,7 +105,7 @@ def cached_attention(
     head_dim = key_cache.shape[3] - (SCALE_BYTES if coded else 0)
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::{'QuantizedCachedAttention' if coded else 'CachedAttention'}",
-        [query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias],
+        [query, key, value, key_cache, value_cache, past_length, cos, sin, present, bias, gates],
         attributes,
         dtypes=[query.dtype, key_cache.dtype, value_cache.dtype],
         shapes=[[*query.shape[:2], heads * head_dim], list(key_cache.shape), list(value_cache.shape)],
@@ -189,12 +189,12 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: i
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
 ) -> Tensor:  # fmt: skip
     """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
     :func:`dyncomp.interpret.round_activations`; ``lower``, ``margin``: :func:`dyncomp.interpret.screened`; ``gates`` [..., 1]:
-    ``dyncomp::gated_linear``."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
+    ``dyncomp::gated_linear``, of the first ``gated`` outputs where that is not 0."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
     return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower, gates], attributes, x, [*x.shape[:-1], rows])
 
 
@@ -205,6 +205,19 @@ def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -
     attributes: dict[str, Any] = {"columns": int(weight.shape[1])}
     result = ops.symbolic_multi_out(f"{DOMAIN}::TokenGates", inputs, attributes, dtypes=[x.dtype] * 2, shapes=[shape] * 2, version=1)
     return result[0], result[1]
+
+
+def norm_gates(
+    a: Tensor, b: Tensor, scale: Tensor, epsilon: float, weight: Tensor, bias: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`token_gates` of x = RMSNorm(a + b), then x and a + b, [..., K] each."""
+    column: list[Any] = [*a.shape[:-1], 1]
+    shapes = [column, column, list(a.shape), list(a.shape)]
+    attributes: dict[str, Any] = {"columns": int(weight.shape[1]), "epsilon": float(epsilon)}
+    result = ops.symbolic_multi_out(
+        f"{DOMAIN}::NormGates", [a, b, scale, weight, bias, first], attributes, dtypes=[a.dtype] * 4, shapes=shapes, version=1
+    )
+    return result[0], result[1], result[2], result[3]
 
 
 def sparse_linear(
@@ -230,7 +243,7 @@ def quantized_embedding(
 
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
-    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``dyncomp.routed_ffn`` on packed weights.
 
@@ -238,16 +251,17 @@ def quantized_ffn(
         gates: [..., E]; or None: ``router`` (weight [E, d] and bias [E]) opens the experts whose score is positive, or the ``k`` best
             where that attribute is not 0, and without one every gate is 1.
         up, down: codes, scales, offsets.
+        base: [..., d_out], what the result is added to.
     """
     values = dict(attributes)
-    inputs = [x, gates, *up, up_bias, *down, *router, down_bias]
+    inputs = [x, gates, *up, up_bias, *down, *router, down_bias, base]
     return _one(f"{DOMAIN}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])
 
 
 def float_ffn(
     x: Tensor, gates: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, router: Sequence[Tensor | None],
-    down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As :func:`quantized_ffn`, on float32 weights in tiles (:func:`~dyncomp.backends.native.pack.pack_floats`)."""
     values = dict(attributes)
-    return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias], values, x, [*x.shape[:-1], values["rows"]])
+    return _one(f"{DOMAIN}::FloatFFN", [x, gates, up, up_bias, down, *router, down_bias, base], values, x, [*x.shape[:-1], values["rows"]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from dyncomp.backends.native import pack_floats
-from dyncomp.backends.native.select import ffn_attributes, inner_router
+from dyncomp.backends.native.select import ffn_attributes, inner_router, with_base
 from dyncomp.backends.ort import ops
 
 from dyncomp.graph import Graph
@@ -24,8 +24,9 @@ def select_routed_ffns(graph: Graph) -> None:
         router, k = inner_router(routed)
         gates = routed.gates if router == (None, None) else None
         attributes = ffn_attributes(experts, routed.d_model, neurons, d_out, routed.gated, routed.activation, k)
-        with graph.inserting(before=routed.output, path=routed.name) as b:
+        total, base = with_base(routed)
+        with graph.inserting(before=total, path=routed.name) as b:
             weights = graph.read(names[0]), graph.read(names[1])
-            y = b.call(ops.float_ffn, routed.input, gates, weights[0], up_bias, weights[1], router, down_bias, attributes)
-        routed.output.replace_all_uses_with(y)
+            y = b.call(ops.float_ffn, routed.input, gates, weights[0], up_bias, weights[1], router, down_bias, attributes, *base)
+        total.replace_all_uses_with(y)
     graph.clean()

@@ -88,10 +88,10 @@ def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[
 
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
-    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None,
+    terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
 ) -> Tensor:  # fmt: skip
-    """[..., K] -> [..., N]; gates [..., 1]."""
-    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin)}
+    """[..., K] -> [..., N]; gates [..., 1], of the first ``gated`` outputs where that is not 0."""
+    attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
     return _native("quantized_linear", [x, codes, scales, offsets, bias, lower, gates], attributes, rows)
 
 
@@ -106,11 +106,12 @@ def quantized_embedding(
 
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
-    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...],
+    router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets."""
+    """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets; ``base``
+    [..., d_out]: what the result is added to."""
     values = dict(attributes)
-    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias], values, values["rows"])
+    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias, base], values, values["rows"])
 
 
 def sparse_linear(

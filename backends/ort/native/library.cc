@@ -180,7 +180,8 @@ Entry entry(const Operator& operation) {
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dyncomp;
   static const Entry entries[] = {entry(quantized_linear), entry(sparse_linear), entry(quantized_ffn), entry(float_ffn),
-                                  entry(quantized_embedding), entry(token_gates), entry(cached_attention), entry(quantized_cached_attention)};
+                                  entry(quantized_embedding), entry(token_gates), entry(norm_gates), entry(cached_attention),
+                                  entry(quantized_cached_attention)};
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) {  // even the oldest table can make a status
     const OrtApi* oldest = base->GetApi(1);
