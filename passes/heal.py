@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from dyncomp.passes.recalibrate import Recalibrate
 
-from dyncomp.calibrate import UNFITTED, Calibration
+from dyncomp.calibrate import UNFITTED, UNFITTED_SKIPS, Calibration
 from dyncomp.errors import RequestError
 from dyncomp.evaluate import model_inputs
 from dyncomp.examples import row_tokens
@@ -17,8 +17,9 @@ from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.budget import settle
 from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.thresholds import find_thresholds
-from dyncomp.rows import split_rows
+from dyncomp.rows import Rows, split_rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Heal(Settings, Pass):
 
     The KL divergence of next-token distributions (encoders: the squared error of the last states) is minimised over weights of
     linear layers and experts, routers (straight-through), norms and biases. The last windows of the text choose the best state.
-    Afterwards thresholds are set again on those, so that the active fraction is what it was calibrated to.
+    Afterwards thresholds are set again on those and others that were kept apart, so that the active fraction is what it was calibrated to.
 
     before:  dyncomp.routed_ffn(x, threshold_gates(linear(x, R, b)), w_up, w_down)
     after:   dyncomp.routed_ffn(x, threshold_gates(linear(x, R', b')), w_up', w_down')
@@ -43,11 +44,12 @@ class Heal(Settings, Pass):
             raise RequestError("heal: there is no dense model to learn from, or it takes other inputs")
         if ctx.text is None:
             raise RequestError("heal needs text to train on", hint="give one (--text FILE)")
-        held_out = min(max(HELD_OUT, -(-UNFITTED // row_tokens(graph, ctx.text))), len(ctx.text) // 4)
+        tokens = UNFITTED_SKIPS if find_skips(graph) else UNFITTED
+        held_out, windows = (min(max(HELD_OUT, -(-n // row_tokens(graph, ctx.text))), len(ctx.text) // 4) for n in (UNFITTED, tokens))
         if held_out == 0:
             raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
-        train, chosen_by = ctx.text[:-held_out], ctx.text[-held_out:]
-        unseen = Calibration([model_inputs(graph, rows) for rows in split_rows(chosen_by, 1)], "held out")
+        train, apart, chosen_by = ctx.text[:-windows], ctx.text[-windows:], ctx.text[-held_out:]
+        unseen = _calibration(graph, chosen_by)
         if self.budget:
             settle(graph, unseen.batches, self.budget)
         share(graph, ctx.dense, train, chosen_by, self, ctx.seed, ctx.folder)
@@ -57,14 +59,18 @@ class Heal(Settings, Pass):
         if self.budget:
             settle(graph, unseen.batches, self.budget)
         if find_thresholds(graph):
-            Recalibrate().run(graph, dataclasses.replace(ctx, calibration=unseen))
+            Recalibrate(tokens=tokens).run(graph, dataclasses.replace(ctx, calibration=_calibration(graph, apart)))
         facts = {
-            "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": held_out,
+            "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": windows,
             "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,
         }  # fmt: skip
         return PassResult(changed=healed.changed, facts=facts)
 
 
+def _calibration(graph: Graph, rows: Rows) -> Calibration:
+    return Calibration([model_inputs(graph, row) for row in split_rows(rows, 1)], "held out")
+
+
 HELD_OUT = 4
 """The fewest windows at the end of the text that choose the best state and set the thresholds, with at least :data:`UNFITTED` tokens in
-all; nothing is trained on them."""
+all; nothing is trained on them, nor on those before them that thresholds of layers which tokens skip need."""

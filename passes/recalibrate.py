@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from dyncomp.calibrate import UNFITTED
 from dyncomp.errors import PassError
 from dyncomp.graph import Graph
 from dyncomp.pipeline import Context, Pass, PassResult
@@ -29,11 +30,14 @@ class Recalibrate(Pass):
 
     name: ClassVar[str] = "recalibrate"
 
+    tokens: int = UNFITTED
+    """Of the calibration text that are looked at."""
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         thresholds, result = find_thresholds(graph), PassResult()
         if not thresholds and not find_carved(graph) and not find_skips(graph):
             raise PassError("the graph has no router", hint="run carve-experts or skip-depth first")
-        sweep = Sweep(graph, ctx.need_calibration(self.name).unfitted())
+        sweep = Sweep(graph, ctx.need_calibration(self.name).unfitted(tokens=self.tokens))
         with fast_matmul(), torch.no_grad():
             for position, threshold in enumerate(thresholds):
                 scores = sweep.advance(threshold.scores)
