@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from dyncomp.passes.recalibrate import Recalibrate
 
 from dyncomp.calibrate import UNFITTED, UNFITTED_SKIPS, Calibration
@@ -27,7 +28,7 @@ class Heal(Settings, Pass):
     """Distillation (Hinton et al., 1503.02531) from the graph before any pass, on text; the program stays what it is.
 
     The KL divergence of next-token distributions (encoders: the squared error of the last states) is minimised over weights of
-    linear layers and experts, routers (straight-through), norms and biases. The last windows of the text choose the best state.
+    linear layers and experts, routers (straight-through), norms and biases. Windows drawn from the whole text choose the best state.
     Afterwards thresholds are set again on those and others that were kept apart, so that the active fraction is what it was calibrated to.
 
     before:  dyncomp.routed_ffn(x, threshold_gates(linear(x, R, b)), w_up, w_down)
@@ -48,7 +49,8 @@ class Heal(Settings, Pass):
         held_out, windows = (min(max(HELD_OUT, -(-n // row_tokens(graph, ctx.text))), len(ctx.text) // 4) for n in (UNFITTED, tokens))
         if held_out == 0:
             raise RequestError(f"heal: {len(ctx.text)} windows of text are too few: at least 4 are needed", hint="give more text")
-        train, apart, chosen_by = ctx.text[:-windows], ctx.text[-windows:], ctx.text[-held_out:]
+        train, apart = set_apart(ctx.text, windows, ctx.seed)
+        chosen_by = apart[-held_out:]
         unseen = _calibration(graph, chosen_by)
         if self.budget:
             settle(graph, unseen.batches, self.budget)
@@ -67,10 +69,16 @@ class Heal(Settings, Pass):
         return PassResult(changed=healed.changed, facts=facts)
 
 
+def set_apart(text: Rows, count: int, seed: int = 0) -> tuple[Rows, Rows]:
+    """(what is trained on, ``count`` windows that are not), drawn from everywhere: a text comes document by document."""
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
+    return text[order[:-count]], text[order[-count:]]
+
+
 def _calibration(graph: Graph, rows: Rows) -> Calibration:
     return Calibration([model_inputs(graph, row) for row in split_rows(rows, 1)], "held out")
 
 
 HELD_OUT = 4
-"""The fewest windows at the end of the text that choose the best state and set the thresholds, with at least :data:`UNFITTED` tokens in
-all; nothing is trained on them, nor on those before them that thresholds of layers which tokens skip need."""
+"""The fewest windows that choose the best state and set the thresholds, with at least :data:`UNFITTED` tokens in all; nothing is trained on
+them, nor on the further ones that set thresholds of layers which tokens skip."""
