@@ -15,10 +15,12 @@ from dyncomp.backends.gguf.check import compare as gguf_compare
 from dyncomp.backends.gguf.write import encode
 from dyncomp.backends.gguf.write import write as gguf_write
 from dyncomp.backends.hf.architectures import ARCHITECTURES
-from dyncomp.backends.hf.check import compare
+from dyncomp.backends.hf.check import compare, settle_ties
 from dyncomp.backends.hf.write import choose, explain, write
 from helpers import assert_close
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_cli import run
 from tiny_checkpoint import write_checkpoint, write_text
 from transformers import AutoTokenizer, GenerationConfig
@@ -101,6 +103,40 @@ def test_gates_by_softmax_are_written_as_they_are(model: str, passes: str, archi
     assert (found["positions"] == 72) == bool(find_routed(converted(model, passes)))
 
 
+def test_experts_that_tie_may_be_either(tmp_path) -> None:
+    """Two that score alike to the last digits change places by rounding; one that scores higher by more than that may not."""
+    graph = converted("llama", SOFTMAX).copy()
+    for region in find_routed(graph):
+        weight = graph.tensor(f"{region.name}.router.weight").detach().clone()
+        weight[4:6] = weight[3]
+        graph.add_tensor(f"{region.name}.router.weight", weight)
+    found, decoder, shape = choose(graph, "granite-moe")
+    for row, by, alike in ((3, 4e-7, True), (0, -9.0, False)):  # of the experts that are not shared: 5, which ties with 3 and 4, and 2
+        write(decoder, shape, found, tmp_path, source={}, temper=found.temper, dtype=torch.float32)
+        tensors = load_file(tmp_path / "model.safetensors")
+        for name, value in tensors.items():
+            if "router" in name:
+                value[row] *= 1 + by
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        record = compare(decoder, found, tmp_path, None)
+        assert (record["relative_error"] < 1e-4) == alike
+        assert (record["ties"] > 0) >= alike
+        assert (record["other_experts"] == 0) == alike
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_settling_ties_changes_no_score_that_decides(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(1, 6, 9, generator=generator)
+    scores[0, :3, 4] = scores[0, :3, 3] * (1 + 1e-7)
+    chosen = torch.randn(6, 7, generator=generator).topk(3).indices
+    settled, tied = settle_ties(scores, chosen, 2)
+    assert float((settled - scores).abs().max()) <= 2e-5 * float(scores.abs().max())
+    assert torch.equal(settled[0, ~tied], scores[0, ~tied])
+    assert torch.equal(settled[0, tied, 2:].topk(3).indices.sort().values, chosen[tied].sort().values)
+
+
 def test_biases_are_written_where_a_server_reads_them_whatever_the_configuration_says(tmp_path) -> None:
     """vLLM's Qwen2Moe: without them it computed with memory that nothing had set, and gave no number."""
     written(converted("llama", SOFTMAX), "qwen2-moe", tmp_path)
@@ -123,8 +159,6 @@ def test_a_bias_that_chooses_stays_one(tmp_path) -> None:
 
 def test_a_mixture_comes_back_as_the_checkpoint_it_was(tmp_path) -> None:
     """A tiny Mixtral, read, traced, written: tensor by tensor what it was."""
-    from safetensors.torch import load_file
-
     written(trace_tiny("mixtral"), "mixtral", tmp_path / "again")
     built("mixtral")[0].model.save_pretrained(tmp_path / "was")
     was, again = (load_file(tmp_path / name / "model.safetensors") for name in ("was", "again"))

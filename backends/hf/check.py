@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from dyncomp.backends.hf.architectures import Architecture
-from torch import Tensor, fx
+from torch import Tensor
 
 from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
@@ -17,11 +17,13 @@ from dyncomp.interpret import float_activations
 from dyncomp.models.extras import quiet
 from dyncomp.regions.decoder import Decoder
 from dyncomp.regions.routed import RoutedFFN
-from dyncomp.regions.router import TopK
+from dyncomp.regions.router import TopK, find_scores
 from dyncomp.sweep import Sweep
 
 PROMPT = "The history of the river begins with"
 NEW_TOKENS = 64
+TIE = 1e-5
+"""Of the largest score, below which two differ by rounding: what thirty layers of SmolLM2 in float32 leave of a router's input is 1e-6."""
 
 
 def load_stock(folder: Path) -> Any:
@@ -50,8 +52,9 @@ def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenize
         ``class``; ``relative_error`` of the logits (largest difference over largest value) at the worst position of the prompt and the
         text, and ``median_error``, that of half of the positions;
         ``greedy_tokens`` generated and ``greedy_equal``, how many of them in a row from the start our graph would have chosen too.
-        Of routed models also ``other_experts``, at how many of the ``positions`` some layer runs other experts than in our graph: where two
-        experts score nearly alike, and then where what these positions give is read.
+        Of routed models also ``ties``, at how many of the ``positions`` the class ran experts that score like others to the last digits of
+        float32, where our graph was made to run the same ones; and ``other_experts``, at how many some layer runs other experts than in our
+        graph all the same.
     """
     from transformers import GenerationConfig
 
@@ -66,7 +69,7 @@ def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenize
         with _chosen_experts(model, decoder, architecture) as chosen:
             theirs = model(text).logits.float()
     with torch.no_grad(), float_activations(graph):
-        ours, gates = _run(decoder, text)
+        ours, gates, ties = _run(decoder, text, chosen)
     start = ids.shape[1]
     same = (ours[0, start - 1 : -1].argmax(-1) == text[0, start:]).long()
     errors = (theirs - ours).abs().amax((0, 2)) / ours.abs().max()  # of each position
@@ -82,7 +85,7 @@ def compare(decoder: Decoder, architecture: Architecture, folder: Path, tokenize
     other = torch.stack(
         [(_opened(chosen[layer], value.shape[-1]) != value).any(-1) for layer, value in gates.items()]
     )  # [layers, positions]
-    return record | {"positions": int(text.shape[1]), "other_experts": int(other.any(0).sum())}
+    return record | {"positions": int(text.shape[1]), "ties": int(ties.sum()), "other_experts": int(other.any(0).sum())}
 
 
 @contextmanager
@@ -103,22 +106,44 @@ def _chosen_experts(model: Any, decoder: Decoder, architecture: Architecture) ->
             hook.remove()
 
 
-def _run(decoder: Decoder, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """Our graph's logits, and by layer which of the experts that are not shared run, bool [positions, E]."""
-    opened: dict[int, Tensor] = {}
-    watch: dict[fx.Node, Callable[[int, Tensor], None]] = {}
+def _run(decoder: Decoder, ids: Tensor, chosen: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """Our graph's logits; by layer which of the experts that are not shared run, bool [positions, E]; where ties were settled as the class
+    did, bool [positions].
+
+    Two programs that are both right round differently, and of experts that score alike to the last digits they run different ones:
+    there is no telling an error from that but by following the class's choice.
+    """
+    graph, opened = decoder.graph, {}
+    ties = torch.zeros(ids.shape[1], dtype=torch.bool)
+    sweep = Sweep(graph, [{graph.inputs[0].name: ids}])
     for index, layer in enumerate(decoder.layers):
-        if isinstance(layer.ffn, RoutedFFN):
-            router = decoder.routed(layer).router
-            assert isinstance(router, TopK)
+        if not isinstance(layer.ffn, RoutedFFN):
+            continue
+        router = decoder.routed(layer).router
+        assert isinstance(router, TopK)
+        scores = find_scores(graph, layer.ffn)
+        if scores is not None and router.bias is None and router.weighting.groups == 1:
+            (found,) = sweep.advance(scores)
+            settled, tied = settle_ties(found, chosen[index], router.shared)
+            sweep.provide(scores, [settled])
+            ties |= tied
+        (gates,) = sweep.advance(layer.ffn.gates)
+        opened[index] = gates.flatten(0, -2)[:, router.shared :] != 0
+    (logits,) = sweep.advance(graph.output_nodes[0])
+    return logits.float(), opened, ties
 
-            def note(_: int, value: Tensor, index: int = index, shared: int = router.shared) -> None:
-                opened[index] = value.flatten(0, -2)[:, shared:] != 0
 
-            watch[layer.ffn.gates] = note
-    graph = decoder.graph
-    (logits,) = Sweep(graph, [{graph.inputs[0].name: ids}]).advance(graph.output_nodes[0], watch=watch)
-    return logits.float(), opened
+def settle_ties(scores: Tensor, chosen: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Scores [1, S, E] by which the ``chosen`` experts [S, k] are the best, where the others score higher by rounding alone (:data:`TIE`
+    of the largest), and where that was so, bool [S]; all other scores stay as they are. The ``shared`` first experts are not counted."""
+    own = scores.flatten(0, -2)[:, shared:]
+    theirs = _opened(chosen, own.shape[1])
+    lowest = own.masked_fill(~theirs, torch.inf).amin(-1, keepdim=True)
+    highest = own.masked_fill(theirs, -torch.inf).amax(-1, keepdim=True)
+    tied = (lowest <= highest) & (highest - lowest <= TIE * own.abs().amax(-1, keepdim=True))
+    above = torch.nextafter(highest, torch.full_like(highest, torch.inf))
+    settled = torch.where(tied & theirs, own.maximum(above), own)
+    return torch.cat([scores[..., :shared], settled.view(*scores.shape[:-1], -1)], -1), tied[:, 0]
 
 
 def _opened(chosen: Tensor, experts: int) -> Tensor:

@@ -37,6 +37,8 @@ def _export(record: dict[str, Any]) -> list[str]:
         )
     if "greedy_tokens" in check:
         rows.append(f"- greedy text: the first {check['greedy_equal']} of {check['greedy_tokens']} tokens are the graph's choice too")
+    if check.get("ties"):
+        rows.append(f"- at {check['ties']} of {check['positions']} positions experts score alike to the last digits: which run is rounding")
     if "temper" in record:
         rows.append("- router weights are scaled by 2^-p, so that the mixture's weights come out nearly equal; keep them out of float16")
     rows += [f"- {note}" for note in record.get("notes", [])]
