@@ -665,13 +665,13 @@ HEALED = {
 def test_converted_models_heal(family: str) -> None:
     name, spec, options = HEALED[family]
     graph, ctx = converted(name, spec)
-    ctx.text = tokens(120, 16, seed=9)
-    curve = Pipeline([Heal(steps=24, **QUICK, **options)]).run(graph, ctx)[0].result.facts["curve"]
+    ctx.text = tokens(240, 16, seed=9)
+    curve = Pipeline([Heal(steps=25, **QUICK, **options)]).run(graph, ctx)[0].result.facts["curve"]
     assert min(loss for _, loss in curve) < (0.95 if family == "soft" else 0.9) * curve[0][1], curve
     if "balance_rate" in options:
         moved = [t for n, t in graph.constants().items() if n.endswith("router.bias")]
         assert len(moved) == 2
-        assert all(t.abs().max() >= 0.01 - 1e-6 for t in moved)
+        assert all(t.abs().max() >= 0.01 - 1e-6 for t in moved)  # up or down at each of an odd number of steps
     if family == "fine-grained":
         rows = [t[1:4] for n, t in graph.constants().items() if n.endswith("router.weight")]
         assert all((t[0] - t[1]).abs().max() > 0 for t in rows), "the parts of a copy go their own ways"
