@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -94,13 +94,7 @@ class Calibration:
 
         What is fitted to a text gives there what it gives on no other: thresholds from that text keep fewer gates open elsewhere.
         """
-        used, chosen, seen = len(self.first(fitted)) if fitted else 0, [], 0
-        for batch in self.batches[used:]:
-            if seen >= tokens:
-                break
-            chosen.append(batch)
-            seen += self._count(batch)
-        return chosen
+        return replace(self, batches=self.batches[len(self.first(fitted)) :]).first(tokens)
 
     def windows(self) -> list[dict[str, Tensor]]:
         """Every window or image as a batch of its own."""
