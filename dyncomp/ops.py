@@ -170,6 +170,11 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Te
     Kernels for one token read no weights of the other inputs. The gradient is that of the product with the mask held fixed: an
     input that counts as zero gets none, and the thresholds get none.
     """
+    return sparse_linear_reference(x, weight, bias, thresholds)
+
+
+def sparse_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor) -> Tensor:
+    """The same in plain ATen."""
     return F.linear(keep_large(x, thresholds), weight, bias)
 
 
@@ -222,11 +227,17 @@ def gated_linear(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None =
     tokens, weights = x.reshape(-1, x.shape[-1]), gates.reshape(-1, 1)
     rows = weights.squeeze(1).nonzero().squeeze(1)
     if len(rows) == len(tokens):
-        y = F.linear(tokens, weight, bias) * weights
+        y = gated_linear_reference(tokens, weights, weight, bias)
     else:
         y = x.new_zeros(len(tokens), weight.shape[0])
         y[rows] = F.linear(tokens[rows], weight, bias) * weights[rows]
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def gated_linear_reference(x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same in plain ATen, every token computed: differentiable, also by the gates."""
+    y = F.linear(x, weight, bias)
+    return y * gates.to(y.dtype)
 
 
 @gated_linear.register_fake
@@ -245,7 +256,7 @@ def _gated_linear_backward(ctx, grad: Tensor):
     with torch.enable_grad():
         inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         x, gates, weight, bias = inputs
-        y = F.linear(x, weight, bias) * gates
+        y = gated_linear_reference(x, gates, weight, bias)
         # A bias that is left out has a place among the inputs, and none in needs_input_grad.
         wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need and t is not None]
         grads = iter(torch.autograd.grad(y, wanted, grad))

@@ -207,6 +207,27 @@ def test_a_norm_whose_scale_is_computed_trains_its_weight() -> None:
     assert len(names) > 8
 
 
+@pytest.mark.parametrize("passes", [
+    "carve-experts{experts=8}, fit-router{active=0.6}", "skip-depth{active=0.6 blocks=all rank=4}", "sparsify{active=0.6 where=all}",
+    "sparsify{active=0.6 where=all}, skip-depth{active=0.6 blocks=all rank=4}",
+])  # fmt: skip
+def test_products_in_bfloat16_train_as_those_in_float32(passes: str) -> None:
+    dense = trace_tiny("llama")
+    graph, ids = dense.copy(), tokens(8, 16, seed=3)
+    Pipeline(parse_passes(passes)).run(graph, context("llama", dense))
+    with torch.no_grad():
+        wanted = dense(ids)
+    gradients, scores = [], [t.scores.name for t in find_thresholds(graph)]
+    for half in (False, True):
+        weights = Weights(graph)
+        student = Program(graph, weights, trained=weights.names, bfloat16=half)
+        states, found = student({"input_ids": ids}, [student.find(name) for name in scores])
+        assert {s.dtype for s in found} <= {torch.float32}, "which gates open hangs on small differences"
+        divergence(states, wanted, student.finish).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in weights.parameters().values() if p.grad is not None]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.97
+
+
 def test_gradient_checkpoints_change_nothing_but_memory() -> None:
     graph, ctx = converted()
     settings = Settings(steps=3, hidden=0.1, **QUICK)

@@ -14,7 +14,7 @@ from dyncomp.models.loaded import WRITES
 Finish = Callable[[Tensor], Tensor]
 """States of the last layer [n, d] -> logits [n, V]."""
 
-_ROWS = 64
+_ROWS = 128
 """Tokens at a time: with a vocabulary of 50 000, predictions of all tokens of a batch would be most of the memory of a step."""
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from dyncomp.graph import Graph
-from dyncomp.ops import routed_ffn_reference
-from dyncomp.regions import find_regions
+from dyncomp.ops import gated_linear_reference, routed_ffn_reference, sparse_linear_reference
+from dyncomp.regions import find_regions, find_routed
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.hidden import is_pointwise
 from dyncomp.regions.norm import fuse_rms_norms
 from dyncomp.sweep import COSTLY
@@ -47,12 +49,18 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
     return _RMSNorm.apply(x, weight, eps)
 
 
-# As in a sweep: with hundreds of tokens and most experts active, computing all experts and masking beats gathering tokens for
-# each; and its gradient needs every expert anyway.
+# Plain ATen, which autocast sees through, also in the gradient. As in a sweep: with hundreds of tokens and most experts active, computing
+# all experts and masking beats gathering tokens for each; and the gradient of a gate needs what it closes anyway.
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.dyncomp.routed_ffn.default: routed_ffn_reference,
+    torch.ops.dyncomp.gated_linear.default: gated_linear_reference,
+    torch.ops.dyncomp.sparse_linear.default: sparse_linear_reference,
     aten.rms_norm.default: _rms_norm,
 }
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 class Program:
@@ -62,7 +70,8 @@ class Program:
         graph: is not changed; nodes of it can be watched.
         weight: the tensor to use for a constant's name; the graph's own by default.
         trained: names of the constants that change from run to run.
-        bfloat16: products in bfloat16 (autocast).
+        bfloat16: products in bfloat16 (autocast), routers in float32 (Switch, 2101.03961, section 2.4): which gates open hangs on small
+            differences.
         checkpoints: keep only the residual stream between layers for the backward pass and compute the rest again: about a
             third more work, a fraction of the memory.
     """
@@ -85,6 +94,8 @@ class Program:
             elif node.op == "call_function" and (node.target is aten.sym_size.int or all(n in self._static for n in node.all_input_nodes)):
                 self._static.add(node)
         self._dynamic = [n for n in self.graph.nodes if n.op == "call_function" and n not in self._static]
+        self._routers = {n for r in find_routed(self.graph) for n in r.router} | {s.scores for s in find_skips(self.graph)}
+        self._half = self._products() if bfloat16 else {}
         self._end, self._last = self._split()
         self._dynamic = [n for n in self._dynamic if n not in self._last]
         self._constants = {n: self._weight(str(n.target)) for m in self._last for n in m.all_input_nodes if n.op == "get_attr"}
@@ -140,6 +151,12 @@ class Program:
         """What ``node`` reads that is not the same in every run."""
         return {n for n in node.all_input_nodes if n.op != "get_attr" or n not in self._static}
 
+    def _products(self) -> dict[fx.Node, Tensor]:
+        """In bfloat16, the weights of products that are not trained: autocast would round them again each time they are used."""
+        weights = {n.args[1] for n in self._dynamic if n.target is aten.linear.default and n not in self._routers}
+        kept = [w for w in weights if isinstance(w, fx.Node) and w.op == "get_attr" and w in self._static]
+        return {w: self._weight(str(w.target)).bfloat16() for w in kept}
+
     def _shape_dependent(self, env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         key = tuple(tuple(t.shape) for t in env.values())
         if key not in self._known:
@@ -154,11 +171,17 @@ class Program:
 
     def _compute(self, node: fx.Node, *environments: dict[fx.Node, Any]) -> Any:
         def value(n: fx.Node) -> Any:
+            if n in self._half and node.target is aten.linear.default:
+                return self._half[n]
             if n.op == "get_attr" and n not in self._static:
                 return self._weight(str(n.target))
             return next(e[n] for e in environments if n in e)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if self._bfloat16 and node in self._routers:
+            args, kwargs = tree_map(_in_float32, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return node.target(*args, **kwargs)  # type: ignore[operator]
         return _IMPLEMENTATIONS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
 
     def _run(self, segment: list[fx.Node], env: dict[fx.Node, Any], known: dict[fx.Node, Any], wanted: set[fx.Node]) -> None:
