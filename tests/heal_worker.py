@@ -12,7 +12,9 @@ from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.ranks import joined, rank
 from dyncomp.serialize import load_graph
 
-SETTINGS = Settings(steps=12, bfloat16=False, lr=5e-4, router_lr=2.0, batch=8, together=1, evaluations=2, hold=0.02, balance=0.01)
+SETTINGS = Settings(
+    steps=12, bfloat16=False, lr=5e-4, router_lr=2.0, vector_lr=1.0, batch=8, together=1, evaluations=2, hold=0.02, balance=0.01
+)
 
 
 def main(folder: Path) -> None:

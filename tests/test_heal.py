@@ -38,7 +38,7 @@ from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.serialize import save_graph
 from dyncomp.sweep import Sweep
 
-QUICK = {"bfloat16": False, "lr": 2e-3, "router_lr": 2.0, "batch": 8, "together": 4, "evaluations": 4}
+QUICK = {"bfloat16": False, "lr": 2e-3, "router_lr": 2.0, "vector_lr": 1.0, "batch": 8, "together": 4, "evaluations": 4}
 
 
 @functools.cache
@@ -124,6 +124,28 @@ def test_tokens_that_skip_are_healed_at_the_same_cost(passes: list[Pass]) -> Non
         opened = (scores[:, threshold.first :, threshold.shared :] > 0).float().mean()
         assert float(opened) == pytest.approx(threshold.open, abs=0.02)  # equal tokens score alike in the first layer
     assert Weights(graph).routers >= {s.scores.args[1].target for s in find_skips(graph)}
+
+
+@pytest.mark.parametrize("passes", [
+    "carve-experts{experts=8 shared=2}, fit-router{active=0.6}", "skip-depth{active=0.6 blocks=all rank=4}",
+])  # fmt: skip
+def test_gradients_open_no_gates_on_the_whole(passes: str) -> None:
+    dense = trace_tiny("llama")
+    ctx = context("llama", dense)
+    graph, text = dense.copy(), tokens(48, 16, seed=9)
+    Pipeline(parse_passes(passes)).run(graph, ctx)
+    pushed = []
+    for hold in (0.0, 0.05):
+        trainer = Trainer(graph, dense, text[:40], text[40:], Settings(steps=1, hold=hold, **QUICK))
+        trainer._gradients(0)
+        biases = [(trainer.weights(t.bias).grad[t.shared :], t) for t in trainer._thresholds]
+        pushed.append(torch.stack([b.sum() for b, _ in biases]))
+        assert all(float(b.abs().max()) > 0 for b, t in biases if t.scores.meta["val"].shape[-1] > 1), "between experts they still choose"
+        routers = [trainer.weights(str(t.scores.args[1].target)).grad for t in trainer._thresholds]
+        assert all(float(r.abs().max()) > 0 for r in routers)
+    free, held = pushed
+    assert bool((free < 0).all()), "every layer would open more"
+    assert_close(held + free, free, rel=1e-4)
 
 
 def test_layers_trade_a_budget() -> None:

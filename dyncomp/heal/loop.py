@@ -29,6 +29,7 @@ from dyncomp.heal.settings import Settings
 from dyncomp.heal.weights import Weights
 from dyncomp.pipeline import Progress, no_progress
 from dyncomp.regions import find_regions, find_routed
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.router import find_scores, selection_bias
 from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
@@ -94,12 +95,13 @@ class Trainer:
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
         self._thresholds = find_thresholds(self.student.graph)
+        self._of_tokens = {s.scores for s in find_skips(self.student.graph)}
         self._budget = DepthBudget(self.student.graph) if settings.budget else None
         traded = {t.scores for t in self._budget.thresholds} if self._budget else set()
         self._wanted: list[Tensor] = []  # the dense model's states on the held-out windows
         self._levels = [torch.zeros(()) for _ in self._thresholds]
-        self._held: dict[fx.Node, Callable[[Tensor], Tensor]] = (
-            {t.scores: partial(self._hold, i) for i, t in enumerate(self._thresholds) if t.scores not in traded} if settings.hold else {}
+        self._watched: dict[fx.Node, Callable[[Tensor], Tensor]] = (
+            {t.scores: partial(self._watch, i) for i, t in enumerate(self._thresholds) if t.scores not in traded} if settings.hold else {}
         )
         self._in_training = self._changes()
         self._optimizer = self._make_optimizer()
@@ -229,7 +231,7 @@ class Trainer:
         parts = split_rows(self._held_out, max(1, _LOOK // row_tokens(self.student.graph, self._held_out)))[ranks.rank() :: ranks.world()]
         self._wanted = self._wanted or [self.teacher(model_inputs(self.teacher.graph, ids))[0] for ids in parts]
         for ids, wanted in zip(parts, self._wanted, strict=True):
-            output, _ = self.student(model_inputs(self.student.graph, ids), (), self._held)
+            output, _ = self.student(model_inputs(self.student.graph, ids), (), self._watched)
             total += output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish).double() * len(ids)
         ranks.add_up([total])
         return float(total) / len(self._held_out)
@@ -247,24 +249,36 @@ class Trainer:
         left = self.settings.minutes * 60 - evaluation * (self.settings.evaluations + 2) - step * _TIMED
         return ranks.agreed(max(1, int(left / (step * 1.03))))
 
-    def _hold(self, index: int, scores: Tensor) -> Tensor:
-        """Scores moved so that as many gates are open as should be (over a batch, as BatchTopK, 2412.06410): else gradients would open
-        more, and losses would be compared at different costs."""
-        threshold = self._thresholds[index]
-        self._levels[index] = level = threshold.level(scores)
-        return threshold.moved(scores, level)
+    def _watch(self, index: int, scores: Tensor) -> Tensor:
+        """Keep as many gates open as should be.
 
-    def _disturb(self, hold: Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
+        Gradients alone would open more, for each open gate helps. Their part that opens or closes gates on the whole is taken out (the
+        multiplier of the constraint), so that a gate opens where it helps more than another.
+
+        Of experts there are many gates a batch, and its scores are moved so that as many are open as should be (BatchTopK, 2412.06410).
+        The gates of tokens are few, and a batch is not the text: a router of the first layer knows tokens by name, and one document's
+        digits may all be beyond its threshold. There thresholds follow slowly (``hold``).
+        """
+        threshold = self._thresholds[index]
+        if scores.requires_grad:
+            slope = torch.sigmoid(scores.detach())
+            slope = slope * (1 - slope)
+            slope[..., : threshold.shared] = 0
+            scores.register_hook(lambda grad: grad - slope * (grad[..., threshold.shared :].sum() / slope.sum()))
+        self._levels[index] = level = threshold.level(scores)
+        return scores if threshold.scores in self._of_tokens else threshold.moved(scores, level)
+
+    def _disturb(self, watch: Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
         scores = noisy(scores, self.settings.noise)
-        return hold(scores) if hold else scores
+        return watch(scores) if watch else scores
 
     def _changes(self) -> dict[fx.Node, Callable[[Tensor], Tensor]]:
         """What training does to scores and gates, and nothing else."""
         s = self.settings
-        found: dict[fx.Node, Callable[[Tensor], Tensor]] = dict(self._held)
+        found: dict[fx.Node, Callable[[Tensor], Tensor]] = dict(self._watched)
         for router in self._routers:
             if s.noise:
-                found[router.scores] = partial(self._disturb, self._held.get(router.scores))
+                found[router.scores] = partial(self._disturb, self._watched.get(router.scores))
             if s.capacity:
                 found[router.gates] = partial(_limited, shared=router.shared, factor=s.capacity)
         return found
@@ -272,12 +286,12 @@ class Trainer:
     # ---- optimiser and checkpoints -----------------------------------------------------------------------------------
     def _make_optimizer(self) -> torch.optim.AdamW:
         s, parameters = self.settings, self.weights.parameters()
-        routers = [p for name, p in parameters.items() if name in self.weights.routers]
-        others = [p for name, p in parameters.items() if name not in self.weights.routers]
-        groups: list[dict[str, Any]] = [{"params": others, "peak": s.lr}]
-        if routers:
-            groups.append({"params": routers, "peak": s.lr * s.router_lr})
-        return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, p in parameters.items():
+            rate = s.router_lr if name in self.weights.routers else s.vector_lr if p.ndim == 1 else 1.0
+            groups.setdefault(s.lr * rate, []).append(p)
+        grouped = [{"params": params, "peak": peak} for peak, params in groups.items()]
+        return torch.optim.AdamW(grouped, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def _identity(self) -> str:
         """Of everything a run's result depends on: the options, the text, and the weights it begins with."""

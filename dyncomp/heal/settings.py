@@ -20,6 +20,8 @@ class Settings:
     good: SmolLM2 at 75 %, steps of 2048 tokens, gets better from the first step on at 4e-5, and worse for 80 steps at 3e-4."""
     router_lr: float = 10.0
     """Times ``lr``: the learning rate of routers."""
+    vector_lr: float = 8.0
+    """Times ``lr``: the learning rate of norms and biases, few numbers to which every token's gradient adds up."""
     rank: int = 0
     """0 trains weights whole; above, as low-rank adapters (LoRA) that are merged at the end."""
     batch: int = 4
@@ -41,9 +43,9 @@ class Settings:
     """Weight of the router z-loss (ST-MoE, 2202.08906)."""
     sparsity: float = 0.0
     """Weight of the squared difference between each FFN's active fraction and its calibrated one."""
-    hold: float = 0.1
-    """Rate at which thresholds follow those that give each batch the calibrated active fraction. Training and its held-out curve use the
-    batch's own, exactly; 0 leaves thresholds to the gradients. All are set again at the end."""
+    hold: float = 0.05
+    """Rate at which thresholds follow those that would give each batch the calibrated active fraction. Gradients do not raise it:
+    their part that opens gates on the whole is taken out. 0 leaves both to the gradients. All thresholds are set again at the end."""
     budget: float = 0.0
     """Operations of the layers that tokens skip, over those without routers, that training aims at: its squared difference is part of the
     loss, and layers trade what they skip. Before and after training all thresholds are moved alike to where it is met. 0 keeps each
@@ -62,7 +64,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 0 or (self.steps == 0 and not self.minutes > 0):
             raise RequestError("heal: it needs time: minutes or steps must be positive", hint="for example minutes=10, or steps=300")
-        for name in ("lr", "router_lr", "batch", "evaluations", "patience"):
+        for name in ("lr", "router_lr", "vector_lr", "batch", "evaluations", "patience"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"heal: {name.replace('_', '-')}={getattr(self, name):g} must be positive")
         weights = ("hidden", "balance", "balance_rate", "noise", "capacity", "z_loss", "sparsity", "hold", "budget", "budget_weight")
