@@ -4,7 +4,8 @@
     python -m bench.depth --bundle OUT      the routers of a converted model, on packaged text
     python -m bench.depth --list            the rows there are
 
-Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of rank 32: only speed is looked at.
+Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of the rank that is the default: only
+speed is looked at.
 Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions take their
 turn, and a round's ratio is that of its own times: what else the machine does slows neighbours alike.
 """
@@ -27,7 +28,7 @@ from dyncomp.backends.ort.run import OrtModel
 from dyncomp.passes import Quantize
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.depth_kv import POLICIES, keys_and_values
-from dyncomp.passes.skip_depth import find_units
+from dyncomp.passes.skip_depth import find_units, usual_rank
 
 from bench import rowwise
 from bench.branches import branch_times, packing_times
@@ -47,7 +48,7 @@ from dyncomp.sweep import Sweep
 from dyncomp.trace import trace_model
 
 SHARES = (0.0, 0.25, 0.5)
-_CONTEXT, _STEPS, _RANK = 64, 16, 32
+_CONTEXT, _STEPS = 64, 16
 Results = dict[str, Any]
 
 
@@ -59,7 +60,8 @@ def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, fl
     graph, generator = dense.copy(), torch.Generator().manual_seed(0)
     units, attentions = find_units(graph, "block")[0], find_regions(graph).attentions
     policies = [keys_and_values(graph, attentions, u.parts[0].attention, kv) for u in units if u.parts[0].attention is not None]
-    gated = [insert_gates(graph, u, _RANK, p) for u, p in zip(units, policies, strict=True) if not isinstance(p, str)]
+    rank = usual_rank(units)
+    gated = [insert_gates(graph, u, rank, p) for u, p in zip(units, policies, strict=True) if not isinstance(p, str)]
     ids = torch.randint(vocabulary_size(graph), (8, 96), generator=generator)
     sweep = Sweep(graph, [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}])
     skipped = []

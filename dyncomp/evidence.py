@@ -75,9 +75,12 @@ def static_baseline(dense: Graph, converted: Graph, quantize: Sequence[Pass], ct
     """The dense model with as many FFN neurons removed, for every token alike, as the converted one leaves out, or as correspond to the
     weights it does not read, on average."""
     changed = {r.name for r in find_parts(converted)} | {f.name for f in find_regions(converted).sparse_ffns}
-    kept_dense = tuple(i for i, f in enumerate(find_regions(dense).ffns) if f.name not in changed)
+    ffns, active = find_regions(dense).ffns, calibrated_share(converted)
+    kept_dense = tuple(i for i, f in enumerate(ffns) if f.name not in changed)
+    if active * sum(f.d_ff for f in ffns) <= sum(ffns[i].d_ff for i in kept_dense):  # all that changed is skipped by all tokens
+        kept_dense = ()
     static = dense.copy()
-    prune = PruneStatic(active=calibrated_share(converted), keep_dense=kept_dense)
+    prune = PruneStatic(active=active, keep_dense=kept_dense)
     Pipeline([prune, *([] if heal is None else [heal]), *quantize]).run(static, ctx)
     return static
 

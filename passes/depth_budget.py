@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from dyncomp.passes.budgets import Reference
 from dyncomp.passes.depth_gates import Unit, shared_experts
 from dyncomp.passes.least_squares import LeastSquares
 from torch import Tensor
@@ -18,39 +19,94 @@ from dyncomp.models.loaded import WRITES
 from dyncomp.pipeline import Context
 from dyncomp.regions import RoutedFFN
 from dyncomp.regions.depth import Part
-from dyncomp.regions.tokens import written_tokens
 from dyncomp.sweep import Sweep, fast_matmul
 
 STAND_IN_RIDGE = 0.1
 
 
-def sensitivities(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int, experts: bool = False) -> list[float]:
-    """Rise of the loss, in nats a token, when all tokens but the first skip one unit and get its stand-in; a unit each.
+@dataclass(frozen=True)
+class Curve:
+    """What is lost by how many tokens skip a unit, those first of which its router says that they lose least.
 
     Args:
-        windows: calibration windows at the end that the loss is measured on; the stand-ins are fitted to the others.
+        loss: in nats a token, when all skip.
+        order: [tokens] the squared errors that skipping leaves, in that order of the tokens.
+    """
+
+    loss: float
+    order: Tensor
+
+    def steps(self) -> list[tuple[float, float]]:
+        """(share of the tokens, loss a share) of the pieces of its lower convex envelope on :data:`PIECES` equal shares, left to right."""
+        known = torch.cat([self.order.new_zeros(1), self.order.cumsum(0)])
+        points = [(i / PIECES, float(known[round(i * len(self.order) / PIECES)] / known[-1].clamp_min(1e-12))) for i in range(PIECES + 1)]
+        hull: list[tuple[float, float]] = []
+        for x, y in points:
+            while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
+                hull.pop()
+            hull.append((x, y))
+        return [(x - u, max(self.loss, FLOOR) * (y - v) / (x - u)) for (u, v), (x, y) in itertools.pairwise(hull)]
+
+
+PIECES = 64
+FLOOR = 1e-5
+"""Nats: what a few windows can tell from nothing."""
+
+
+def curves(graph: Graph, units: Sequence[Unit], ctx: Context, *, windows: int, rank: int, experts: bool = False) -> list[Curve]:
+    """What each unit alone costs when tokens (but for the first) skip it and get its stand-in.
+
+    The loss when all skip is measured to the end of the model, as the divergence from its own predictions: on as few tokens, differences
+    of cross entropies are mostly noise. What part of it the first tokens in a router's order cost, is their part of the squared error.
+
+    Args:
+        windows: calibration windows at the end that are measured on; stand-ins and routers are fitted to the others.
         rank: of the stand-ins, their constant counted; 0 for none.
         experts: that the shared experts of an FFN stand in for it.
     """
     batches = ctx.need_calibration("skip-depth{blocks=auto}").batches
     fitted, measured = _apart(batches, windows)
-    losses: list[float] = []
+    found: list[Curve] = []
     with fast_matmul(), torch.no_grad():
         first, second = Sweep(graph, fitted), Sweep(graph, measured)
-        whole = second.branch().advance(graph.output_nodes[0])
+        difference = _difference(graph, second.branch().advance(graph.output_nodes[0]))
         for position, unit in enumerate(units):
             fork = None
+            left: dict[Sweep, list[Tensor]] = {}
             for part in unit.parts:
-                x, y = first.advance(part.source), first.advance(part.result)
-                ahead = second.advance(part.source) if fork is None else fork.advance(part.source)
+                x = first.advance(part.source)
                 fork = second.branch() if fork is None else fork
-                given = _of_experts(graph, part, fork) if experts else stand_in(x, y, ahead, rank)
-                true = fork.branch().advance(part.result)
-                fork.provide(part.result, [torch.cat([t[:, :1], g[:, 1:]], 1) for t, g in zip(true, given, strict=True)])
+                ahead = fork.advance(part.source)
+                if part is unit.parts[0]:
+                    streams = {s: s.values(part.stream) if s.has(part.stream) else s.values(part.source) for s in (first, fork)}
+                    energy = {s: [v.square().sum(-1) for v in values] for s, values in streams.items()}
+                    sources = {first: x, fork: ahead}
+                if experts:
+                    given = {s: _of_experts(graph, part, s) for s in (first, fork)}
+                true = {first: first.advance(part.result), fork: fork.branch().advance(part.result)}
+                if not experts:
+                    given = dict(zip((first, fork), _stand_ins(x, true[first], (x, ahead), rank), strict=True))
+                for s in (first, fork):
+                    missing = [t - g for t, g in zip(true[s], given[s], strict=True)]
+                    left[s] = [a + b for a, b in zip(left[s], missing, strict=True)] if s in left else missing
+                fork.provide(part.result, [torch.cat([t[:, :1], g[:, 1:]], 1) for t, g in zip(true[fork], given[fork], strict=True)])
             assert fork is not None
-            losses.append(_rise(graph, fork.advance(graph.output_nodes[0]), whole, measured))
+            errors = {s: [v.square().sum(-1) / e.clamp_min(1e-12) for v, e in zip(left[s], energy[s], strict=True)] for s in left}
+            weight, bias = fit_scores(sources[first], errors[first])
+            scores = torch.cat([(v @ weight + bias)[:, 1:].flatten() for v in sources[fork]])
+            lost = torch.cat([e[:, 1:].flatten() for e in errors[fork]])
+            found.append(Curve(difference(fork.advance(graph.output_nodes[0])), lost[scores.argsort()]))
             ctx.progress("skip-depth: sensitivity", position + 1, len(units))
-    return losses
+    return found
+
+
+def fit_scores(source: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ridge regression of the logarithm of each token's error [B, S] on what a router reads [B, S, d], the first token left out:
+    (weight [d, 1], bias [1])."""
+    problem = LeastSquares(source[0].shape[-1], 1)
+    for x, error in zip(source, errors, strict=True):
+        problem.add(x[:, 1:].flatten(0, 1), (error[:, 1:].flatten()[:, None] + 1e-8).log())
+    return problem.solve(1e-2)
 
 
 def _of_experts(graph: Graph, part: Part, sweep: Sweep) -> list[Tensor]:
@@ -69,10 +125,14 @@ def stand_in(x: list[Tensor], y: list[Tensor], ahead: list[Tensor], rank: int) -
     Args:
         rank: of the map, its constant counted.
     """
+    return _stand_ins(x, y, (ahead,), rank)[0]
+
+
+def _stand_ins(x: list[Tensor], y: list[Tensor], places: Sequence[list[Tensor]], rank: int) -> list[list[Tensor]]:
     if not rank:
-        return [a.new_zeros(*a.shape[:-1], y[0].shape[-1]) for a in ahead]
+        return [[a.new_zeros(*a.shape[:-1], y[0].shape[-1]) for a in ahead] for ahead in places]
     down, up, bias = fit_stand_in(x, y, rank)
-    return [a @ down @ up + bias for a in ahead]
+    return [[a @ down @ up + bias for a in ahead] for ahead in places]
 
 
 def fit_stand_in(x: list[Tensor], y: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,35 +157,29 @@ def _apart(batches: Sequence[dict[str, Tensor]], windows: int) -> tuple[list[dic
     return pieces(single[:-windows]), pieces(single[-windows:])
 
 
-def _rise(graph: Graph, outputs: list[Any], whole: list[Any], batches: list[dict[str, Tensor]]) -> float:
-    """Next-token loss for language models; half the squared relative change of the output for others."""
-    if graph.info.get("task") not in WRITES:
+def _difference(graph: Graph, whole: list[Any]) -> Callable[[list[Any]], float]:
+    """A measure of other outputs than these: the divergence of next-token distributions, for language models; half the squared relative
+    change of the output for others."""
+    if graph.info.get("task") in WRITES:
+        known = [Reference(logits) for logits in whole]
+        return lambda outputs: sum(r.divergence(y) for r, y in zip(known, outputs, strict=True)) / len(known)
+
+    def change(outputs: list[Any]) -> float:
         return sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, whole, strict=True)) / (2 * len(whole))
-    rise = 0.0
-    for a, b, batch in zip(outputs, whole, batches, strict=True):
-        ids = written_tokens(graph, batch)[:, 1:].flatten()
-        rise += float(F.cross_entropy(a[:, :-1].flatten(0, 1), ids) - F.cross_entropy(b[:, :-1].flatten(0, 1), ids))
-    return rise / len(batches)
+
+    return change
 
 
-def allocate(losses: Sequence[float], total: float, power: float = 1.6, *, most: float = 1.0) -> list[float]:
-    """Shares from 0 to ``most`` that add up to ``total``, minimising ``sum of losses * share ** power``.
-
-    A layer that loses s when every token skips it loses about s * share ** power when the easiest tokens do: above 1, since its router
-    chooses, so that the first tokens to skip cost less than the last. Equal marginal loss then means shares in proportion to
-    s ** (1 / (1 - power)). SmolLM2-135M, 12.5 % of the visits to layers skipped, fitted to 16384 tokens, KL on held-out text and on
-    another source: .218 and .222 at 1.2 (two layers are dropped), .186 and .167 at 1.6, .188 and .177 at 2.2.
-    """
-    floor = 1e-4  # nats: what a few windows can tell from nothing
-    weights = torch.tensor([max(loss, floor) for loss in losses], dtype=torch.float64) ** (1 / (1 - power))
-    low, high = 0.0, float(1 / weights.min()) if len(losses) else 0.0
-    for _ in range(100):  # the shares grow with the factor
-        middle = (low + high) / 2
-        if float((middle * weights).clamp(max=most).sum()) < total:
-            low = middle
-        else:
-            high = middle
-    return (high * weights).clamp(max=most).tolist()
+def allocate(found: Sequence[Curve], total: float, *, most: float = 1.0) -> list[float]:
+    """Shares from 0 to ``most`` that add up to ``total``, at the least sum of losses: another token costs the same in every unit
+    (Everett, 1963)."""
+    steps = [(price, unit, share) for unit, curve in enumerate(found) for share, price in curve.steps()]
+    shares = [0.0] * len(found)
+    for _, unit, share in sorted(steps):
+        taken = max(min(share, total, most - shares[unit]), 0.0)
+        shares[unit] += taken
+        total -= taken
+    return shares
 
 
 def quantile(scores: Tensor, share: float) -> float:

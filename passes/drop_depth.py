@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dyncomp.passes.depth_budget import fit_stand_in
 from dyncomp.passes.depth_gates import Unit
 from dyncomp.passes.layerwise import residual_add
-from dyncomp.passes.skip_depth import WHAT, find_units, require_stand_in
+from dyncomp.passes.skip_depth import WHAT, find_units, require_stand_in, usual_rank
 from torch import fx
 
 from dyncomp.errors import RequestError
@@ -43,8 +43,8 @@ class DropDepth(Pass):
     """How many are left out."""
     standin: str = "none"
     """What every token gets in their place: ``none``, or ``linear``, a low-rank map as in ``skip-depth``."""
-    rank: int = 32
-    """Of the stand-in, its constant counted."""
+    rank: int = 0
+    """Of the stand-in, its constant counted; 0 for that of ``skip-depth``."""
 
     def __post_init__(self) -> None:
         if self.what not in WHAT:
@@ -74,16 +74,16 @@ class DropDepth(Pass):
                 if sweep is None:
                     added.replace_all_uses_with(stream)
                 else:
-                    self._stand_in(graph, part, added, sweep)
+                    self._stand_in(graph, part, added, sweep, self.rank or usual_rank(units))
             result.changed.append(unit.name)
         result.facts = {"influence": {name: round(value, 5) for name, value in influence.items()}}
         return result
 
-    def _stand_in(self, graph: Graph, part: Part, added: fx.Node, sweep: Sweep) -> None:
+    def _stand_in(self, graph: Graph, part: Part, added: fx.Node, sweep: Sweep, rank: int) -> None:
         """Let ``added`` add what the part's stand-in gives in place of what the part gives."""
         with fast_matmul(), torch.no_grad():
             x, y = sweep.advance(part.source), sweep.advance(part.result)
-            down, up, bias = fit_stand_in(x, y, self.rank)
+            down, up, bias = fit_stand_in(x, y, rank)
             given = [a @ down @ up + bias for a in x]
         weights = {f"{part.name}.standin.{n}": v.contiguous() for n, v in (("down", down.T), ("up", up.T), ("bias", bias))}
         for name, value in weights.items():

@@ -13,12 +13,14 @@ import pytest
 import torch
 from dyncomp.backends.native import available
 from dyncomp.passes import AddKVCache, DropDepth, Quantize, SkipDepth
-from dyncomp.passes.depth_budget import allocate
+from dyncomp.passes.depth_budget import Curve, allocate
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.depth_kv import keys_and_values
 from dyncomp.passes.least_squares import LeastSquares
 from dyncomp.passes.skip_depth import find_units
 from helpers import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from bench.tiny import ARCHITECTURES, built, sample, trace_tiny
@@ -430,11 +432,47 @@ def test_impossible_requests_say_why() -> None:
 
 
 def test_the_budget_goes_to_the_layers_that_lose_least() -> None:
-    shares = allocate([0.1, 0.01, 0.02, 5.0], 1.0)
-    assert sum(shares) == pytest.approx(1.0, abs=1e-6)
-    assert shares[1] > shares[2] > shares[0] > shares[3]
-    assert max(allocate([1e-9, 1.0, 1.0], 2.0)) <= 1
-    assert sum(allocate([1e-9, 1.0, 1.0], 2.0)) == pytest.approx(2.0, abs=1e-6)
+    alike = torch.ones(1000)
+    shares = allocate([Curve(0.1, alike), Curve(0.01, alike), Curve(0.02, alike), Curve(5.0, alike)], 1.5)
+    assert shares == pytest.approx([0, 1, 0.5, 0])
+    assert allocate([Curve(0.0, alike), Curve(1.0, alike)], 1.5) == pytest.approx([1, 0.5])
+    assert allocate([Curve(0.0, alike), Curve(1.0, alike)], 1.0, most=0.75) == pytest.approx([0.75, 0.25])
+    # A router that tells tokens apart: the loss of the first ones to skip is what counts, and both layers give some.
+    growing = torch.arange(1.0, 1001)
+    shares = allocate([Curve(0.1, growing), Curve(0.2, growing)], 0.9)
+    assert shares == pytest.approx([0.6, 0.3], abs=0.02)
+    assert allocate([Curve(0.1, growing), Curve(0.09, alike)], 0.4) == pytest.approx([0.4, 0], abs=0.02)
+
+
+@given(st.lists(st.tuples(st.floats(1e-4, 1), st.floats(0, 3)), min_size=1, max_size=6), st.floats(0, 1))
+def test_no_other_shares_lose_less(units: list[tuple[float, float]], share: float) -> None:
+    found = [Curve(loss, torch.arange(1.0, 129) ** power) for loss, power in units]
+    total = share * len(found)
+    shares = allocate(found, total)
+    assert sum(shares) == pytest.approx(total, abs=1e-6)
+    assert all(0 <= s <= 1 + 1e-9 for s in shares)
+
+    def price(curve: Curve, at: float) -> float:
+        """Of a little more."""
+        passed = 0.0
+        for width, cost in curve.steps():
+            passed += width
+            if at < passed - 1e-9:
+                return cost
+        return float("inf")
+
+    def spared(curve: Curve, at: float) -> float:
+        """By a little less."""
+        passed, last = 0.0, 0.0
+        for width, cost in curve.steps():
+            if at <= passed + 1e-9:
+                break
+            passed, last = passed + width, cost
+        return last
+
+    prices = [price(c, s) for c, s in zip(found, shares, strict=True)]
+    savings = [spared(c, s) for c, s in zip(found, shares, strict=True)]
+    assert max(savings) <= min(prices) * (1 + 1e-6), "moving a token from one layer to another spares nothing"
 
 
 def test_reduced_rank_regression_finds_a_low_rank_map() -> None:
