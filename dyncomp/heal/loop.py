@@ -264,7 +264,7 @@ class Trainer:
             slope = torch.sigmoid(scores.detach())
             slope = slope * (1 - slope)
             slope[..., : threshold.shared] = 0
-            scores.register_hook(lambda grad: grad - slope * (grad[..., threshold.shared :].sum() / slope.sum()))
+            scores.register_hook(lambda grad: grad - slope * (grad[..., threshold.shared :].sum() / slope.sum().clamp_min(1e-12)))
         self._levels[index] = level = threshold.level(scores)
         return scores if threshold.scores in self._of_tokens else threshold.moved(scores, level)
 
