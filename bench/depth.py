@@ -151,7 +151,8 @@ def measure(
     """Random routers: what a step takes, and what an ``If`` with all that belongs to it costs when every gate is open."""
     variants, skipped = graphs(dense, precision, kv)
     tokens = np.random.default_rng(0).integers(0, vocabulary_size(dense), 4096)
-    return _measured(variants, tokens, threads=threads, batches=batches, prompt=prompt, rounds=rounds) | {"skipped": skipped}
+    found = _measured(variants, tokens, threads=threads, batches=batches, prompt=prompt, rounds=rounds)
+    return found | {"skipped": skipped, "rank": usual_rank(find_units(dense, "block")[0])}
 
 
 def _measured(variants: dict[str, Graph], tokens: np.ndarray, *, threads: int, **settings: Any) -> Results:
@@ -255,6 +256,8 @@ def _speed_lines(row: Results) -> list[str]:
         count = row["ifs"]["0% skipped"]
         lines += ["", f"`If` in the graph: {count}. With every gate open a step takes, for each, {costs} of CPU time more than dense:",
                   "the branch, its gathering and scattering, and its part of router and stand-in."]  # fmt: skip
+    if "rank" in row:
+        lines += ["", f"Stand-ins of rank {row['rank']}."]
     if "passes" in row:
         lines += ["", f"Passes: `{', '.join(row['passes'])}`."]
     if sizes := row.get("kv_bytes_per_token"):
