@@ -71,7 +71,8 @@ def rows() -> list[Row]:
             found.append(Row(where, model, "static pruning, healed", f"{static}, {heal}"))
             if model == "smollm2-135m":
                 skipped = 0.4 * (1 - active)
-                routed = f"carve-experts{{experts=48 shared={int(16 * active)}}}, fit-router{{active={active / (1 - skipped):.3g}}}, refit-down"
+                left = f"{active / (1 - skipped):.3g}"
+                routed = f"carve-experts{{experts=48 shared={int(16 * active)}}}, fit-router{{active={left}}}, refit-down"
                 both = f"{routed}, skip-depth{{what=ffn active={1 - skipped:g}}}"
                 found.append(Row(where, model, f"48 experts, {skipped:.0%} of the tokens skip an FFN", both))
                 found.append(Row(where, model, "the same, healed", f"{both}, {heal}"))
