@@ -92,9 +92,6 @@ def rows() -> list[Row]:
         table = f"{model}, {share} of the {of} visits skipped"
         found.append(Row(table, model, "skip-depth", f"skip-depth{{{skipping}}}"))
         found.append(Row(table, model, "the same, healed", f"skip-depth{{{skipping}}}, {HEAL}"))
-        if of == "block":  # the held-out text skips a seventh more than the text that thresholds are set on
-            found.append(Row(table, model, "asked for 11%", "skip-depth{active=0.89}"))
-            found.append(Row(table, model, "the same, healed", f"skip-depth{{active=0.89}}, {HEAL}"))
         found.append(Row(table, model, f"{of}s dropped", f"drop-depth{{{dropping}}}"))
         found.append(Row(table, model, f"{of}s dropped, with stand-ins", f"drop-depth{{{dropping} standin=linear}}"))
         found.append(Row(table, model, "the same, healed", f"drop-depth{{{dropping} standin=linear}}, {HEAL}"))
