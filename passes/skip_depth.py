@@ -156,6 +156,7 @@ class SkipDepth(Pass):
             shares = dict(zip(chosen, allocate(found, skipped, most=most), strict=True))
             result.facts["sensitivity"] = {u.name: round(curve.loss, 4) for u, curve in zip(candidates, found, strict=True)}
         graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
+        graph.info["skippable"] = graph.info.get("skippable", 0) + len(units)
         experts = self.standin == "experts"
         gated = [(insert_gates(graph, units[i], self._rank, kv[i], experts=experts), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
         result = self._fitted(graph, gated, ctx, result)
@@ -175,6 +176,7 @@ class SkipDepth(Pass):
         found = segments(units, exits, skippable, (1 - self.active) * len(units))
         policies = [policy for policy in kv.values() if policy is not None]
         graph.info["kv_bytes"] = sum(a.cache_bytes for a in regions.attentions)
+        graph.info["skippable"] = graph.info.get("skippable", 0) + len(units)
         gated: list[tuple[GatedUnit, float]] = []
         last = regions.blocks[-1].output
         for segment in found:

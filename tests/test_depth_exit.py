@@ -113,7 +113,7 @@ def test_open_exits_are_the_dense_model_and_closed_ones_cost_less() -> None:
     rows = torch.cat([b["input_ids"] for b in ctx.calibration.batches])  # type: ignore[union-attr]
     quality = evaluate({"dense": ctx.dense, "converted": graph}, rows, task="causal-lm", batch=4)
     figures = quality_figures(quality, graph)
-    assert figures["skipped"] == pytest.approx(0.5, abs=0.05)
+    assert figures["skipped"] == pytest.approx(0.25, abs=0.03), "of all layers, two of which half the tokens skip"
     assert count(graph, active=figures["active_by_region"], sequence=4).flops_per_token < 0.9 * count(graph, sequence=4).flops_per_token
     assert len(find_regions(baselines(ctx.dense, graph, (), ctx)["layers_dropped"]).attentions) == 3  # of four, as half skips two
     graph.add_tensor(str(skip.scores.args[2].target), torch.ones(1) * 1e6)  # type: ignore[union-attr]

@@ -216,14 +216,16 @@ def _scores(gates: fx.Node) -> fx.Node:
 
 
 def skipped_share(graph: Graph, computed: Mapping[str, float]) -> float:
-    """Fraction of the visits that tokens skip, of those that have gates; each unit behind an exit counts.
+    """Fraction of the visits that tokens skip, of those to all layers (or attentions, or FFNs) that ``skip-depth`` was to choose from; each
+    unit behind an exit counts.
 
     Args:
         computed: fraction of the tokens that do not skip, by :class:`Skip` name.
     """
     units = {f"{name}.depth": facts.get("units", 1) for name, facts in graph.info.get("depth", {}).items()}
     weights = {name: units.get(name, 1) for name in computed}
-    return 1 - sum(computed[name] * weight for name, weight in weights.items()) / sum(weights.values())
+    skipped = sum((1 - computed[name]) * weight for name, weight in weights.items())
+    return skipped / max(graph.info.get("skippable", 0), sum(weights.values()))
 
 
 # ---- what the cache needs ------------------------------------------------------------------------------------------

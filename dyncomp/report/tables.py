@@ -225,7 +225,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     if increase and increase.get("layers_dropped", 9e9) <= increase["converted"]:
         lines.append("dropping whole layers, which needs no router, is as good here")
     if "skipped" in first:
-        lines.append(f"depth: tokens skip {first['skipped']:.1%} of the visits to layers that have a router (dyncomp inspect --depth)")
+        lines.append(f"depth: tokens skip {first['skipped']:.1%} of the visits to layers (dyncomp inspect --depth)")
     lines += _plain_quantization_wins(report, increase)
     if mixed := report.get("precisions"):
         lines.append(describe_mix(mixed))
