@@ -69,13 +69,6 @@ def rows() -> list[Row]:
             found.append(Row(where, model, "96 experts, linear path", routed))
             found.append(Row(where, model, "the same, healed", f"{routed}, {heal}"))
             found.append(Row(where, model, "static pruning, healed", f"{static}, {heal}"))
-            if model == "smollm2-135m":
-                skipped = 0.4 * (1 - active)
-                left = f"{active / (1 - skipped):.3g}"
-                routed = f"carve-experts{{experts=48 shared={int(16 * active)}}}, fit-router{{active={left}}}, refit-down"
-                both = f"{routed}, skip-depth{{what=ffn active={1 - skipped:g}}}"
-                found.append(Row(where, model, f"48 experts, {skipped:.0%} of the tokens skip an FFN", both))
-                found.append(Row(where, model, "the same, healed", f"{both}, {heal}"))
     model = "smollm2-135m"
     for active in (0.75, 0.5):
         for where in ("ffn", "all"):
