@@ -62,6 +62,8 @@ def rows() -> list[Row]:
                     f"carve-experts{{experts={experts} shared={int(experts * active / 3)}}}, fit-router{{active={active:g}}}, refit-down"
                 )
                 found.append(Row(where, model, f"{experts} experts", routed))
+                if experts == 48 and model == "smollm2-135m":
+                    found.append(Row(where, model, "the same, healed", f"{routed}, {heal}"))
             if model == "smollm2-135m":
                 by_kl = routed.replace("}, refit", " budgets=kl}, refit")
                 found.append(Row(where, model, "96 experts, budgets by KL", by_kl))
