@@ -1,6 +1,7 @@
 """Time, memory and quality of tokens that skip layers, beside dense: docs/depth.md. Never edit that file by hand.
 
-    python -m bench.depth [--model smollm2-135m] [--precision fp32 int8] [--kv compute] [--batch 1 4 16] [--prompt 512] [--threads 1]
+    python -m bench.depth [--model smollm2-135m] [--precision fp32 int8] [--kv compute] [--batch 1 4 16] [--prompt 512]
+                          [--threads 1] [--rank R]
     python -m bench.depth --bundle OUT      the routers of a converted model, on packaged text
     python -m bench.depth --list            the rows there are
 
@@ -52,7 +53,7 @@ _CONTEXT, _STEPS = 64, 16
 Results = dict[str, Any]
 
 
-def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, float]:
+def skipping(dense: Graph, share: float, kv: str = "compute", rank: int = 0) -> tuple[Graph, float]:
     """The graph with a random router for each layer, which lets a ``share`` of all tokens skip it; and the share of other tokens that do.
 
     With ``kv=share`` the first layer is not skipped: it has no keys and values to share.
@@ -60,7 +61,7 @@ def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, fl
     graph, generator = dense.copy(), torch.Generator().manual_seed(0)
     units, attentions = find_units(graph, "block")[0], find_regions(graph).attentions
     policies = [keys_and_values(graph, attentions, u.parts[0].attention, kv) for u in units if u.parts[0].attention is not None]
-    rank = usual_rank(units)
+    rank = rank or usual_rank(units)
     gated = [insert_gates(graph, u, rank, p) for u, p in zip(units, policies, strict=True) if not isinstance(p, str)]
     ids = torch.randint(vocabulary_size(graph), (8, 96), generator=generator)
     sweep = Sweep(graph, [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}])
@@ -77,9 +78,9 @@ def skipping(dense: Graph, share: float, kv: str = "compute") -> tuple[Graph, fl
     return graph, sum(skipped) / len(units)
 
 
-def graphs(dense: Graph, precision: str, kv: str) -> tuple[dict[str, Graph], dict[str, float]]:
+def graphs(dense: Graph, precision: str, kv: str, rank: int = 0) -> tuple[dict[str, Graph], dict[str, float]]:
     """The dense model and each of :data:`SHARES`, in that precision; and the share of the layer visits that each skips."""
-    variants = {"dense": (dense.copy(), 0.0)} | {f"{share:.0%} skipped": skipping(dense, share, kv) for share in SHARES}
+    variants = {"dense": (dense.copy(), 0.0)} | {f"{share:.0%} skipped": skipping(dense, share, kv, rank) for share in SHARES}
     for graph, _ in variants.values():
         if precision != "fp32":
             Quantize(bits=int(precision.removeprefix("int"))).run(graph, Context())
@@ -146,13 +147,13 @@ def _compared(
 
 def measure(
     dense: Graph, *, precision: str = "fp32", kv: str = "compute", batches: Sequence[int] = (1, 4, 16), prompt: int = 512, threads: int = 1,
-    rounds: int = 9,
+    rounds: int = 9, rank: int = 0,
 ) -> Results:  # fmt: skip
     """Random routers: what a step takes, and what an ``If`` with all that belongs to it costs when every gate is open."""
-    variants, skipped = graphs(dense, precision, kv)
+    variants, skipped = graphs(dense, precision, kv, rank)
     tokens = np.random.default_rng(0).integers(0, vocabulary_size(dense), 4096)
     found = _measured(variants, tokens, threads=threads, batches=batches, prompt=prompt, rounds=rounds)
-    return found | {"skipped": skipped, "rank": usual_rank(find_units(dense, "block")[0])}
+    return found | {"skipped": skipped, "rank": rank or usual_rank(find_units(dense, "block")[0])}
 
 
 def _measured(variants: dict[str, Graph], tokens: np.ndarray, *, threads: int, **settings: Any) -> Results:
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt; 0 leaves prefill out")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0, help="of the stand-ins, in place of the usual one")
     parser.add_argument("--bundle", help="a converted model, instead of random routers")
     parser.add_argument("--training", type=Path, help="keep what examples/train_mod.py printed into this file")
     given, rest = parser.parse_known_args()
@@ -299,8 +301,9 @@ def main() -> None:
     else:
         for precision in given.precision:
             for kv in given.kv:
-                rows[f"{given.model}, {precision}, kv={kv}, random routers, {threads}"] = partial(
-                    _random, given.model, precision=precision, kv=kv, **settings
+                rank = f", stand-ins of rank {given.rank}" if given.rank else ""
+                rows[f"{given.model}, {precision}, kv={kv}, random routers, {threads}{rank}"] = partial(
+                    _random, given.model, precision=precision, kv=kv, rank=given.rank, **settings
                 )
         rows["branches"] = lambda: {
             "times": branch_times(given.threads), "products": packing_times(given.threads), "threads": given.threads,
