@@ -5,9 +5,8 @@
     python -m bench.depth --bundle OUT      the routers of a converted model, on packaged text
     python -m bench.depth --list            the rows there are
 
-Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of the rank that is the default: only
-speed is looked at.
-Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions take their
+Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of the usual rank: only speed is
+looked at. Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions take their
 turn, and a round's ratio is that of its own times: what else the machine does slows neighbours alike.
 """
 
@@ -53,7 +52,7 @@ _CONTEXT, _STEPS = 64, 16
 Results = dict[str, Any]
 
 
-def skipping(dense: Graph, share: float, kv: str = "compute", rank: int = 0) -> tuple[Graph, float]:
+def skipping(dense: Graph, share: float, kv: str, rank: int) -> tuple[Graph, float]:
     """The graph with a random router for each layer, which lets a ``share`` of all tokens skip it; and the share of other tokens that do.
 
     With ``kv=share`` the first layer is not skipped: it has no keys and values to share.
@@ -61,7 +60,6 @@ def skipping(dense: Graph, share: float, kv: str = "compute", rank: int = 0) -> 
     graph, generator = dense.copy(), torch.Generator().manual_seed(0)
     units, attentions = find_units(graph, "block")[0], find_regions(graph).attentions
     policies = [keys_and_values(graph, attentions, u.parts[0].attention, kv) for u in units if u.parts[0].attention is not None]
-    rank = rank or usual_rank(units)
     gated = [insert_gates(graph, u, rank, p) for u, p in zip(units, policies, strict=True) if not isinstance(p, str)]
     ids = torch.randint(vocabulary_size(graph), (8, 96), generator=generator)
     sweep = Sweep(graph, [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}])
@@ -78,7 +76,7 @@ def skipping(dense: Graph, share: float, kv: str = "compute", rank: int = 0) -> 
     return graph, sum(skipped) / len(units)
 
 
-def graphs(dense: Graph, precision: str, kv: str, rank: int = 0) -> tuple[dict[str, Graph], dict[str, float]]:
+def graphs(dense: Graph, precision: str, kv: str, rank: int) -> tuple[dict[str, Graph], dict[str, float]]:
     """The dense model and each of :data:`SHARES`, in that precision; and the share of the layer visits that each skips."""
     variants = {"dense": (dense.copy(), 0.0)} | {f"{share:.0%} skipped": skipping(dense, share, kv, rank) for share in SHARES}
     for graph, _ in variants.values():
@@ -150,10 +148,11 @@ def measure(
     rounds: int = 9, rank: int = 0,
 ) -> Results:  # fmt: skip
     """Random routers: what a step takes, and what an ``If`` with all that belongs to it costs when every gate is open."""
+    rank = rank or usual_rank(find_units(dense, "block")[0])
     variants, skipped = graphs(dense, precision, kv, rank)
     tokens = np.random.default_rng(0).integers(0, vocabulary_size(dense), 4096)
     found = _measured(variants, tokens, threads=threads, batches=batches, prompt=prompt, rounds=rounds)
-    return found | {"skipped": skipped, "rank": rank or usual_rank(find_units(dense, "block")[0])}
+    return found | {"skipped": skipped, "rank": rank}
 
 
 def _measured(variants: dict[str, Graph], tokens: np.ndarray, *, threads: int, **settings: Any) -> Results:
@@ -293,6 +292,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     settings: Results = {"batches": given.batch, "prompt": given.prompt, "threads": given.threads}
     rows: dict[str, Callable[[], Results]] = {}
+    ranked = f", stand-ins of rank {given.rank}" if given.rank else ""
     threads = f"{given.threads} thread{'s' if given.threads > 1 else ''}"
     if given.bundle:
         rows[f"{Path(given.bundle).name}, fitted routers, {threads}"] = lambda: measure_bundle(given.bundle, **settings)
@@ -301,8 +301,7 @@ def main() -> None:
     else:
         for precision in given.precision:
             for kv in given.kv:
-                rank = f", stand-ins of rank {given.rank}" if given.rank else ""
-                rows[f"{given.model}, {precision}, kv={kv}, random routers, {threads}{rank}"] = partial(
+                rows[f"{given.model}, {precision}, kv={kv}, random routers, {threads}{ranked}"] = partial(
                     _random, given.model, precision=precision, kv=kv, rank=given.rank, **settings
                 )
         rows["branches"] = lambda: {
