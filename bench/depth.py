@@ -6,8 +6,8 @@
     python -m bench.depth --list            the rows there are
 
 Without a bundle every layer has a random router, its threshold set on random tokens, and a stand-in of the usual rank: only speed is
-looked at. Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions take their
-turn, and a round's ratio is that of its own times: what else the machine does slows neighbours alike.
+looked at. Tokens of a batch choose by themselves; those that compute a layer are gathered across the batch. In each round all sessions
+take their turn, and a round's ratio is that of its own times: what else the machine does slows neighbours alike.
 """
 
 from __future__ import annotations
