@@ -1126,6 +1126,61 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
 
 @given(st.data())
 @settings(max_examples=40, deadline=None)
+def test_what_stands_in_for_a_layer(native: Native, data: st.DataObject) -> None:
+    """To the last bit what two operators give: the layer, and a linear expert under the opposite gates."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    bits, block = data.draw(st.sampled_from([(8, 32), (8, 64), (4, 32)]))
+    rows, columns, neurons = 32 * data.draw(st.integers(1, 5)), block * data.draw(st.integers(1, 3)), block * data.draw(st.integers(1, 3))
+    width, rank = 32 * data.draw(st.integers(1, 4)), 32 * data.draw(st.integers(1, 4))
+    shape, threads = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))), data.draw(st.integers(1, 2))
+    x, z = (rng.standard_normal((*shape, d), np.float32) for d in (columns, width))
+    gates = rng.choice(np.array(data.draw(st.sampled_from([[0], [1], [0, 1], [0, 0.5, 1]])), np.float32), (*shape, 1))
+    asymmetric, offsets = data.draw(st.booleans()), data.draw(st.booleans())
+    up, down = Quantized(rng, (1, rank, width), 8, 32, offsets), Quantized(rng, (1, rows, rank), 8, 32, offsets)
+    bias = rng.standard_normal((1, rank), np.float32) if data.draw(st.booleans()) else None
+    plain: dict[str, int] = {"gated": 0, "activation": ACTIVATION_CODES["identity"]}
+    other = {"columns": width, "neurons": rank, "bits": 8, "block": 32}
+    stand_in = {**up.packed("up_"), "up_bias": bias, **down.packed("down_")}
+    if data.draw(st.booleans()):
+        op, w = "QuantizedLinear", Quantized(rng, (rows, columns), bits, block, asymmetric)
+        layer: Tensors = {**w.packed(), "bias": rng.standard_normal(rows, np.float32), "lower": None, "gates": gates}
+        settings_of: dict[str, int] = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": 1}
+        rest: Tensors = {}
+    else:
+        op, inner = "QuantizedFFN", Quantized(rng, (1, 2 * neurons, columns), bits, block, asymmetric)
+        outer = Quantized(rng, (1, rows, neurons), bits, block, asymmetric)
+        layer = {"gates": gates, **inner.packed("up_"), "up_bias": None, **outer.packed("down_"), "router": None, "router_bias": None}
+        rest = {"down_bias": rng.standard_normal(rows, np.float32), "base": rng.standard_normal((*shape, rows), np.float32)}
+        settings_of = {"experts": 1, "rows": rows, "columns": columns, "neurons": neurons, "bits": bits, "block": block, "gated": 1,
+                       "activation": ACTIVATION_CODES["silu"]}  # fmt: skip
+    base = native.run(op, {"x": x, **layer, **rest}, {}, threads, **settings_of)
+    closed = (gates == 0).astype(np.float32)
+    nothing = dict.fromkeys(("router", "router_bias", "down_bias"))
+    expected = native.run("QuantizedFFN", {"x": z, "gates": closed, **stand_in, **nothing, "base": base}, {}, threads,
+                          experts=1, rows=rows, **other, **plain)  # fmt: skip
+    together = {"x": x, **layer, **rest, "standin_x": z, **{f"standin_{k}": v for k, v in stand_in.items()}}
+    attributes = settings_of | {f"standin_{k}": v for k, v in other.items()}
+    assert np.array_equal(native.run(op, together, {}, threads, **attributes), expected)
+    if (gates == 0).any():
+        assert not np.array_equal(expected, base)
+        with pytest.raises(Exception, match="the input standin_x has"):
+            native.run(op, together | {"standin_x": z[..., :-1]}, {}, threads, **attributes)
+    with pytest.raises(Exception, match="what stands in for skipped tokens needs gates"):
+        native.run(op, together | {"gates": None}, {}, threads, **attributes)
+
+
+def test_a_stand_in_of_one_of_several_experts_is_refused(best: Native) -> None:
+    rng = np.random.default_rng(0)
+    up, down = Quantized(rng, (2, 64, 64), 8, 32, False), Quantized(rng, (2, 64, 64), 8, 32, False)
+    inputs = {"x": np.zeros((1, 64), np.float32), "gates": np.ones((1, 2), np.float32), **up.packed("up_"), "up_bias": None,
+              **down.packed("down_")}  # fmt: skip
+    with pytest.raises(Exception, match="something stands in for one of several experts"):
+        best.run("QuantizedFFN", inputs, {}, experts=2, rows=64, columns=64, neurons=64, bits=8, block=32, gated=0, activation=0,
+                 standin_neurons=32, standin_columns=64, standin_bits=8, standin_block=32)  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
 def test_gates_of_tokens_by_a_norm(native: Native, data: st.DataObject) -> None:
     columns, shape = data.draw(st.integers(1, 200)), (data.draw(st.integers(1, 3)), data.draw(st.integers(0, 40)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -1136,9 +1191,11 @@ def test_gates_of_tokens_by_a_norm(native: Native, data: st.DataObject) -> None:
         first[:1] = 1e4
     epsilon = data.draw(st.sampled_from([1e-5, 0.5]))
     inputs: Tensors = {"a": a, "b": b, "scale": scale, "weight": weight, "bias": bias, "first": first}
-    names, threads = ["gates", "closed", "normed", "sum"], data.draw(st.integers(1, 2))
+    names, threads = ["gates", "normed", "sum", "closed"], data.draw(st.integers(1, 2))
     session = native.session("NormGates", inputs, {}, threads, names, {"columns": columns, "epsilon": epsilon})
-    gates, closed, normed, total = session.run(None, feeds(inputs))
+    gates, normed, total, closed = session.run(None, feeds(inputs))
+    session = native.session("NormGates", inputs, {}, threads, names[:-1], {"columns": columns, "epsilon": epsilon})
+    assert all(map(np.array_equal, session.run(None, feeds(inputs)), (gates, normed, total)))  # closed is left out
     assert np.array_equal(total, a + b)
     expected = torch.nn.functional.rms_norm(torch.from_numpy(a + b), (columns,), torch.from_numpy(scale), epsilon).numpy()
     np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)

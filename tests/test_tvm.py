@@ -22,6 +22,7 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_depth import gated
+from test_depth_ort import trace_wider
 from test_ort import carve, with_cache
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from bench.tiny import trace_tiny
 from dyncomp.errors import BackendError, ModelError, RequestError
 from dyncomp.graph import Graph, op_name
 from dyncomp.ops import cached_attention, rotary, routed_ffn
+from dyncomp.pipeline import Context
 from dyncomp.regions.tokens import random_inputs
 from dyncomp.trace import trace
 
@@ -46,6 +48,7 @@ from dyncomp.backends.tvm.lower import lower
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 from dyncomp.backends.tvm.script import stack
 from dyncomp.backends.tvm.slots import TvmSlots
+from dyncomp.passes import Quantize
 
 HERE = machine.this_machine()
 TILE = Tile(HERE.lanes, HERE.vectors, HERE.rows)
@@ -320,6 +323,16 @@ def test_tokens_that_skip_layers(tmp_path: Path) -> None:
     entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=8)
     assert entry["relative_error"] <= 1e-5
     assert entry["greedy_tokens_equal"] == 1
+
+
+def test_tokens_that_skip_quantized_layers(tmp_path: Path) -> None:
+    """What stands in for a layer is in the layer's operator."""
+    graph = with_cache(gated(trace_wider(), "block", closed=True, rank=32))
+    Quantize(bits=8).run(graph, Context())
+    kernels = lower(graph, tmp_path).kernels
+    assert sum(n for name, n in kernels.items() if "quantized_ffn" in name) == 2
+    entry = parity(graph, TvmModel(tmp_path, threads=1), decoder_for, backend="tvm", prompt_tokens=12, steps=8, good=1e-2)
+    assert entry["relative_error"] <= 2e-2
 
 
 def test_what_tvm_lacks_is_spelled_otherwise(tmp_path: Path) -> None:

@@ -139,19 +139,27 @@ void check_last(Call& call, const Shape& x, int64_t columns) {
   call.fail("the last dimension of x is %lld; it should be %lld", static_cast<long long>(x.last()), static_cast<long long>(columns));
 }
 
-void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t tokens, Block* output) {
+void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t tokens, Block* output, const int32_t* which) {
   struct Job {
     const Matrix& w;
     const float* input;
     Block* output;
+    const int32_t* which;
   };
-  const Job job = {w, input, output};
-  const int64_t blocks = tokens * (w.columns / kBlock);
-  const auto run = [](const void* data, int64_t first, int64_t last) {
+  const Job job = {w, input, output, which};
+  const auto all = [](const void* data, int64_t first, int64_t last) {
     const Job& j = *static_cast<const Job*>(data);
     active->quantize(j.w, j.input + first * kBlock, last - first, j.output + first);
   };
-  call.parallel(blocks * kBlock * 4, blocks, run, &job);  // a number costs about as much as four multiplications
+  const auto some = [](const void* data, int64_t first, int64_t last) {
+    const Job& j = *static_cast<const Job*>(data);
+    const int64_t blocks = j.w.columns / kBlock;
+    for (int64_t i = first; i < last; i++) {
+      active->quantize(j.w, j.input + j.which[i] * j.w.columns, blocks, j.output + j.which[i] * blocks);
+    }
+  };
+  const int64_t work = tokens * w.columns * 4;  // a number costs about as much as four multiplications
+  which ? call.parallel(work, tokens, some, &job) : call.parallel(work, tokens * (w.columns / kBlock), all, &job);
 }
 
 void check_format(Attributes& attributes, int64_t rows, int64_t columns, int64_t bits, int64_t block) {

@@ -102,8 +102,8 @@ inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 // Fails unless x [.., columns] has this shape.
 void check_last(Call& call, const Shape& x, int64_t columns);
 
-// Quantizes x [tokens, columns of w] for a product with w.
-void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t tokens, Block* output);
+// Quantizes x [.., columns of w] for a product with w: `tokens` of its rows, those that `which` lists, or the first where it is null.
+void quantize_tokens(Call& call, const Matrix& w, const float* input, int64_t tokens, Block* output, const int32_t* which = nullptr);
 
 // Fails unless there are kernels for a matrix like this.
 void check_format(Attributes& attributes, int64_t rows, int64_t columns, int64_t bits, int64_t block);

@@ -1,8 +1,9 @@
-// QuantizedFFN: y[t] = base[t] + sum over the experts of gates[t, e] * FFN_e(x[t]), computing only those whose gate is not 0.
+// QuantizedFFN: y[t] = base[t] + sum over the experts of gates[t, e] * FFN_e(x[t]), computing only those whose gate is not 0;
+// and, of one expert, what stands in for it.
 #include <algorithm>
 
-#include "operators.h"
 #include "routing.h"
+#include "stand_in.h"
 
 namespace dyncomp {
 namespace {
@@ -14,17 +15,21 @@ constexpr Input kInputs[] = {
     {Type::kFloat, true},                                             // up_bias
     {Type::kByte, false},   {Type::kHalf, false}, {Type::kHalf, true},  // down_codes, down_scales, down_offsets
     {Type::kFloat, true},    {Type::kFloat, true},    {Type::kFloat, true},     // router, router_bias, down_bias
-    {Type::kFloat, true},                                                     // base
+    {Type::kFloat, true},    STAND_IN_INPUTS,                                  // base, and for tokens whose gate is 0
 };
+constexpr size_t kGates = 1, kStandIn = 13;
 struct Ffn {
   Experts experts;
   int64_t bits, block;
+  StandIn standin;
 };
 
 void* create(Attributes& attributes) {
-  const Ffn op = {read_experts(attributes), attributes.integer("bits"), attributes.integer("block")};
+  const Experts experts = read_experts(attributes);
+  const Ffn op = {experts, attributes.integer("bits"), attributes.integer("block"), read_stand_in(attributes, experts.rows)};
   check_format(attributes, op.experts.neurons, op.experts.columns, op.bits, op.block);
   check_format(attributes, op.experts.rows, op.experts.neurons, op.bits, op.block);
+  if (op.standin.neurons && op.experts.experts != 1) attributes.fail("something stands in for one of several experts");
   return keep(attributes, op);
 }
 
@@ -37,10 +42,12 @@ void run_contract(const void* user, int64_t first, int64_t last) {
   active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
 }
 
-void compute(const void* kernel, Call& call) {
-  const auto& [op, bits, block] = *static_cast<const Ffn*>(kernel);
+// The experts; the tokens of the output are job->tokens.
+void run_experts(const Ffn& ffn, Call& call, QuantizedFfnJob* made) {
+  const Experts& op = ffn.experts;
+  const int64_t bits = ffn.bits, block = ffn.block;
   Shape shape;
-  QuantizedFfnJob job = {};
+  QuantizedFfnJob& job = *made;
   const int64_t up_rows = op.neurons * (op.gated ? 2 : 1);
   job.input = call.input<float>(0, "x", false, &shape);
   check_last(call, shape, op.columns);
@@ -50,7 +57,7 @@ void compute(const void* kernel, Call& call) {
   job.down = matrix(call, 6, "down_", op.rows, op.neurons, bits, block, op.experts);
   job.down_bias = call.input<float>(11, "down_bias", true, op.rows);
   job.base = call.input<float>(12, "base", true, tokens * op.rows);
-  const Routing routing = read_routing(call, op, tokens, 1, 9);
+  const Routing routing = read_routing(call, op, tokens, kGates, 9);
   if (call.failed()) return;
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
@@ -76,8 +83,19 @@ void compute(const void* kernel, Call& call) {
   call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
 }
 
+void compute(const void* kernel, Call& call) {
+  const Ffn& op = *static_cast<const Ffn*>(kernel);
+  QuantizedFfnJob job = {};
+  run_experts(op, call, &job);
+  if (op.standin.neurons == 0) return;
+  const float* gates = call.input<float>(kGates, "gates", true, job.tokens);
+  if (!gates) return call.fail("what stands in for skipped tokens needs gates");
+  add_stand_in(call, op.standin, kStandIn, gates, job.tokens, job.output);
+}
+
 }  // namespace
 
-const Operator quantized_ffn = {kName, kInputs, 13, create, compute, [](void* kernel) { delete static_cast<Ffn*>(kernel); }};
+const Operator quantized_ffn = {kName, kInputs, kStandIn + kStandInInputs, create, compute,
+    [](void* kernel) { delete static_cast<Ffn*>(kernel); }};
 
 }  // namespace dyncomp

@@ -1,5 +1,5 @@
-// TokenGates: 1 for the tokens whose score weight . x[t] + bias (+ first[t]) is positive, 0 for the others; and one less that.
-// NormGates: the same for x[t] = RMSNorm(a[t] + b[t]), which it gives as well, and the sum.
+// TokenGates: 1 for the tokens whose score weight . x[t] + bias (+ first[t]) is positive, 0 for the others; and, where it is read, one less
+// that. NormGates: the same for x[t] = RMSNorm(a[t] + b[t]), which it gives as well, and the sum.
 #include <cmath>
 
 #include "operators.h"
@@ -53,11 +53,11 @@ void run(const void* user, int64_t from, int64_t to) {
     if (job.a) norm(job, t);
     const float s = dot(job.x + t * job.columns, job.weight, job.columns) + *job.bias + (job.first ? job.first[t % job.length] : 0.0f);
     job.gates[t] = s > 0.0f ? 1.0f : 0.0f;
-    job.closed[t] = 1.0f - job.gates[t];
+    if (job.closed) job.closed[t] = 1.0f - job.gates[t];
   }
 }
 
-// The router is in the inputs router .. router + 2, the outputs come in the order gates, closed, normed, sum.
+// The router is in the inputs router .. router + 2, the outputs come in the order gates, normed, sum, closed.
 void route(Call& call, Job& job, Shape shape, size_t router) {
   Shape positions;
   job.weight = call.input<float>(router, "weight", false, job.columns);
@@ -69,9 +69,9 @@ void route(Call& call, Job& job, Shape shape, size_t router) {
   if (tokens && (job.length == 0 || tokens % job.length)) {
     call.fail("first has %lld elements for %lld tokens", static_cast<long long>(job.length), static_cast<long long>(tokens));
   }
-  if (job.a) job.normed = call.output<float>(shape, 2), job.sum = call.output<float>(shape, 3), job.x = job.normed;
+  if (job.a) job.normed = call.output<float>(shape, 1), job.sum = call.output<float>(shape, 2), job.x = job.normed;
   shape.sizes[shape.rank - 1] = 1;
-  job.gates = call.output<float>(shape, 0), job.closed = call.output<float>(shape, 1);
+  job.gates = call.output<float>(shape, 0), job.closed = call.output<float>(shape, job.a ? 3 : 1);
   call.parallel(tokens * job.columns * (job.a ? 4 : 1), tokens, run, &job);
 }
 
@@ -101,7 +101,7 @@ void destroy(void* kernel) { delete static_cast<Gate*>(kernel); }
 
 }  // namespace
 
-const Operator token_gates = {"TokenGates", kInputs, 4, create, compute, destroy, 2};
-const Operator norm_gates = {"NormGates", kNormInputs, 6, create, compute_with_norm, destroy, 4};
+const Operator token_gates = {"TokenGates", kInputs, 4, create, compute, destroy, 2, Type::kFloat, 1};
+const Operator norm_gates = {"NormGates", kNormInputs, 6, create, compute_with_norm, destroy, 4, Type::kFloat, 1};
 
 }  // namespace dyncomp

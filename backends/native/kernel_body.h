@@ -308,6 +308,7 @@ void expand(const QuantizedFfnJob& job, int64_t first, int64_t last) {
 }
 
 inline void start_output(const FfnJob& job, int64_t column, int64_t width) {
+  if (job.add) return;
   for (int64_t t = 0; t < job.tokens; t++) {
     const int64_t at = t * job.rows + column;
     for (int64_t j = 0; j < width; j++) job.output[at + j] = job.down_bias ? job.down_bias[column + j] : 0.0f;

@@ -81,6 +81,7 @@ struct FfnJob {
   int64_t chunks;           // of an expert's neurons: 32, or 64 in floats where there is no gate
   int64_t up_tiles, down_tiles;  // of one expert
   int32_t gated, activation;
+  bool add;  // the result is added to what the output holds, in place of base and bias
 };
 
 struct QuantizedFfnJob : FfnJob {

@@ -1,9 +1,10 @@
 // QuantizedLinear: y[t] = W x[t] + bias; x rounded to int8, or, with `terms` 2, the sum of two such roundings. Where W are the upper halves
 // of codes, the lower ones count in the rows whose product comes within `margin` of the token's largest. With gates, y[t] = gates[t] (W x[t]
-// + bias), in the first `gated` rows or in all, and a token whose gate is 0 costs nothing there: when all are, no weight is read.
+// + bias), in the first `gated` rows or in all, and a token whose gate is 0 costs nothing there: when all are, no weight is read. Something
+// may stand in for what it skips.
 #include <algorithm>
 
-#include "operators.h"
+#include "stand_in.h"
 
 namespace dyncomp {
 namespace {
@@ -12,8 +13,9 @@ constexpr const char* kName = "QuantizedLinear";
 constexpr Input kInputs[] = {
     {Type::kFloat, false}, {Type::kByte, false}, {Type::kHalf, false},  // x, codes, scales
     {Type::kHalf, true},   {Type::kFloat, true}, {Type::kByte, true},   // offsets, bias, lower
-    {Type::kFloat, true},                                               // gates
+    {Type::kFloat, true}, STAND_IN_INPUTS,                              // gates, and for tokens whose gate is 0
 };
+constexpr size_t kGates = 6, kStandIn = 7;
 constexpr int64_t kTokensOfUnit = 48;
 constexpr int64_t kTokensInTwoTerms = 64;  // that are computed together: bounds the memory for the sums
 
@@ -22,15 +24,17 @@ struct Linear {
   int64_t terms;
   float margin;
   int64_t gated;
+  StandIn standin;
 };
 
 void* create(Attributes& attributes) {
-  Linear op = {read_matrix_op(attributes), attributes.integer("terms"), attributes.number("margin", 0.0f), attributes.integer("gated", 0)};
+  Linear op = {read_matrix_op(attributes), attributes.integer("terms"), attributes.number("margin", 0.0f), attributes.integer("gated", 0), {}};
   if (op.terms != 1 && op.terms != 2) attributes.fail("terms should be 1 or 2");
   if (op.gated < 0 || op.gated > op.matrix.rows || op.gated % kTile) {
     attributes.fail("gated is no multiple of 16, or there are not so many rows");
   }
   if (op.gated == 0) op.gated = op.matrix.rows;
+  op.standin = read_stand_in(attributes, op.matrix.rows);
   return keep(attributes, op);
 }
 
@@ -156,19 +160,10 @@ void apply(const void* user, int64_t first, int64_t last) {
   }
 }
 
-void quantize_some(const void* user, int64_t first, int64_t last) {
-  const LinearJob& job = *static_cast<const LinearJob*>(user);
-  const int64_t columns = job.weight.columns, blocks = columns / kBlock;
-  for (int64_t i = first; i < last; i++) {
-    const int64_t t = job.which[i];
-    active->quantize(job.weight, job.input + t * columns, blocks, job.blocks + t * blocks);
-  }
-}
-
 // The first `rows` for the tokens whose gate is not 0, which `open` has room for; what is left of the rows for all.
 void under_gates(Call& call, Work& work, const float* gates, int64_t rows, int32_t* open) {
   LinearJob& job = work.job;
-  const int64_t tokens = job.tokens, columns = job.weight.columns, end = tiles_of(rows), last = tiles_of(job.weight.rows);
+  const int64_t tokens = job.tokens, end = tiles_of(rows), last = tiles_of(job.weight.rows);
   int64_t count = 0, ones = 0;
   for (int64_t t = 0; t < tokens; t++) {
     if (gates[t] != 0.0f) open[count++] = static_cast<int32_t>(t);
@@ -178,7 +173,7 @@ void under_gates(Call& call, Work& work, const float* gates, int64_t rows, int32
   if (end < last || count == tokens) {
     quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
   } else {
-    call.parallel(count * columns * 4, count, quantize_some, &job);
+    quantize_tokens(call, job.weight, job.input, count, job.blocks, open);
   }
   if (ones < tokens) {
     multiply(call, work, 0, end);
@@ -190,7 +185,7 @@ void under_gates(Call& call, Work& work, const float* gates, int64_t rows, int32
 }
 
 void compute(const void* kernel, Call& call) {
-  const auto& [op, terms, margin, gated] = *static_cast<const Linear*>(kernel);
+  const auto& [op, terms, margin, gated, standin] = *static_cast<const Linear*>(kernel);
   Shape shape;
   Work work = {};
   LinearJob& job = work.job;
@@ -202,7 +197,8 @@ void compute(const void* kernel, Call& call) {
   if (lower.rows && (terms == 2 || op.bits != 4 || !job.weight.offsets)) call.fail("lower halves belong to 4 bits with offsets, and one term");
   if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
-  const float* gates = call.input<float>(6, "gates", true, tokens);
+  const float* gates = call.input<float>(kGates, "gates", true, tokens);
+  if (standin.neurons && !gates) call.fail("what stands in for skipped tokens needs gates");
   if (gates && (terms == 2 || lower.rows)) call.fail("gates belong to one term, without lower halves");
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
@@ -217,6 +213,7 @@ void compute(const void* kernel, Call& call) {
   job.blocks = static_cast<Block*>(parts[0]);
   if (gates) {
     under_gates(call, work, gates, gated, static_cast<int32_t*>(parts[3]));
+    add_stand_in(call, standin, kStandIn, gates, tokens, job.output);
     return;
   }
   quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
@@ -226,6 +223,7 @@ void compute(const void* kernel, Call& call) {
 
 }  // namespace
 
-const Operator quantized_linear = {kName, kInputs, 7, create, compute, [](void* kernel) { delete static_cast<Linear*>(kernel); }};
+const Operator quantized_linear = {kName, kInputs, kStandIn + kStandInInputs, create, compute,
+    [](void* kernel) { delete static_cast<Linear*>(kernel); }};
 
 }  // namespace dyncomp

@@ -20,6 +20,7 @@ struct Operator {
   void (*destroy)(void* kernel);
   size_t outputs = 1;
   Type later = Type::kFloat;  // of the outputs after the first
+  size_t optional = 0;        // how many of the last outputs may be left out: then there is no memory for them
 };
 
 extern const Operator quantized_linear, sparse_linear, quantized_ffn, float_ffn, quantized_embedding, token_gates, norm_gates,

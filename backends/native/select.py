@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,60 @@ def quantized_nodes(graph: Graph, *, gated: bool = False) -> Iterator[tuple[fx.N
         weight = node.args[_WEIGHT[node.target]] if known else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in graph.quantized:
             yield node, str(weight.target)
+
+
+def join_stand_ins(graph: Graph, ops: Any) -> None:
+    """A linear expert for the tokens that skip a quantized layer becomes a part of that layer's operator: a call less for each token.
+
+    before:  quantized_linear(x, …, gates) + quantized_ffn(z, 1 - gates, …), or quantized_ffn(x, gates, …) + quantized_ffn(z, 1 - gates, …)
+    after:   quantized_linear(x, …, gates, stand_in=(z, …)), or quantized_ffn(x, gates, …, stand_in=(z, …))
+    """
+    for node in graph.nodes:
+        base: Any = node.args[8] if node.target is ops.quantized_ffn and len(node.args) == 9 else None
+        if base is None or set(base.users) != {node}:
+            continue
+        pairs: list[tuple[Any, Any]] = [(base, node), (node, base)]
+        found = next((p for p in pairs if _stands_in_for(*p, ops)), None)
+        if found is None:
+            continue
+        layer, other = found
+        x, _, up, up_bias, down, _, _, attributes, *_ = other.args
+        arguments = list(layer.args)
+        if layer.target is ops.quantized_linear:
+            arguments.append(0)  # under gates are all its outputs
+        else:
+            arguments[8:] = [next((b for b in (*layer.args[8:], *other.args[8:]) if b is not base), None)]
+        settings = tuple((f"standin_{k}", v) for k, v in attributes if k in ("columns", "neurons", "bits", "block"))
+        with graph.inserting(before=node) as b:
+            y = b.call(layer.target, *arguments, (x, *up, up_bias, *down), settings)
+        node.replace_all_uses_with(y)
+    graph.clean()
+
+
+def _stands_in_for(layer: Any, other: Any, ops: Any) -> bool:
+    """Whether ``other`` is a linear expert under gates opposite to those of ``layer``, a linear layer or an FFN of one expert in which
+    nothing stands in yet."""
+    if other.target is not ops.quantized_ffn or other.args[5] != (None, None) or other.args[6] is not None:
+        return False
+    of = dict(other.args[7])
+    if (of["experts"], of["gated"], of["activation"]) != (1, 0, ACTIVATION_CODES["identity"]):
+        return False
+    if layer.target is ops.quantized_linear:
+        return len(layer.args) == 13 and _is_opposite(layer.args[12], other.args[1], ops)
+    known = layer.target is ops.quantized_ffn and len(layer.args) <= 9 and dict(layer.args[7])["experts"] == 1
+    return known and _is_opposite(layer.args[1], other.args[1], ops)
+
+
+def _is_opposite(gates: Any, other: Any, ops: Any) -> bool:
+    """Whether ``other`` is seen to be ``1 - gates``."""
+    if not isinstance(gates, fx.Node) or not isinstance(other, fx.Node):
+        return False
+    if other.target is aten.rsub.Scalar:
+        return other.args == (gates, 1)
+    if other.target is not operator.getitem or gates.target is not operator.getitem or gates.args[1] != 0:
+        return False
+    made: Any = gates.args[0]
+    return other.args == (made, ops.OPPOSITES.get(made.target))
 
 
 # ---- FFNs ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from dyncomp.backends.artifact import CONFIG, ENCODER, describe
 from dyncomp.backends.attention import CACHED, has_bias
 from dyncomp.backends.native import available, unavailable_reason
-from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
+from dyncomp.backends.native.select import join_stand_ins, select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears, sparse_kernels
 from dyncomp.backends.ort import ops
 from dyncomp.backends.ort.attention import select_attention
@@ -153,6 +153,7 @@ def select(graph: Graph, *, native: bool = False, on_gpu: bool = False) -> Graph
     select_sparse_linears(graph, ops if native else None)
     if native:
         select_quantized_linears(graph, ops, gated=True)
+        join_stand_ins(graph, ops)
     else:
         select_matmul_nbits(graph)
     graph.info["decoded"] = sorted(decoded | _quantized_weights(graph))

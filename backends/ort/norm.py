@@ -52,7 +52,7 @@ def join_token_gates(graph: Graph) -> None:
     """A norm of a sum, and gates of tokens by what it gives -> one operator.
 
     before:  n, s = skip_simplified_layer_norm(a, b); gates, closed = token_gates(n, …)
-    after:   gates, closed, n, s = norm_gates(a, b, …)
+    after:   gates, n, s, closed = norm_gates(a, b, …)
     """
     for node in graph.nodes:
         if node.target is not ops.token_gates:
@@ -64,7 +64,7 @@ def join_token_gates(graph: Graph) -> None:
         with graph.inserting(before=node) as b:
             made = b.call(ops.norm_gates, *pair.args, *node.args[1:])
             results = [b.call(operator.getitem, made, i) for i in range(4)]
-        for users, places in ((node.users, (0, 1)), (pair.users, (2, 3))):
+        for users, places in ((node.users, (0, 3)), (pair.users, (1, 2))):
             for user in list(users):
                 user.replace_all_uses_with(results[places[user.args[1]]])
     graph.clean()

@@ -190,12 +190,14 @@ def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, rows: int, columns: i
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
     terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
+    stand_in: Sequence[Tensor | None] = (), format_of_it: tuple[tuple[str, int], ...] = (),
 ) -> Tensor:  # fmt: skip
     """dyncomp's kernel (:mod:`dyncomp.backends.native`): [..., K] -> [..., N]. ``terms``: see
     :func:`dyncomp.interpret.round_activations`; ``lower``, ``margin``: :func:`dyncomp.interpret.screened`; ``gates`` [..., 1]:
-    ``dyncomp::gated_linear``, of the first ``gated`` outputs where that is not 0."""
+    ``dyncomp::gated_linear``, of the first ``gated`` outputs where that is not 0; ``stand_in``: :func:`quantized_ffn`."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
-    return _one(f"{DOMAIN}::QuantizedLinear", [x, codes, scales, offsets, bias, lower, gates], attributes, x, [*x.shape[:-1], rows])
+    inputs = [x, codes, scales, offsets, bias, lower, gates, *stand_in]
+    return _one(f"{DOMAIN}::QuantizedLinear", inputs, attributes | dict(format_of_it), x, [*x.shape[:-1], rows])
 
 
 def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -210,14 +212,18 @@ def token_gates(x: Tensor, weight: Tensor, bias: Tensor, first: Tensor | None) -
 def norm_gates(
     a: Tensor, b: Tensor, scale: Tensor, epsilon: float, weight: Tensor, bias: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`token_gates` of x = RMSNorm(a + b), then x and a + b, [..., K] each."""
+    """Of x = RMSNorm(a + b): gates as of :func:`token_gates`, x and a + b, [..., K] each, and one less the gates."""
     column: list[Any] = [*a.shape[:-1], 1]
-    shapes = [column, column, list(a.shape), list(a.shape)]
+    shapes = [column, list(a.shape), list(a.shape), column]
     attributes: dict[str, Any] = {"columns": int(weight.shape[1]), "epsilon": float(epsilon)}
     result = ops.symbolic_multi_out(
         f"{DOMAIN}::NormGates", [a, b, scale, weight, bias, first], attributes, dtypes=[a.dtype] * 4, shapes=shapes, version=1
     )
     return result[0], result[1], result[2], result[3]
+
+
+OPPOSITES = {token_gates: 1, norm_gates: 3}
+"""Where one less the gates, the first result, is among the results; the ONNX node lacks it when nothing reads it."""
 
 
 def sparse_linear(
@@ -244,6 +250,7 @@ def quantized_embedding(
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
     router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
+    stand_in: Sequence[Tensor | None] = (), format_of_it: tuple[tuple[str, int], ...] = (),
 ) -> Tensor:  # fmt: skip
     """``dyncomp.routed_ffn`` on packed weights.
 
@@ -252,9 +259,10 @@ def quantized_ffn(
             where that attribute is not 0, and without one every gate is 1.
         up, down: codes, scales, offsets.
         base: [..., d_out], what the result is added to.
+        stand_in: of the linear expert for tokens whose gate is 0, its x, ``up``, ``up_bias`` and ``down``; ``format_of_it``: attributes.
     """
-    values = dict(attributes)
-    inputs = [x, gates, *up, up_bias, *down, *router, down_bias, base]
+    values = dict(attributes) | dict(format_of_it)
+    inputs = [x, gates, *up, up_bias, *down, *router, down_bias, base, *stand_in]
     return _one(f"{DOMAIN}::QuantizedFFN", inputs, values, x, [*x.shape[:-1], values["rows"]])
 
 

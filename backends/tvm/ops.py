@@ -78,6 +78,10 @@ def native(operator: str, inputs: Sequence[Tensor | None], attributes: str, lead
     return first.new_empty(*first.shape[:leading], width, dtype=torch.float32)
 
 
+OPPOSITES: dict[Any, int] = {}
+"""No operator gives gates and one less those."""
+
+
 def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, float], width: int) -> Tensor:
     first = inputs[0]
     assert first is not None
@@ -89,10 +93,13 @@ def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None, rows: int, columns: int, bits: int, block: int,
     terms: int, lower: Tensor | None = None, margin: float = 0.0, gates: Tensor | None = None, gated: int = 0,
+    stand_in: Sequence[Tensor | None] = (), format_of_it: tuple[tuple[str, int], ...] = (),
 ) -> Tensor:  # fmt: skip
-    """[..., K] -> [..., N]; gates [..., 1], of the first ``gated`` outputs where that is not 0."""
+    """[..., K] -> [..., N]; gates [..., 1], of the first ``gated`` outputs where that is not 0; ``stand_in``: of the linear expert for
+    tokens whose gate is 0, its x, codes, scales and offsets, bias, and again codes, scales and offsets."""
     attributes = {"rows": rows, "columns": columns, "bits": bits, "block": block, "terms": terms, "margin": float(margin), "gated": gated}
-    return _native("quantized_linear", [x, codes, scales, offsets, bias, lower, gates], attributes, rows)
+    inputs = [x, codes, scales, offsets, bias, lower, gates, *stand_in]
+    return _native("quantized_linear", inputs, attributes | dict(format_of_it), rows)
 
 
 def quantized_embedding(
@@ -107,11 +114,12 @@ def quantized_embedding(
 def quantized_ffn(
     x: Tensor, gates: Tensor | None, up: Sequence[Tensor | None], up_bias: Tensor | None, down: Sequence[Tensor | None],
     router: Sequence[Tensor | None], down_bias: Tensor | None, attributes: tuple[tuple[str, int], ...], base: Tensor | None = None,
+    stand_in: Sequence[Tensor | None] = (), format_of_it: tuple[tuple[str, int], ...] = (),
 ) -> Tensor:  # fmt: skip
     """``dyncomp.routed_ffn`` with the router inside: [..., d] -> [..., d_out]. ``up``, ``down``: codes, scales, offsets; ``base``
-    [..., d_out]: what the result is added to."""
-    values = dict(attributes)
-    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias, base], values, values["rows"])
+    [..., d_out]: what the result is added to; ``stand_in``: :func:`quantized_linear`."""
+    values = dict(attributes) | dict(format_of_it)
+    return _native("quantized_ffn", [x, gates, *up, up_bias, *down, *router, down_bias, base, *stand_in], values, values["rows"])
 
 
 def sparse_linear(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, has_coded_cache, require_cached, rotate_plainly
-from dyncomp.backends.native.select import select_quantized_ffns, select_quantized_linears
+from dyncomp.backends.native.select import join_stand_ins, select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS as ACTIVATIONS
@@ -41,6 +41,7 @@ def select(graph: Graph, tiles: Tiles) -> Graph:
     select_experts(graph, tiles)
     select_sparse_linears(graph, ops)
     select_quantized_linears(graph, ops, gated=True)
+    join_stand_ins(graph, ops)
     select_linears(graph, tiles)
     select_gated(graph, tiles.default)
     graph.clean()

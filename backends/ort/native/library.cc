@@ -24,7 +24,7 @@ class OrtAttributes final : public Attributes {
   OrtStatus* status_ = nullptr;
 };
 
-constexpr size_t kMaxInputs = 16;  // of an operator
+constexpr size_t kMaxInputs = 24;  // of an operator
 
 // An input that is the same in every call. Asking ONNX Runtime for a tensor's shape takes half a microsecond, and an FFN has ten.
 struct Constant {
@@ -85,7 +85,8 @@ class OrtCall final : public Call {
   void* result(size_t index, const Shape& shape) override {
     OrtValue* value = nullptr;
     void* pointer = nullptr;
-    if (keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value))) keep(api_.GetTensorMutableData(value, &pointer));
+    if (!keep(api_.KernelContext_GetOutput(context_, index, shape.sizes, shape.rank, &value)) || value == nullptr) return nullptr;
+    keep(api_.GetTensorMutableData(value, &pointer));
     return pointer;
   }
 
@@ -163,7 +164,9 @@ Entry entry(const Operator& operation) {
   e.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
     return of(op).inputs[index].optional ? ORT_OPTIONAL : ORT_REQUIRED;
   };
-  e.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
+  e.GetOutputCharacteristic = [](const OrtCustomOp* op, size_t index) {
+    return index + of(op).optional >= of(op).outputs ? ORT_OPTIONAL : ORT_REQUIRED;
+  };
   e.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
   e.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   e.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };

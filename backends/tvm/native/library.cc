@@ -1,5 +1,5 @@
 // The operators for TVM: packed functions f(attributes, inputs..., output) that TVM finds in the library by name. Attributes are a text,
-// " rows=576 columns=1536 …"; inputs that are absent are None; the output has been allocated.
+// " rows=576 columns=1536 …"; inputs that are absent are None, or at the end left out; the output has been allocated.
 #include <tvm/ffi/c_api.h>
 #include <tvm/runtime/c_backend_api.h>
 
@@ -55,14 +55,14 @@ class TvmAttributes final : public Attributes {
 
 class TvmCall final : public Call {
  public:
-  TvmCall(const Operator& operation, const TVMFFIAny* inputs, const TVMFFIAny& output)
-      : Call(operation.name), operation_(operation), inputs_(inputs), output_(output) {}
+  TvmCall(const Operator& operation, const TVMFFIAny* inputs, size_t count, const TVMFFIAny& output)
+      : Call(operation.name), operation_(operation), inputs_(inputs), count_(count), output_(output) {}
 
  private:
   void raise(const char* message) override { set_error(message); }
 
   bool tensor(size_t index, const char* name, Shape* shape, const void** data) override {
-    if (inputs_[index].type_index == kTVMFFINone) return false;
+    if (index >= count_ || inputs_[index].type_index == kTVMFFINone) return false;
     *data = read(inputs_[index], name, operation_.inputs[index].type, shape);
     return !failed();
   }
@@ -116,6 +116,7 @@ class TvmCall final : public Call {
 
   const Operator& operation_;
   const TVMFFIAny* inputs_;
+  size_t count_;
   const TVMFFIAny& output_;
 };
 
@@ -135,13 +136,13 @@ const void* kernel_for(const Operator& operation, const std::string& text) {
 int run(const Operator& operation, const TVMFFIAny* arguments, int32_t count) {
   const char* reason = nullptr;
   if (kernels(&reason) == nullptr) return set_error(reason), -1;
-  if (count != static_cast<int32_t>(operation.count) + 2 || arguments[0].type_index != kTVMFFIStr) {
+  if (count < 2 || count > static_cast<int32_t>(operation.count) + 2 || arguments[0].type_index != kTVMFFIStr) {
     return set_error("an operator of dyncomp is called with a text, its inputs and its output"), -1;
   }
   const TVMFFIByteArray& text = *TVMFFIBytesGetByteArrayPtr(arguments[0].v_obj);
   const void* kernel = kernel_for(operation, std::string(text.data, text.size));
   if (kernel == nullptr) return -1;
-  TvmCall call(operation, arguments + 1, arguments[count - 1]);
+  TvmCall call(operation, arguments + 1, static_cast<size_t>(count - 2), arguments[count - 1]);
   operation.compute(kernel, call);
   return call.failed() ? -1 : 0;
 }
