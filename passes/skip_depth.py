@@ -69,8 +69,9 @@ class SkipDepth(Pass):
     the visits skipped: KL .172 with 32, .144 with 128, where the stand-ins of an attention and an FFN are 8 % of what they stand in for."""
     follow_dense: float = 0.5
     """0 fits to what the part itself gives, 1 to the dense model's residual stream; between them, a blend."""
-    ridge: float = 0.2
-    """Of the refit, as a fraction of the mean diagonal of the Gram matrix."""
+    ridge: float = 1.0
+    """Of the refit, as a fraction of the mean diagonal of the Gram matrix. SmolLM2, 12.5 % of the visits skipped: +10.4 % with .2, +9.9 %
+    with 1, +10.5 % without a refit; on another source +10.0, +8.4 and +8.7 %; with every gate open KL is .034 with .2 and .013 with 1."""
     kv: str = "compute"
     """Keys and values of tokens that skip an attention: ``compute`` (as for all tokens), ``share`` (those of the attention before it, which
     needs heads of the same shape and the same rotary embedding) or ``absent`` (no other token attends to them). The last two also spare
