@@ -15,6 +15,7 @@ from typing import Any
 from dyncomp.passes.sparsify import active_share
 
 from bench import rowwise
+from bench.depth import computed_shares
 from dyncomp.bundle import versions
 from dyncomp.cache import cache_folder
 from dyncomp.calibrate import calibrate
@@ -26,7 +27,9 @@ from dyncomp.interpret import sparse_nodes
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.pipeline import Context, Pipeline, parse_passes
 from dyncomp.regions import find_regions
+from dyncomp.regions.depth import kv_bytes
 from dyncomp.report.tables import between
+from dyncomp.rows import Rows, read_of
 from dyncomp.sweep import release_memory
 from dyncomp.trace import trace_model
 
@@ -87,6 +90,9 @@ def rows() -> list[Row]:
         table = f"{model}, {share} of the {of} visits skipped"
         found.append(Row(table, model, "skip-depth", f"skip-depth{{{skipping}}}"))
         found.append(Row(table, model, "the same, healed", f"skip-depth{{{skipping}}}, {HEAL}"))
+        if of == "attention":
+            for policy, label in (("share", "keys and values shared"), ("absent", "absent for other tokens")):
+                found.append(Row(table, model, label, f"skip-depth{{{skipping} kv={policy}}}"))
         found.append(Row(table, model, f"{of}s dropped", f"drop-depth{{{dropping}}}"))
         found.append(Row(table, model, f"{of}s dropped, with stand-ins", f"drop-depth{{{dropping} standin=linear}}"))
         found.append(Row(table, model, "the same, healed", f"drop-depth{{{dropping} standin=linear}}, {HEAL}"))
@@ -141,8 +147,10 @@ class _Bench:
             for name in ("load_by_region", "active_by_region", "spread_by_region"):
                 figures.pop(name, None)
         release_memory()
-        inputs = {"active_inputs": active_share(graph)} if sparse_nodes(graph) else {}
-        return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | inputs | spent
+        more: dict[str, Any] = {"active_inputs": active_share(graph)} if sparse_nodes(graph) else {}
+        if row.table.endswith(_SKIPPED):
+            more["kv_bytes"] = _kv_bytes(graph, texts.evaluation["held out"].rows)
+        return {"task": loaded.task, "tokens": TOKENS, "quality": quality, "versions": versions()} | more | spent
 
     def _converted(self, row: Row, dense: Graph, ctx: Context) -> tuple[Graph, dict[str, float]]:
         """The converted graph and what its passes took; what is healed next is kept, for it is the row before and takes as long to make."""
@@ -177,6 +185,15 @@ def _timed(passes: str, graph: Graph, ctx: Context) -> dict[str, float]:
     return {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
 
 
+_SKIPPED = "visits skipped"
+
+
+def _kv_bytes(graph: Graph, rows: Rows) -> float:
+    """Of keys and values a token of this text: those that are written."""
+    size = kv_bytes(graph, computed_shares(graph, read_of(rows)))
+    return size.held if size is not None else sum(a.cache_bytes for a in find_regions(graph).attentions)
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The tables, of the rows that were measured."""
     lines = [
@@ -185,8 +202,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"Written by `python -m bench.quality`; do not edit. Training-free but for what is called healed. Calibrated on {TOKENS} tokens,",
         f"measured on {WINDOWS} windows of held-out documents of the same source and of another source, beside the dense fp32 model on the",
         "same windows; in brackets 95 % intervals, by bootstrap over windows, paired with the dense model. *Active* is the share of FFN",
-        "neurons that ran on the held-out text, or of inputs of linear layers that counted in calibration. CPU minutes are those of the",
-        "passes, without the statistics of the dense model, which all rows share.",
+        "neurons that ran on the held-out text, or of inputs of linear layers that counted in calibration; *skipped* is of visits there,",
+        "beside the bytes of keys and values written for a token. CPU minutes are those of the passes, without the statistics of the",
+        "dense model, which all rows share.",
         "",
         "A row that the command knows and that is not here was not measured yet (`python -m bench.quality --list`).",
     ]
@@ -197,12 +215,13 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         causal = measured[0][1]["task"] == "causal-lm"
         what = "perplexity" if causal else "cosine to dense"
+        depth = title.endswith(_SKIPPED)
         more = "KL, nats" if causal else "same neighbours"
         lines += [
             "",
             f"## {title}",
             "",
-            f"| | passes | active | {what}, held out | {what}, other source | {more} | CPU minutes |",
+            f"| | passes | {'skipped; KV bytes' if depth else 'active'} | {what}, held out | {what}, other source | {more} | CPU minutes |",
             "|---|---|---|---|---|---|---|",
         ]
         for row, entry in measured:
@@ -210,6 +229,9 @@ def markdown(results: dict[str, Any]) -> str:
             first = texts["held out"]
             share = first.get("active_ffn", entry.get("active_inputs"))
             active = ("all that remain" if "prune" in row.passes else "all") if share is None else f"{share:.1%}"
+            if depth:
+                facts = ((first.get("skipped"), "{:.1%}"), (entry.get("kv_bytes"), "{:.0f}"))
+                active = "; ".join(form.format(value) for value, form in facts if value is not None)
             extra = f"{first['kl']['converted']:.3f}" if causal else f"{first['retrieval']['converted']:.1%}"
             cells = [row.label, f"`{row.passes}`", active, *(_cell(texts[t], causal) for t in ("held out", "other source"))]
             lines.append("| " + " | ".join([*cells, extra, f"{entry['cpu_seconds'] / 60:.1f}"]) + " |")
