@@ -84,18 +84,19 @@ def rows() -> list[Row]:
             )  # fmt: skip
             for label, options in kinds:
                 found.append(Row(table, model, label, f"sparsify{{active={active:g} where={where}{options}}}"))
-    for share, of, skipping, dropping in (
-        ("12.5%", "block", "active=0.875", "count=4"), ("25%", "attention", "what=attention active=0.75", "what=attention count=8"),
-    ):  # fmt: skip
+    for share, of, skipping, dropping, heal in (
+        ("12.5%", "block", "active=0.875", "count=4", "heal{steps=32 evaluations=2}"),
+        ("25%", "attention", "what=attention active=0.75", "what=attention count=8", HEAL),
+    ):
         table = f"{model}, {share} of the {of} visits skipped"
         found.append(Row(table, model, "skip-depth", f"skip-depth{{{skipping}}}"))
-        found.append(Row(table, model, "the same, healed", f"skip-depth{{{skipping}}}, {HEAL}"))
+        found.append(Row(table, model, "the same, healed", f"skip-depth{{{skipping}}}, {heal}"))
         if of == "attention":
             for policy, label in (("share", "keys and values shared"), ("absent", "absent for other tokens")):
                 found.append(Row(table, model, label, f"skip-depth{{{skipping} kv={policy}}}"))
         found.append(Row(table, model, f"{of}s dropped", f"drop-depth{{{dropping}}}"))
         found.append(Row(table, model, f"{of}s dropped, with stand-ins", f"drop-depth{{{dropping} standin=linear}}"))
-        found.append(Row(table, model, "the same, healed", f"drop-depth{{{dropping} standin=linear}}, {HEAL}"))
+        found.append(Row(table, model, "the same, healed", f"drop-depth{{{dropping} standin=linear}}, {heal}"))
     for block in (32, 64):
         table, tail = f"{model}, symmetric 4-bit weights in blocks of {block}", f"bits=4 block={block}"
         for label, first, method in (
