@@ -353,6 +353,26 @@ def test_a_fitted_stand_in_is_better_than_none() -> None:
     assert errors["linear"] < 0.9 * errors["none"]
 
 
+@pytest.mark.parametrize("gates", ["threshold", "sequence"])
+def test_a_stand_in_is_fitted_to_tokens_beyond_the_threshold(gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come next in the router's order, half as many again; none where a sequence is decided at once."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(self: SkipDepth, part: Any, x: Any, inputs: Any, wanted: Any, kept: list[torch.Tensor], near: list[torch.Tensor]) -> None:
+        seen.append((torch.cat(kept) == 0, torch.cat(near)))
+
+    monkeypatch.setattr(SkipDepth, "_fit_part", record)
+    graph = trace_tiny("llama")
+    SkipDepth(what="ffn", active=0.8, blocks="all", rank=4, gates=gates, first=4).run(graph, context("llama", graph, batches=12))
+    assert len(seen) == 2
+    for closed, near in seen:
+        assert closed.any()
+        assert bool((near >= closed).all())
+        assert not near[:, 0].any()
+        share, wider = (float(m[:, 1:].float().mean()) for m in (closed, near))
+        assert wider == pytest.approx(1.5 * share if gates == "threshold" else share, abs=0.01)
+
+
 def test_dropping_leaves_out_whole_layers() -> None:
     graph = trace_tiny("llama")
     ctx = context("llama", graph)
