@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from dyncomp.backends.caches import allocate_caches
 from dyncomp.backends.recompute import Array, Recompute
 
 from dyncomp.errors import BackendError, RequestError
@@ -130,11 +131,6 @@ def append_in_pieces(bind: Callable[[Array, Array, Array], Any], ids: Array, pas
     return logits
 
 
-def cache_names(model: Any) -> list[str]:
-    """The inputs of a lowered model that are KV caches."""
-    return [n for n in model.inputs if "_cache_" in n]
-
-
 def require_encoded(encoder: Any, encoded: int, batch: int) -> None:
     """Raises:
     RequestError: there is an encoder, and it has not been run on as many rows as there are sequences.
@@ -142,13 +138,6 @@ def require_encoded(encoder: Any, encoded: int, batch: int) -> None:
     if encoder is not None and encoded != batch:
         found = f"{batch} sequences are to be written, and the encoder has read {encoded} inputs"
         raise RequestError(found if encoded else "the encoder has read nothing", hint="call encode() first, with a row for each sequence")
-
-
-def allocate_caches(model: Any, batch: int, capacity: int, zeros: Callable[..., Array] = np.zeros) -> list[Array]:
-    """[batch, Hkv, capacity, D] of zeros for each of :func:`cache_names`, of its type."""
-    sizes, names = {"batch": batch, "capacity": capacity}, cache_names(model)
-    specs = [i for i in model.config["inputs"] if i["name"] in names]
-    return [zeros([sizes.get(d, d) for d in s["shape"]], np.dtype(s["dtype"])) for s in specs]
 
 
 D = TypeVar("D", bound=CachedDecoder)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from dyncomp.backends.decoder import allocate_caches, append_in_pieces, cache_names
+from dyncomp.backends.caches import allocate_caches, cache_names
+from dyncomp.backends.decoder import append_in_pieces
 from dyncomp.backends.recompute import Array
 
 from dyncomp.errors import BackendError, RequestError

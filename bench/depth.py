@@ -13,6 +13,8 @@ take their turn, and a round's ratio is that of its own times: what else the mac
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
 import statistics
 import tempfile
 import time
@@ -163,7 +165,31 @@ def _measured(variants: dict[str, Graph], tokens: np.ndarray, *, threads: int, *
             models[name] = OrtModel(Path(folder) / str(index), threads=threads)
             branches[name] = models[name].config["operators"].get("If", 0)
         steps = list(speed(models, tokens, **settings))
-    return {"machine": vars(detect()), "steps": steps, "ifs": branches, "open_us_per_if": _open_cost(steps, branches)}
+        held = {name: memory(model, tokens) for name, model in models.items()}
+    return {"machine": vars(detect()), "steps": steps, "ifs": branches, "open_us_per_if": _open_cost(steps, branches), "cache_bytes": held}
+
+
+def memory(model: OrtModel, tokens: np.ndarray) -> float:
+    """Bytes of memory that the caches take for a token, after as many as the model's context holds: pages that are there."""
+    decoder: Any = decoder_for(model)
+    length = min(int(decoder.context_length), len(tokens))
+    decoder.prefill(tokens[None, :length], np.array([length]), 0)
+    return sum(resident_bytes(cache) for cache in decoder._caches) / length
+
+
+def resident_bytes(array: np.ndarray) -> int:
+    """Of the pages that an array lies in, those that are in memory, by ``mincore``.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    first = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    length = array.ctypes.data + array.nbytes - first
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 def _open_cost(steps: list[Results], branches: dict[str, int]) -> dict[str, float]:
@@ -260,9 +286,12 @@ def _speed_lines(row: Results) -> list[str]:
         lines += ["", f"Stand-ins of rank {row['rank']}."]
     if "passes" in row:
         lines += ["", f"Passes: `{', '.join(row['passes'])}`."]
+    if held := row.get("cache_bytes"):
+        shown = ", ".join(f"{name} {count:.0f}" for name, count in held.items())
+        lines += ["", f"Memory of the caches when the context is full, bytes a token (pages that are there): {shown}."]
     if sizes := row.get("kv_bytes_per_token"):
         shown = ", ".join(f"`kv={policy}` {sizes[policy]:.0f}" for policy in POLICIES if policy in sizes)
-        lines += ["", f"Bytes of keys and values a token, for these gates: {shown} (dense {sizes['dense']:.0f})."]
+        lines += ["", f"Bytes of keys and values that are kept for a token, were these gates under each policy: {shown}."]
     return lines
 
 

@@ -246,13 +246,13 @@ def test_the_fitted_model_says_what_its_keys_and_values_need(kv: str) -> None:
     shares = result.facts["skipped"]
     assert sum(shares.values()) == pytest.approx(0.5, abs=0.02)
     dense = 2 * 2 * 8 * 4 * 2.0  # keys and values, heads, features, bytes, layers
-    saved = sum(shares.values()) * dense / 2 - (8 if kv == "absent" else 0)
+    saved = sum(shares.values()) * dense / 2 - 8 if kv == "absent" else 0
     facts = result.facts["kv"]
     assert facts["dense_bytes_per_token"] == dense
     assert facts["bytes_per_token"] == pytest.approx(dense - saved, abs=0.1 * dense)
     size = kv_bytes(graph, {s.name: 0.5 for s in find_skips(graph)})
     assert size is not None
-    assert size.held == pytest.approx(dense - 0.5 * dense / 2 * len(shares) + (8 if kv == "absent" else 0))
+    assert size.held == pytest.approx(dense - (0.5 * dense / 2 * len(shares) - 8 if kv == "absent" else 0))
     if kv == "share":
         assert len(shares) == 1  # the first has nobody to share with
         assert any("no attention comes before" in r.reason for r in result.refused)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
+import numpy as np
 import torch
+from dyncomp.backends.caches import page_by_page
 from dyncomp.backends.native import available
 from dyncomp.passes import SkipDepth
 from test_depth import context, gated
 
 from bench.branches import branch_times, packing_times
-from bench.depth import bytes_by_policy, computed_shares, markdown, measure, printed
+from bench.depth import bytes_by_policy, computed_shares, markdown, measure, printed, resident_bytes
 from bench.tiny import trace_tiny
 from dyncomp.pipeline import Pipeline
 from dyncomp.regions.depth import find_skips
@@ -26,10 +29,19 @@ def test_every_figure_is_stored_and_shown() -> None:
     branches = 4 if available() else 6  # with our kernels those of the attentions alone
     assert row["ifs"] == {"dense": 0} | dict.fromkeys(("0% skipped", "25% skipped", "50% skipped"), branches)
     assert set(row["open_us_per_if"]) == {"1", "2"}
+    assert set(row["cache_bytes"]) == set(row["skipped"])
     text = markdown({"rows": {"tiny, fp32": row}})
     assert "## tiny, fp32" in text
     assert "| prefill of 24 | 1 | 25% skipped |" in text
     assert f"`If` in the graph: {branches}." in text
+
+
+def test_pages_in_memory_are_those_that_were_written() -> None:
+    array = page_by_page([8, mmap.PAGESIZE], np.uint8)
+    assert resident_bytes(array) == 0
+    array[2], array[5, :7] = 1, 1
+    assert resident_bytes(array) == 2 * mmap.PAGESIZE
+    assert not array[[0, 1, 3, 4, 6, 7]].any()
 
 
 def test_branches_are_measured() -> None:
@@ -49,8 +61,7 @@ def test_bytes_follow_from_measured_gates() -> None:
     first, second = (1 - computed[s.name] for s in find_skips(graph))
     assert 0.1 < first < 0.4
     sizes = bytes_by_policy(graph, computed)
-    assert sizes["dense"] == sizes["compute"] == 256
-    assert sizes["share"] == 256 - 128 * second
+    assert sizes["dense"] == sizes["compute"] == sizes["share"] == 256
     assert sizes["absent"] == 256 - 128 * (first + second) + 2 * 4
     assert computed_shares(gated("llama", "block", closed=False), ids[:2]) == dict.fromkeys(computed, 1.0)
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dyncomp.backends.caches import cache_names
 from dyncomp.backends.native import available
+from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
@@ -67,6 +69,29 @@ def test_absent_tokens_in_the_native_attention(tmp_path: Path) -> None:
     assert lowered.operators["If"] == 2 * 2
     assert lowered.operators["dyncomp.CachedAttention"] == 2
     assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16)["relative_error"] <= 1e-4
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+def test_caches_hold_the_tokens_that_are_present_alone(tmp_path: Path) -> None:
+    """Side by side, after a prompt, steps and a step back; and what is computed from them is what the whole sequence gives."""
+    graph = cached(gated(wide(), "block", closed=True, kv="absent"))
+    lower(graph, tmp_path)
+    decoder: Any = decoder_for(OrtModel(tmp_path, threads=1))
+    ids = np.random.default_rng(0).integers(0, 60, (1, 40))
+    decoder.prefill(ids[:, :30], np.array([30]), 10)
+    decoder.extend(ids[0, 30:35])
+    decoder.rewind(3)
+    logits = [decoder.step(ids[:, at]) for at in range(32, 40)][-1]
+    caches = dict(zip(cache_names(decoder.model), decoder._caches, strict=True))
+    for layer in (0, 1):
+        present = int((caches[f"present_cache_{layer}"][0, 0, :40] != 0).sum())
+        assert 0 < present < 35
+        for kind in ("key", "value"):
+            written = (caches[f"{kind}_cache_{layer}"][0] != 0).any(-1)
+            assert written[:, :present].all()
+            assert not written[:, present + 3 :].any()  # three may be left from before the step back
+    again = decoder_for(decoder.model)
+    assert_close(torch.from_numpy(logits), torch.from_numpy(again.prefill(ids, np.array([40]), 0)), rel=1e-5)
 
 
 @pytest.mark.parametrize("kv", ["share", "absent"])

@@ -168,7 +168,7 @@ def error(actual: Array, expected: Array) -> Array:
     """[..]: each deviation over the largest expected magnitude."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     assert np.isfinite(actual).all()
-    return np.abs(actual - expected) / max(np.abs(expected).max(), 1e-30)
+    return np.abs(actual - expected) / np.abs(expected).max(initial=1e-30)
 
 
 def mean_error(actual: Array, expected: Array) -> float:
@@ -751,7 +751,9 @@ def test_ids_out_of_range_are_refused(best: Native, bad: int) -> None:
 
 # ---- CachedAttention ---------------------------------------------------------------------------------------------
 class Attention:
-    """Random queries, keys, values and caches; what the operator makes of them, and PyTorch. Beyond their entries caches hold NaNs."""
+    """Random queries, keys, values and caches; what the operator makes of them, and PyTorch. Beyond their entries caches hold NaNs.
+
+    ``caches`` have an entry at each position, the operator's only those of tokens that are present, side by side."""
 
     def __init__(
         self, rng: np.random.Generator, *, past: Sequence[int] = (0,), length: int = 1, group: int = 3, kv_heads: int = 2,
@@ -785,7 +787,7 @@ class Attention:
         query, key, value = (np.concatenate(flat, -1), None, None) if self.packed else flat
         cos, sin = self.tables if self.tables[0].size else (None, None)
         return {
-            "query": query, "key": key, "value": value, "key_cache": self.caches[0], "value_cache": self.caches[1],
+            "query": query, "key": key, "value": value, **self._side_by_side(),
             "past_length": self.past, "cos": cos, "sin": sin, "present": self.present,
             "bias": None if self.bias is None else reaching_back(torch.from_numpy(self.bias)).numpy(), "gates": self.gates,
         }  # fmt: skip
@@ -794,7 +796,7 @@ class Attention:
         inputs, outputs = self.inputs(), ["out", "new_key_cache", "new_value_cache"]
         session = native.session(self.op, inputs, {}, threads, outputs, self.attributes, (self.caches[0].dtype,) * 2)
         if not in_place:
-            return list(session.run(None, feeds(inputs)))
+            return self._at_positions(*session.run(None, feeds(inputs)))
         arrays = {k: v.copy() for k, v in feeds(inputs).items()}
         binding, values = session.io_binding(), {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in arrays.items()}  # share the memory
         for name, value in values.items():
@@ -803,7 +805,33 @@ class Attention:
         for name in ("key_cache", "value_cache"):
             binding.bind_ortvalue_output(f"new_{name}", values[name])
         session.run_with_iobinding(binding)
-        return [binding.get_outputs()[0].numpy(), arrays["key_cache"], arrays["value_cache"]]
+        return self._at_positions(binding.get_outputs()[0].numpy(), arrays["key_cache"], arrays["value_cache"])
+
+    def kept(self, row: int, first: int, last: int) -> Array:
+        """The positions first … last - 1 of a row whose tokens are present."""
+        every = np.arange(first, last)
+        return every if self.present is None else every[self.present[row, 0, first:last, 0] != 0]
+
+    def _side_by_side(self) -> dict[str, Array]:
+        caches = [self._empty() for _ in self.caches]
+        for cache, full in zip(caches, self.caches, strict=True):
+            for row, n in enumerate(self.past):
+                kept = self.kept(row, 0, n)
+                cache[row, :, : len(kept)] = full[row][:, kept]
+        return {"key_cache": caches[0], "value_cache": caches[1]}
+
+    def _at_positions(self, out: Array, *caches: Array) -> list[Array]:
+        result, untouched = [c.copy() for c in self.caches], self._empty()
+        for full, cache in zip(result, caches, strict=True):
+            for row, n in enumerate(self.past):
+                kept = self.kept(row, 0, n + self.length)
+                full[row][:, kept] = cache[row, :, : len(kept)]
+                assert np.array_equal(cache[row, :, len(kept) :].view(np.uint8), untouched[row, :, len(kept) :].view(np.uint8))
+        return [out, *result]
+
+    def _empty(self) -> Array:
+        nothing = np.full((len(self.past), self.shapes[1][2], self.capacity, self.shapes[1][3]), np.nan, np.float32)
+        return encode_entries(torch.from_numpy(nothing)).numpy() if self.coded else nothing
 
     def reference(self) -> list[Array]:
         positions = torch.from_numpy(self.past[:, None] + np.arange(self.length))
@@ -826,8 +854,9 @@ class Attention:
         assert error(actual[0], expected[0]).max() < 1e-5
         for i in (1, 2):
             for row, n in enumerate(self.past):
+                new = self.kept(row, n, n + self.length)
                 assert np.array_equal(actual[i][row, :, :n], self.caches[i - 1][row, :, :n])
-                assert error(actual[i][row, :, n : n + self.length], expected[i][row, :, n : n + self.length]).max() < 1e-6
+                assert error(actual[i][row][:, new], expected[i][row][:, new]).max(initial=0) < 1e-6
                 assert np.isnan(actual[i][row, :, n + self.length :]).all()
 
     def _check_coded(self, out: Array, *caches: Array) -> None:
@@ -838,11 +867,12 @@ class Attention:
         floats = [np.nan_to_num(decode_entries(torch.from_numpy(c)).double().numpy()) for c in caches]
         for before, after, fresh in zip(self.caches, caches, new, strict=True):
             for row, n in enumerate(self.past):
-                written = after[row, :, n : n + self.length]
-                scales = fresh[row].abs().amax(-1, keepdim=True).numpy() / 127
+                new_at = self.kept(row, n, n + self.length)
+                written, made = after[row][:, new_at], fresh[row][:, new_at - n]
+                scales = made.abs().amax(-1, keepdim=True).numpy() / 127
                 assert error(written[..., -4:].view(np.float32), scales).max(initial=0) < 1e-6
                 # Kernels round their own keys, which are off the graph's by a few ulps: a near tie may fall to either side.
-                assert (np.abs(written[..., :-4].view(np.int8) - fresh[row].numpy() / scales) < 0.5 + 1e-3).all()
+                assert (np.abs(written[..., :-4].view(np.int8) - made.numpy() / scales) < 0.5 + 1e-3).all()
                 after[row, :, n : n + self.length] = before[row, :, n : n + self.length]
             assert np.array_equal(after, before)  # nothing else was written
         self.caches = floats

@@ -1,5 +1,5 @@
 // CachedAttention: causal attention of new tokens over a KV cache, with the rotary embedding inside. QuantizedCachedAttention: the same over
-// keys and values in int8.
+// keys and values in int8. A cache has entries of the tokens that are present alone: the pages behind them are not touched.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -52,8 +52,8 @@ AttentionUnit unit_of(const Work& work, int64_t i) {
   AttentionUnit unit = {};
   unit.row = which / job.kv_heads, unit.head = which % job.kv_heads;
   unit.from = tile * work.rows, unit.to = std::min(unit.from + work.rows, job.length * group);
-  const int64_t past = job.past[unit.row], end = past + (unit.to - 1) / group + 1;
-  const int64_t begin = job.window ? std::max<int64_t>(0, past + unit.from / group - job.window + 1) : 0;
+  const int64_t past = job.past[unit.row], end = job.entries(unit.row, past + (unit.to - 1) / group + 1);
+  const int64_t begin = job.first_seen(unit.row, past + unit.from / group);
   unit.begin = std::min(end, begin + split * work.keys), unit.end = std::min(end, unit.begin + work.keys);
   if (work.partial) unit.partial = work.partial + i * work.rows * (job.head_dim + kTile);
   return unit;
@@ -88,6 +88,20 @@ void merge(const Work& work, int64_t units) {
   }
 }
 
+// Which entries the tokens have that are present, and the positions of these.
+void list_present(const AttentionJob& job, const float* marks, int32_t* before, int32_t* position) {
+  for (int64_t row = 0; row < job.batch; row++) {
+    const float* mark = marks + row * job.capacity;
+    int32_t *count = before + row * (job.capacity + 1), *of = position + row * job.capacity, n = 0;
+    const int64_t tokens = job.past[row] + job.length;
+    for (int64_t at = 0; at < tokens; at++) {
+      count[at] = n, of[n] = static_cast<int32_t>(at);
+      n += mark[at] != 0.0f;
+    }
+    count[tokens] = n;
+  }
+}
+
 bool equal(const Shape& a, const Shape& b) { return a.rank == b.rank && std::equal(a.sizes, a.sizes + a.rank, b.sizes); }
 
 void compute(const void* kernel, Call& call, bool coded) {
@@ -103,7 +117,7 @@ void compute(const void* kernel, Call& call, bool coded) {
   const void* value_cache = call.input<void>(4, "value_cache", false, &values);
   job.cos = call.input<float>(6, "cos", true, &table);
   job.sin = call.input<float>(7, "sin", true, &sines);
-  job.present = call.input<float>(8, "present", true, &present);
+  const float* marks = call.input<float>(8, "present", true, &present);
   job.bias = call.input<float>(9, "bias", true, &bias);
   job.gates = call.input<float>(10, "gates", true, &gates);
   if (call.failed()) return;
@@ -130,7 +144,7 @@ void compute(const void* kernel, Call& call, bool coded) {
                          key.last() != kv_width || !equal(key, value))) {
     call.fail("key and value should both be there, or neither, and have the shape [%lld, %lld, %lld]", show(job.batch), show(job.length),
               show(kv_width));
-  } else if (job.present && present.count() != static_cast<size_t>(job.batch * job.capacity)) {
+  } else if (marks && present.count() != static_cast<size_t>(job.batch * job.capacity)) {
     call.fail("present should have a number for each of %lld rows and %lld entries", show(job.batch), show(job.capacity));
   } else if (job.gates && gates.count() != job.batch * job.length) {
     call.fail("gates should have a number for each of %lld tokens", show(job.batch * job.length));
@@ -141,7 +155,6 @@ void compute(const void* kernel, Call& call, bool coded) {
     call.fail("cos and sin should both be there, or neither, and have the same shape [positions, at most %lld]", show(d / 2));
   }
   if (call.failed()) return;
-  int64_t multiplications = 0, longest = 0;
   for (int64_t row = 0; row < job.batch; row++) {
     const int64_t past = job.past[row];
     if (past < 0 || past > job.capacity - job.length) {
@@ -152,9 +165,6 @@ void compute(const void* kernel, Call& call, bool coded) {
       call.fail("%lld positions; the bias reaches over %lld", show(past + job.length), show(bias.last() - kKeys));
     }
     if (call.failed()) return;
-    const int64_t seen = past + job.length / 2 + 1;
-    multiplications += 2 * job.length * width * (op.window ? std::min(op.window, seen) : seen);
-    longest = std::max(longest, past + job.length);
   }
   job.half = job.cos ? table.last() : 0;
   job.reach = job.bias ? bias.last() - kKeys : 0;
@@ -174,14 +184,30 @@ void compute(const void* kernel, Call& call, bool coded) {
   work.rows = std::min(queries, std::min<int64_t>(kUnitRows, kUnitFloats / d / kRowsTogether * kRowsTogether));
   work.tiles = (queries + work.rows - 1) / work.rows;
   int64_t units = job.batch * op.kv_heads * work.tiles;
+  const int64_t numbers = marks ? job.batch * (job.capacity + 1) : 0;
+  const int64_t parts_of_keys = units < kFewUnits ? (job.capacity + kSplitKeys - 1) / kSplitKeys : 0;
+  void* parts[3];
+  if (!call.scratch({numbers * sizeof(int32_t), numbers * sizeof(int32_t), units * parts_of_keys * work.rows * (d + kTile) * sizeof(float)},
+                    parts)) {
+    return;
+  }
+  if (marks) {
+    auto *before = static_cast<int32_t*>(parts[0]), *position = static_cast<int32_t*>(parts[1]);
+    list_present(job, marks, before, position);
+    job.before = before, job.position = position;
+  }
+  int64_t multiplications = 0, longest = 0;
+  for (int64_t row = 0; row < job.batch; row++) {
+    const int64_t past = job.past[row], seen = job.entries(row, past + job.length / 2 + 1);
+    multiplications += 2 * job.length * width * (op.window ? std::min(op.window, seen) : seen);
+    longest = std::max(longest, job.entries(row, past + job.length));
+  }
   const int64_t most = op.window ? std::min(longest, op.window + work.rows) : longest;
   work.splits = 1, work.keys = most;
   if (units < kFewUnits && most > kSplitKeys) {
     work.keys = kSplitKeys, work.splits = (most + kSplitKeys - 1) / kSplitKeys;
     units *= work.splits;
-    void* memory;
-    if (!call.scratch({units * work.rows * (d + kTile) * sizeof(float)}, &memory)) return;
-    work.partial = static_cast<float*>(memory);
+    work.partial = static_cast<float*>(parts[2]);
   }
   const int64_t tokens = job.batch * job.length;
   call.parallel(tokens * kv_width * 8, tokens, run_append, &work);  // a number costs about as much as eight multiplications

@@ -52,9 +52,10 @@ void append(const AttentionJob& job, int64_t first, int64_t last) {
   alignas(64) float turned[kMaxHeadDim];
   const int64_t d = job.head_dim;
   for (int64_t t = first; t < last; t++) {
-    const int64_t row = t / job.length, position = job.past[row] + t % job.length;
+    const int64_t row = t / job.length, position = job.past[row] + t % job.length, entry = job.entries(row, position);
+    if (!job.is_present(row, position)) continue;
     for (int64_t h = 0; h < job.kv_heads; h++) {
-      const int64_t at = ((row * job.kv_heads + h) * job.capacity + position) * job.entry;
+      const int64_t at = ((row * job.kv_heads + h) * job.capacity + entry) * job.entry;
       const float *k = job.key + t * job.key_stride + h * d, *v = job.value + t * job.key_stride + h * d;
       if (job.coded) {
         rotate(job, k, position, 1.0f, turned);
@@ -78,9 +79,8 @@ struct Seen {
 };
 
 // One query's scores of `columns` keys, plus `bias` unless that is null -> weights relative to its largest score so far; only the keys
-// low .. high - 1 count, and of these the ones that are present (1, else 0), unless that is null.
-inline void weigh(const AttentionJob& job, float* scores, const float* bias, const float* present, int64_t columns, int64_t low, int64_t high,
-                  Seen seen) {
+// low .. high - 1 count.
+inline void weigh(const AttentionJob& job, float* scores, const float* bias, int64_t columns, int64_t low, int64_t high, Seen seen) {
   alignas(64) static const float kLanes[kTile] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const bool all = low <= 0 && high >= columns;
   const V from = set(static_cast<float>(low)), to = set(static_cast<float>(high)), lowest = set(kLowest), zero = set(0.0f);
@@ -93,7 +93,6 @@ inline void weigh(const AttentionJob& job, float* scores, const float* bias, con
       const V lane = load(kLanes) + set(static_cast<float>(i));
       s = if_less(lane, to, if_less(lane, from, lowest, s), lowest);
     }
-    if (present) s = if_less(zero, load(present + i), s, lowest);
     peak = maximum(peak, s);
     store(scores + i, s);
   }
@@ -111,7 +110,6 @@ inline void weigh(const AttentionJob& job, float* scores, const float* bias, con
       const V lane = load(kLanes) + set(static_cast<float>(i));
       w = if_less(lane, to, if_less(lane, from, zero, w), zero);
     }
-    if (present) w = if_less(zero, load(present + i), w, zero);
     sum = sum + w;
     store(scores + i, w);
   }
@@ -120,32 +118,28 @@ inline void weigh(const AttentionJob& job, float* scores, const float* bias, con
 
 void attend(const AttentionJob& job, const AttentionUnit& unit) {
   alignas(64) float query[kUnitFloats], out[kUnitFloats], keys[kMaxHeadDim * kKeys], weights[kRows * kKeys];
-  alignas(64) float sum[kUnitRows * kTile], marks[kKeys], decoded[kTile * kMaxHeadDim], decoded_values[kMaxHeadDim * kKeys];
+  alignas(64) float sum[kUnitRows * kTile], biases[kKeys], decoded[kTile * kMaxHeadDim], decoded_values[kMaxHeadDim * kKeys];
   float peak[kUnitRows];
   const int64_t d = job.head_dim, group = job.heads / job.kv_heads, past = job.past[unit.row];
   const int64_t cache = (unit.row * job.kv_heads + unit.head) * job.capacity * job.entry, element = job.coded ? 1 : sizeof(float);
   const char* key_cache = job.key_cache + cache;
   const char* value_cache = job.value_cache + cache;
   const float factor = job.softcap != 0.0f ? job.scale / job.softcap : job.scale;
-  const float* present = job.present ? job.present + unit.row * job.capacity : nullptr;
+  const int32_t* position = job.position ? job.position + unit.row * job.capacity : nullptr;
   const float* gates = job.gates ? job.gates + unit.row * job.length : nullptr;
-  int64_t open[kUnitRows], rows = 0;  // the queries that are computed, side by side
+  int64_t open[kUnitRows], begin[kUnitRows], end[kUnitRows], rows = 0;  // the queries that are computed, side by side, and what they see
   for (int64_t at = unit.from; at < unit.to; at++) {
     const int64_t s = at / group, head = unit.head * group + at % group, r = rows;
-    if ((gates && gates[s] == 0.0f) || (present && present[past + s] == 0.0f)) continue;
+    if ((gates && gates[s] == 0.0f) || !job.is_present(unit.row, past + s)) continue;
     rotate(job, job.query + (unit.row * job.length + s) * job.query_stride + head * d, past + s, factor, query + r * d);
     for (int64_t i = 0; i < d; i += kTile) store(out + r * d + i, set(0.0f));
     store(sum + r * kTile, set(0.0f));
     peak[r] = kLowest;
+    begin[r] = job.first_seen(unit.row, past + s), end[r] = job.entries(unit.row, past + s + 1);
     open[rows++] = at;
   }
   for (int64_t k = unit.begin; k < unit.end && rows > 0; k += kKeys) {
     const int64_t count = least(kKeys, unit.end - k);
-    if (present) {
-      float any = 0.0f;
-      for (int64_t i = 0; i < kKeys; i++) any += marks[i] = i < count && present[k + i] != 0.0f ? 1.0f : 0.0f;
-      if (any == 0.0f) continue;
-    }
     for (int64_t j = 0; j < count; j += kTile) {
       const float* from[kTile];
       for (int64_t i = 0; i < kTile; i++) {
@@ -169,20 +163,23 @@ void attend(const AttentionJob& job, const AttentionUnit& unit) {
     }
     for (int64_t r = 0, n; r < rows; r += n) {
       n = least(kRows, rows - r);
-      // The positions of these rows' first and last query, counted from key k.
-      const int64_t first = past + open[r] / group - k, last = past + open[r + n - 1] / group - k;
-      const int64_t low = job.window && first >= job.window ? first - job.window + 1 : 0, high = least(count, last + 1);
+      const int64_t low = begin[r] > k ? begin[r] - k : 0, high = least(count, end[r + n - 1] - k);
       if (low >= high) continue;
       const int64_t columns = (high + kTile - 1) / kTile * kTile;
       const float *queries[kRows], *shares[kRows];
       for (int64_t i = 0; i < n; i++) queries[i] = query + (r + i) * d, shares[i] = weights + i * kKeys + low;
       multiply_all(n, columns, queries, keys, kKeys, weights, kKeys, d, false);
       for (int64_t i = 0; i < n; i++) {
-        const int64_t at = past + open[r + i] / group - k, head = unit.head * group + open[r + i] % group;
+        const int64_t at = past + open[r + i] / group, head = unit.head * group + open[r + i] % group;
         const float* bias = job.bias ? job.bias + head * (job.reach + kKeys) + job.reach - 1 - at : nullptr;
+        if (bias && position) {
+          for (int64_t j = 0; j < high; j++) biases[j] = bias[least(at, position[k + j])];
+          bias = biases;
+        } else if (bias) {
+          bias += k;
+        }
         const Seen seen = {peak + r + i, sum + (r + i) * kTile, out + (r + i) * d};
-        weigh(job, weights + i * kKeys, bias, present ? marks : nullptr, columns, job.window ? at - job.window + 1 : 0, least(count, at + 1),
-              seen);
+        weigh(job, weights + i * kKeys, bias, columns, begin[r + i] - k, least(count, end[r + i] - k), seen);
       }
       multiply_all(n, d, shares, values + low * d, d, out + r * d, d, high - low, true);
     }

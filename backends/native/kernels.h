@@ -96,7 +96,8 @@ struct FloatFfnJob : FfnJob {
   float* hidden;           // [uses, neurons rounded up to whole chunks]
 };
 
-// Causal attention over a KV cache; see ops.py in dyncomp. Query s of a row stands at position past[row] + s.
+// Causal attention over a KV cache; see ops.py in dyncomp. Query s of a row stands at position past[row] + s. The entries of the tokens that
+// are present lie side by side.
 struct AttentionJob {
   const float *query, *key, *value;  // a token's heads lie side by side, tokens query_stride or key_stride floats apart
   int64_t query_stride, key_stride;
@@ -104,7 +105,8 @@ struct AttentionJob {
   int64_t entry;                     // bytes of a key or value: head_dim floats; or, when coded, head_dim int8 codes and then their scale
   bool coded;
   const int64_t* past;               // [batch]
-  const float* present;              // [batch, capacity], 0 for entries that are not attended to; or null
+  const int32_t* before;             // [batch, capacity + 1], tokens that are present before each position; null: all are
+  const int32_t* position;           // [batch, capacity], of each entry; null: the same as the entry, or not needed
   const float* gates;                // [batch, length], 0 for queries that nothing reads, which give zeros; or null
   const float *cos, *sin;            // [positions, half]; the first 2 * half features are rotated
   const float* bias;                 // [heads, reach + kKeys]: entry i is added to the score of a key reach - 1 - i positions back; or null
@@ -113,6 +115,12 @@ struct AttentionJob {
   int64_t batch, length, heads, kv_heads, head_dim, capacity, half, window;
   int32_t interleaved;
   float scale, softcap;
+
+  // Entries of the tokens before a position, and so the entry of the token there if it is present.
+  int64_t entries(int64_t row, int64_t at) const { return before ? before[row * (capacity + 1) + at] : at; }
+  bool is_present(int64_t row, int64_t at) const { return entries(row, at + 1) > entries(row, at); }
+  // The first entry that a query at a position sees.
+  int64_t first_seen(int64_t row, int64_t at) const { return window && at >= window ? entries(row, at - window + 1) : 0; }
 };
 
 // The queries from .. to - 1 (of length * heads / kv_heads, a token's side by side) of a row and key head over the entries begin .. end - 1.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from dyncomp.backends.decoder import CHUNK, CachedDecoder, append_in_pieces, cache_names, session_for
+from dyncomp.backends.caches import cache_names
+from dyncomp.backends.decoder import CHUNK, CachedDecoder, append_in_pieces, session_for
 from dyncomp.backends.ort.run import OrtModel
 from dyncomp.backends.recompute import Array, Recompute
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dyncomp.backends.decoder import CHUNK, CachedDecoder, cache_names, session_for
+from dyncomp.backends.caches import cache_names
+from dyncomp.backends.decoder import CHUNK, CachedDecoder, session_for
 from dyncomp.backends.recompute import Array, Recompute
 from dyncomp.backends.tvm.run import TvmModel, aligned_copy, aligned_zeros
 

@@ -235,8 +235,8 @@ class KVBytes:
 
     Attributes:
         dense: of the dense model.
-        held: what is written for the tokens that do not skip (``kv=share``, ``kv=absent``, its mark of absence counted). A cache with
-            room for every token, like those of this package's runtimes, is not smaller.
+        held: in the cache: with ``kv=absent`` of the tokens that do not skip, and the mark of absence. (``kv=share`` writes an entry for
+            each token, the same one twice where it is shared.)
     """
 
     dense: float
@@ -254,10 +254,8 @@ def kv_bytes(graph: Graph, computed: Mapping[str, float]) -> KVBytes | None:
         return None
     held = dense = float(graph.info["kv_bytes"])
     for name, facts in skipped.items():
-        if facts["kv"] != "compute":
-            held -= (1 - computed.get(f"{name}.depth", 1.0)) * facts["kv_bytes"]
         if facts["kv"] == "absent":
-            held += ABSENCE_BYTES * facts.get("attentions", 1)
+            held += ABSENCE_BYTES * facts.get("attentions", 1) - (1 - computed.get(f"{name}.depth", 1.0)) * facts["kv_bytes"]
     return KVBytes(dense, held)
 
 

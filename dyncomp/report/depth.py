@@ -122,7 +122,7 @@ def depth_items(depth: Depth) -> list[Text | Table | str]:
 
 
 def _kv_line(kv: KVBytes) -> str:
-    return f"keys and values: {kv.held:,.0f} of {kv.dense:,.0f} bytes a token are needed (the cache has room for every token)"
+    return f"keys and values: {kv.held:,.0f} of {kv.dense:,.0f} bytes a token are kept"
 
 
 def depth_html(depth: Depth) -> str:
