@@ -42,8 +42,8 @@ void run_contract(const void* user, int64_t first, int64_t last) {
   active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
 }
 
-// The experts; the tokens of the output are job->tokens.
-void run_experts(const Ffn& ffn, Call& call, QuantizedFfnJob* made) {
+// The tokens of the output are job->tokens.
+void compute_experts(const Ffn& ffn, Call& call, QuantizedFfnJob* made) {
   const Experts& op = ffn.experts;
   const int64_t bits = ffn.bits, block = ffn.block;
   Shape shape;
@@ -79,21 +79,23 @@ void run_experts(const Ffn& ffn, Call& call, QuantizedFfnJob* made) {
   job.chunks = op.neurons / kBlock;
   job.up_tiles = tiles_of(up_rows);
   quantize_tokens(call, job.up, job.input, tokens, job.blocks);
-  call.parallel(uses.total(op) * up_rows * op.columns, uses.count * job.chunks, run_expand, &job);
-  call.parallel(uses.total(op) * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
+  run_experts(call, job, uses.total(op));
 }
 
 void compute(const void* kernel, Call& call) {
   const Ffn& op = *static_cast<const Ffn*>(kernel);
   QuantizedFfnJob job = {};
-  run_experts(op, call, &job);
-  if (op.standin.neurons == 0) return;
-  const float* gates = call.input<float>(kGates, "gates", true, job.tokens);
-  if (!gates) return call.fail("what stands in for skipped tokens needs gates");
-  add_stand_in(call, op.standin, kStandIn, gates, job.tokens, job.output);
+  compute_experts(op, call, &job);
+  if (op.standin.neurons == 0) return;  // its gates are one a token
+  add_stand_in(call, op.standin, kStandIn, call.input<float>(kGates, "gates", true, job.tokens), job.tokens, job.output);
 }
 
 }  // namespace
+
+void run_experts(Call& call, const QuantizedFfnJob& job, int64_t pairs) {
+  call.parallel(pairs * job.up.rows * job.columns, job.used_count * job.chunks, run_expand, &job);
+  call.parallel(pairs * job.rows * job.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
+}
 
 const Operator quantized_ffn = {kName, kInputs, kStandIn + kStandInInputs, create, compute,
     [](void* kernel) { delete static_cast<Ffn*>(kernel); }};

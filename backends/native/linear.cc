@@ -198,7 +198,6 @@ void compute(const void* kernel, Call& call) {
   if (call.failed()) return;
   const int64_t tokens = job.tokens = shape.leading(), blocks = op.columns / kBlock;
   const float* gates = call.input<float>(kGates, "gates", true, tokens);
-  if (standin.neurons && !gates) call.fail("what stands in for skipped tokens needs gates");
   if (gates && (terms == 2 || lower.rows)) call.fail("gates belong to one term, without lower halves");
   shape.sizes[shape.rank - 1] = op.rows;
   job.output = call.output(shape);
@@ -213,11 +212,11 @@ void compute(const void* kernel, Call& call) {
   job.blocks = static_cast<Block*>(parts[0]);
   if (gates) {
     under_gates(call, work, gates, gated, static_cast<int32_t*>(parts[3]));
-    add_stand_in(call, standin, kStandIn, gates, tokens, job.output);
-    return;
+  } else {
+    quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
+    multiply(call, work);
   }
-  quantize_tokens(call, job.weight, job.input, tokens, job.blocks);
-  multiply(call, work);
+  add_stand_in(call, standin, kStandIn, gates, tokens, job.output);
   if (lower.rows) refine(call, job, lower, margin, static_cast<float*>(parts[1]), static_cast<float*>(parts[2]));
 }
 

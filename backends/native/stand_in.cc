@@ -3,18 +3,6 @@
 #include <algorithm>
 
 namespace dyncomp {
-namespace {
-
-void run_expand(const void* user, int64_t first, int64_t last) {
-  active->expand(*static_cast<const QuantizedFfnJob*>(user), first, last);
-}
-
-void run_contract(const void* user, int64_t first, int64_t last) {
-  const QuantizedFfnJob& job = *static_cast<const QuantizedFfnJob*>(user);
-  active->contract(job, first * kGroup, std::min(last * kGroup, job.down_tiles));
-}
-
-}  // namespace
 
 StandIn read_stand_in(Attributes& attributes, int64_t rows) {
   StandIn op = {0, attributes.integer("standin_neurons", 0), rows, 0, 0};
@@ -28,6 +16,7 @@ StandIn read_stand_in(Attributes& attributes, int64_t rows) {
 
 void add_stand_in(Call& call, const StandIn& op, size_t index, const float* gates, int64_t tokens, float* output) {
   if (op.neurons == 0 || call.failed()) return;
+  if (!gates) return call.fail("what stands in for skipped tokens needs gates");
   const int64_t closed = std::count(gates, gates + tokens, 0.0f);
   if (closed == 0) return;
   QuantizedFfnJob job = {};
@@ -54,8 +43,7 @@ void add_stand_in(Call& call, const StandIn& op, size_t index, const float* gate
   job.up_tiles = tiles_of(op.neurons), job.down_tiles = tiles_of(op.rows);
   job.output = output, job.tokens = tokens, job.add = true;
   quantize_tokens(call, job.up, job.input, closed, job.blocks, which);
-  call.parallel(closed * op.neurons * op.columns, job.chunks, run_expand, &job);
-  call.parallel(closed * op.rows * op.neurons, (job.down_tiles + kGroup - 1) / kGroup, run_contract, &job);
+  run_experts(call, job, closed);
 }
 
 }  // namespace dyncomp

@@ -17,7 +17,10 @@ struct StandIn {
 // Reads the attributes standin_columns, standin_neurons (0 when absent), standin_bits and standin_block.
 StandIn read_stand_in(Attributes& attributes, int64_t rows);
 
-// output[t] += down (up x[t] + up_bias) for the tokens whose gate is 0; `index` is that of x among the inputs.
+// output[t] += down (up x[t] + up_bias) for the tokens whose gate is 0; `index` is that of x among the inputs. Fails when there are no gates.
 void add_stand_in(Call& call, const StandIn& op, size_t index, const float* gates, int64_t tokens, float* output);
+
+// Both products of a job whose tokens are quantized, for so many pairs of a token and an expert.
+void run_experts(Call& call, const QuantizedFfnJob& job, int64_t pairs);
 
 }  // namespace dyncomp
