@@ -190,7 +190,7 @@ _SKIPPED = "visits skipped"
 
 
 def _kv_bytes(graph: Graph, rows: Rows) -> float:
-    """Of keys and values a token of this text: those that are written."""
+    """Of keys and values a token of this text: those that are kept."""
     size = kv_bytes(graph, computed_shares(graph, read_of(rows)))
     return size.held if size is not None else sum(a.cache_bytes for a in find_regions(graph).attentions)
 
@@ -204,7 +204,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"measured on {WINDOWS} windows of held-out documents of the same source and of another source, beside the dense fp32 model on the",
         "same windows; in brackets 95 % intervals, by bootstrap over windows, paired with the dense model. *Active* is the share of FFN",
         "neurons that ran on the held-out text, or of inputs of linear layers that counted in calibration; *skipped* is of visits there,",
-        "beside the bytes of keys and values written for a token. CPU minutes are those of the passes, without the statistics of the",
+        "beside the bytes of keys and values kept for a token. CPU minutes are those of the passes, without the statistics of the",
         "dense model, which all rows share.",
         "",
         "A row that the command knows and that is not here was not measured yet (`python -m bench.quality --list`).",
