@@ -16,6 +16,8 @@ from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.budget import settle
+from dyncomp.heal.held_out import HeldOut, has_bfloat16, pieces
+from dyncomp.heal.program import Program
 from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.depth import find_skips
@@ -29,7 +31,8 @@ class Heal(Settings, Pass):
 
     The KL divergence of next-token distributions (encoders: the squared error of the last states) is minimised over weights of
     linear layers and experts, routers (straight-through), norms and biases. Windows drawn from the whole text choose the best state.
-    Afterwards thresholds are set again on those and others that were kept apart, so that the active fraction is what it was calibrated to.
+    Afterwards thresholds are set again on those and others that were kept apart, so that the active fraction is what it was calibrated to;
+    ``loss`` in the facts is that of the windows that chose, before everything and with the new thresholds.
 
     before:  dyncomp.routed_ffn(x, threshold_gates(linear(x, R, b)), w_up, w_down)
     after:   dyncomp.routed_ffn(x, threshold_gates(linear(x, R', b')), w_up', w_down')
@@ -55,6 +58,9 @@ class Heal(Settings, Pass):
         if self.budget:
             settle(graph, unseen.batches, self.budget)
         share(graph, ctx.dense, train, chosen_by, self, ctx.seed, ctx.folder)
+        half = self.bfloat16 and has_bfloat16()
+        held = HeldOut(Program(ctx.dense, bfloat16=half), pieces(graph, chosen_by), str(graph.info.get("task", "causal-lm")))
+        before = held.total(Program(graph, bfloat16=half)) / held_out
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         healed = trainer.run()
         del trainer
@@ -62,9 +68,10 @@ class Heal(Settings, Pass):
             settle(graph, unseen.batches, self.budget)
         if find_thresholds(graph):
             Recalibrate(tokens=tokens).run(graph, dataclasses.replace(ctx, calibration=_calibration(graph, apart)))
+        after = held.total(Program(graph, bfloat16=half)) / held_out
         facts = {
             "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": windows,
-            "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,
+            "loss": [before, after], "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,
         }  # fmt: skip
         return PassResult(changed=healed.changed, facts=facts)
 

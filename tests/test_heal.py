@@ -97,6 +97,11 @@ def test_the_divergence_from_the_dense_model_falls_and_the_active_fraction_stays
     curve = record.result.facts["curve"]
     assert [step for step, _ in curve] == [0, 15, 30, 45, 60]
     assert curve[-1][1] < curve[0][1]
+    chosen_by = set_apart(ctx.text, record.result.facts["held_out_windows"])[1]  # without tokens that skip, the same set thresholds
+    before, after = record.result.facts["loss"]
+    assert after < before
+    now = divergence(graph(input_ids=chosen_by), ctx.dense(input_ids=chosen_by))
+    assert after == pytest.approx(float(now), rel=1e-3), "with the thresholds that it is left with"
     load = evaluate({"dense": graph}, unseen, task="causal-lm").load["dense"]
     assert [load[r.name].active for r in find_routed(graph)] == pytest.approx([0.4, 0.4], abs=1e-3)
 

@@ -23,6 +23,7 @@ from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
 from dyncomp.heal.budget import DepthBudget
+from dyncomp.heal.held_out import HeldOut, has_bfloat16, pieces
 from dyncomp.heal.losses import output_loss, relative_square
 from dyncomp.heal.program import Program
 from dyncomp.heal.settings import Settings
@@ -36,8 +37,6 @@ from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_l
 from dyncomp.rows import Rows, split_rows, tensors_of
 
 _TIMED = 2
-_LOOK = 512
-"""Held-out tokens that are computed at once."""
 
 
 @dataclass
@@ -89,7 +88,7 @@ class Trainer:
         self._folder, self._progress = folder, progress
         self.task = str(graph.info.get("task", "causal-lm"))
         self.weights = Weights(graph, rank=settings.rank, seed=seed)
-        half = settings.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        half = settings.bfloat16 and has_bfloat16()
         self.student = Program(graph, self.weights, trained=self.weights.names, bfloat16=half, checkpoints=settings.checkpoints)
         self.teacher = Program(dense, bfloat16=half)
         self._routers = _routers(self.student.graph)
@@ -98,7 +97,7 @@ class Trainer:
         self._of_tokens = {s.scores for s in find_skips(self.student.graph)}
         self._budget = DepthBudget(self.student.graph) if settings.budget else None
         traded = {t.scores for t in self._budget.thresholds} if self._budget else set()
-        self._wanted: list[Tensor] = []  # the dense model's states on the held-out windows
+        self._unseen = HeldOut(self.teacher, pieces(self.student.graph, held_out)[ranks.rank() :: ranks.world()], self.task)
         self._levels = [torch.zeros(()) for _ in self._thresholds]
         self._watched: dict[fx.Node, Callable[[Tensor], Tensor]] = (
             {t.scores: partial(self._watch, i) for i, t in enumerate(self._thresholds) if t.scores not in traded} if settings.hold else {}
@@ -224,15 +223,9 @@ class Trainer:
             rows.append(int(torch.randperm(count, generator=generator)[place]))
         return self._windows[rows]
 
-    @torch.no_grad()
     def _evaluate(self) -> float:
-        """Mean loss on the held-out windows, without the terms that only guide training."""
-        total = torch.zeros(1, dtype=torch.float64)
-        parts = split_rows(self._held_out, max(1, _LOOK // row_tokens(self.student.graph, self._held_out)))[ranks.rank() :: ranks.world()]
-        self._wanted = self._wanted or [self.teacher(model_inputs(self.teacher.graph, ids))[0] for ids in parts]
-        for ids, wanted in zip(parts, self._wanted, strict=True):
-            output, _ = self.student(model_inputs(self.student.graph, ids), (), self._watched)
-            total += output_loss(output, wanted, self.task, self.student.finish, self.teacher.finish).double() * len(ids)
+        """Mean loss on the held-out windows, thresholds following each of their pieces."""
+        total = torch.tensor([self._unseen.total(self.student, self._watched)], dtype=torch.float64)
         ranks.add_up([total])
         return float(total) / len(self._held_out)
 

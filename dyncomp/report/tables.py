@@ -239,10 +239,10 @@ def notes(report: dict[str, Any]) -> list[str]:
                 f"collapse: {load['collapsed']:.0f} routers choose next to the same experts for every token (dyncomp inspect --experts)"
             )
     if healing := report.get("healing"):
-        curve = healing["curve"]
+        before, after = healing["loss"]
         lines.append(
             f"healed: {healing['steps']} steps, {healing['tokens']} tokens, {healing['cpu_seconds'] / 60:.1f} CPU minutes; loss on "
-            f"{healing['held_out_windows']} windows {curve[0][1]:.4f} -> {min(loss for _, loss in curve):.4f} (step {healing['best']})"
+            f"held-out windows {before:.4f} -> {after:.4f} (step {healing['best']}, thresholds set again)"
         )
     if "seconds" in report:
         lines.append(
