@@ -95,7 +95,7 @@ def test_exits_in_onnx_runtime(kv: str, tmp_path: Path) -> None:
     graph, ctx = deep()
     options = {"blocks": "1+2", "kv": kv, "rank": 4}
     (run,) = Pipeline([SkipDepth(gates="exit", active=0.6, **options)]).run(graph, ctx)  # type: ignore[arg-type]
-    assert (run.result.facts["kv"]["bytes_per_token"] < run.result.facts["kv"]["dense_bytes_per_token"]) == (kv == "share")
+    assert run.result.facts["kv"]["bytes_per_token"] == run.result.facts["kv"]["dense_bytes_per_token"]  # neither leaves an entry out
     graph.info["task"] = "causal-lm"
     assert AddKVCache(logits="chosen").run(graph, Context()).changed
     assert len(find_skips(graph)) == 2
