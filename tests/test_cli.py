@@ -451,7 +451,11 @@ def test_a_conversion_interrupted_and_continued_gives_the_same_bundle(place, mon
 
 def test_ctrl_c_at_the_shell(place) -> None:
     command = [sys.executable, "-c", "from dyncomp.cli import main; main()", "convert", "model", "-o", "stopped", "--calibrate", "text.txt"]
-    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, and a child inherits that
+    try:
+        process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, kept)
     deadline = time.monotonic() + 120
     while not (place / "stopped.part").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
