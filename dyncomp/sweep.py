@@ -293,7 +293,7 @@ def fast_matmul() -> Iterator[None]:
 
 def bfloat16_allowed() -> bool:
     """Whether products may run in bfloat16: inside :func:`fast_matmul`, on a CPU that has it."""
-    return torch.get_float32_matmul_precision() == "medium" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.get_float32_matmul_precision() == "medium" and has_bfloat16()
 
 
 def reduced_products() -> contextlib.AbstractContextManager[Any]:
@@ -327,3 +327,8 @@ def release_memory(*, collect: bool = True) -> None:
     release()
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -16,13 +16,14 @@ from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import Settings, Trainer
 from dyncomp.heal.budget import settle
-from dyncomp.heal.held_out import HeldOut, has_bfloat16, pieces
+from dyncomp.heal.held_out import HeldOut, pieces
 from dyncomp.heal.program import Program
 from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.depth import find_skips
 from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.rows import Rows, split_rows
+from dyncomp.sweep import has_bfloat16
 
 
 @dataclass(frozen=True)

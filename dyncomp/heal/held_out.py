@@ -48,8 +48,3 @@ class HeldOut:
 def pieces(graph: Graph, windows: Rows) -> list[Rows]:
     """The windows as they are computed, a few at once."""
     return split_rows(windows, max(1, _LOOK // row_tokens(graph, windows)))
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

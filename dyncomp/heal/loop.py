@@ -23,7 +23,7 @@ from dyncomp.examples import row_tokens
 from dyncomp.graph import Graph
 from dyncomp.heal import ranks, state
 from dyncomp.heal.budget import DepthBudget
-from dyncomp.heal.held_out import HeldOut, has_bfloat16, pieces
+from dyncomp.heal.held_out import HeldOut, pieces
 from dyncomp.heal.losses import output_loss, relative_square
 from dyncomp.heal.program import Program
 from dyncomp.heal.settings import Settings
@@ -35,6 +35,7 @@ from dyncomp.regions.router import find_scores, selection_bias
 from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
 from dyncomp.rows import Rows, split_rows, tensors_of
+from dyncomp.sweep import has_bfloat16
 
 _TIMED = 2
 
