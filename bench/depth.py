@@ -307,7 +307,7 @@ def _branch_lines(row: Results) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--precision", nargs="+", default=["fp32", "int8"], choices=("fp32", "int8", "int4"))
     parser.add_argument("--kv", nargs="+", default=["compute"], choices=POLICIES)
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help="of the stand-ins, in place of the usual one")
     parser.add_argument("--bundle", help="a converted model, instead of random routers")
     parser.add_argument("--training", type=Path, help="keep what examples/train_mod.py printed into this file")
-    given, rest = parser.parse_known_args()
+    given, _ = parser.parse_known_args()
     torch.set_num_threads(given.threads)
     settings: Results = {"batches": given.batch, "prompt": given.prompt, "threads": given.threads}
     rows: dict[str, Callable[[], Results]] = {}
@@ -336,7 +336,7 @@ def main() -> None:
         rows["branches"] = lambda: {
             "times": branch_times(given.threads), "products": packing_times(given.threads), "threads": given.threads,
         }  # fmt: skip
-    rowwise.main(f"{__doc__}", "depth.json", rows, lambda row: row(), markdown, rest)
+    rowwise.main(f"{__doc__}", "depth.json", rows, lambda row: row(), markdown, parents=[parser])
 
 
 def _random(model: str, **settings: Any) -> Results:

@@ -19,7 +19,7 @@ Results = dict[str, Any]
 
 def main(
     description: str | None, file: str, rows: Mapping[str, T], measure: Callable[[T], Results], markdown: Callable[[Results], str],
-    arguments: Sequence[str] | None = None,
+    arguments: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = (),
 ) -> None:  # fmt: skip
     """Measure the rows that were not measured yet, and write what there is after each.
 
@@ -30,8 +30,9 @@ def main(
         measure: row -> what is stored under ``rows`` and the row's key.
         markdown: all that is stored -> the text of the Markdown file beside it.
         arguments: of the command line.
+        parents: what else the command line may say, which the caller has read: for ``--help``.
     """
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0], parents=list(parents))
     parser.add_argument("--out", type=Path, default=DOCS / file)
     parser.add_argument("--only", nargs="*", default=[], help="rows that contain one of these")
     parser.add_argument("--minutes", type=float, help="begin no row later")

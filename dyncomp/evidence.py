@@ -202,7 +202,8 @@ def quality_figures(quality: Quality, converted: Graph) -> dict[str, Any]:
         widths = {name: r.d_ff for name, r in experts.items()}
         dense_width = sum(f.d_ff for f in find_regions(converted).ffns)
         figures["active_ffn"] = quality.active_ffn("converted", widths, dense_width)
-        figures["load"] = load_summary(list(loads.values()))
+        if among := [use for use in loads.values() if len(use.load) > 1]:  # a layer that tokens skip has one expert: "skipped" says it all
+            figures["load"] = load_summary(among)
         figures["load_by_region"] = {name: [round(v, 4) for v in use.load.tolist()] for name, use in loads.items()}
         figures["spread_by_region"] = {name: round(use.spread, 4) for name, use in loads.items()}
     return figures

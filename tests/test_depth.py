@@ -410,6 +410,7 @@ def test_the_evidence_has_baselines_of_the_same_cost() -> None:
     assert set(figures["increase"]) == {"converted", "layers_dropped", "static_pruned"}
     assert figures["skipped"] == pytest.approx(0.5, abs=0.05), "of all visits to layers, also to those without a router"
     assert 0.3 < figures["active_ffn"] < 0.7
+    assert "load" not in figures, "there are no experts to choose among"
     cost = cost_figures(ctx.dense, graph, quality)
     assert cost["flops_per_token"] < cost["dense"]["flops_per_token"]
     assert cost["active_parameters"] < cost["dense"]["active_parameters"]
