@@ -11,6 +11,8 @@ from dyncomp.backends.recompute import Array
 from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 
 from dyncomp.graph import Graph
+from dyncomp.regions import find_routed
+from dyncomp.regions.depth import find_skips
 from dyncomp.regions.tokens import random_inputs, vocabulary_size
 from dyncomp.runtime.session import DecoderSession
 
@@ -32,32 +34,42 @@ def parity(
 
     Returns:
         a ``parity`` entry of a report: ``relative_error`` is the largest absolute difference over the largest absolute value
-        of the graph's outputs; ``greedy_tokens_equal`` the fraction of steps whose likeliest token agrees (None for others);
-        ``attempts`` the number of inputs it took.
+        of the graph's outputs; with routers and weights in few bits ``typical_error`` is the largest of :data:`TYPICAL` of the tokens;
+        ``greedy_tokens_equal`` the fraction of steps whose likeliest token agrees (None for others); ``attempts`` the number of
+        inputs it took.
     """
-    best: tuple[float, float | None] = (float("inf"), 0.0)
-    attempt = 0
+    gated = graph.precision != "fp32" and bool(find_routed(graph) or find_skips(graph))
+    best: dict[str, Any] = {}
     for attempt in range(attempts):
         random = np.random.default_rng(seed + attempt)
         if graph.info.get("task") == "causal-lm" or "kv_cache" in graph.info:
-            found = _decode(graph, session(model), random, prompt_tokens, steps)
+            errors, equal = _decode(graph, session(model), random, prompt_tokens, steps)
         else:
-            found = _once(graph, model, seed + attempt), None
-        best = min(best, found, key=lambda f: f[0])
-        if best[0] <= good:
+            errors, equal = _once(graph, model, seed + attempt), None
+        found = {"relative_error": float(errors.max())}
+        if gated:
+            found["typical_error"] = float(np.sort(errors)[int(TYPICAL * (len(errors) - 1))])
+        if not best or found["relative_error"] < best["relative_error"]:
+            best = found | {"greedy_tokens_equal": equal}
+        if best["relative_error"] <= good:
             break
-    return {
-        "backend": backend,
-        "precision": model.precision,
-        "relative_error": best[0],
-        "greedy_tokens_equal": best[1],
-        "attempts": attempt + 1,
-    }
+    return {"backend": backend, "precision": model.precision, **best, "attempts": attempt + 1}
+
+
+TYPICAL = 0.9
+"""Of the tokens: a gate within rounding of its threshold opens in one program and not in the other, and where that is a whole layer, its
+token differs by more than rounding. With weights in few bits that is a token in fifty; a wrong program is wrong about most."""
+
+
+def error_of(entry: dict[str, Any]) -> float:
+    """What a ``parity`` entry is judged by: ``typical_error`` where it has one, else ``relative_error``."""
+    return entry.get("typical_error", entry["relative_error"])
 
 
 def _decode(
     graph: Graph, lowered: DecoderSession, random: np.random.Generator, prompt_tokens: int, steps: int
-) -> tuple[float, float | None]:
+) -> tuple[Array, float | None]:
+    """(relative error of each step's tokens, the fraction of the steps whose likeliest token agrees)"""
     sessions: tuple[DecoderSession, DecoderSession] = torch_decoder_for(graph), lowered
     context = min((s.context_length for s in sessions if s.context_length), default=1 << 30)
     prompt_tokens = max(2, min(prompt_tokens, context // 2))
@@ -73,26 +85,29 @@ def _decode(
     expected = [own.prefill(ids, lengths, steps)]
     for _ in range(steps):
         expected.append(own.step(expected[-1].argmax(-1)))
-    worst, equal = 0.0, 0
+    errors, equal = [], 0
     actual = other.prefill(ids, lengths, steps)
     for now in expected[:-1]:
         tokens = now.argmax(-1)
-        worst, equal = max(worst, _error(actual, now)), equal + int((actual.argmax(-1) == tokens).sum())
+        errors.append(_errors(actual, now))
+        equal += int((actual.argmax(-1) == tokens).sum())
         actual = other.step(tokens)
-    return max(worst, _error(actual, expected[-1])), equal / (steps * len(lengths))
+    return np.concatenate([*errors, _errors(actual, expected[-1])]), equal / (steps * len(lengths))
 
 
-def _once(graph: Graph, model: Any, seed: int) -> float:
+def _once(graph: Graph, model: Any, seed: int) -> Array:
+    """Relative error of each token, or of what else the outputs have a vector for."""
     sizes = {d: 8 for s in graph.inputs for d in s.shape if isinstance(d, str)} | {"batch": 2, "sequence": 24}
     inputs = random_inputs(graph, sizes, seed)
     with torch.no_grad():
         expected = graph(**inputs)
     expected = expected if isinstance(expected, tuple) else (expected,)
     actual = model.run(**inputs)
-    return max(_error(actual[name], value.numpy()) for name, value in zip(graph.outputs, expected, strict=True))
+    return np.concatenate([_errors(actual[name], value.numpy()) for name, value in zip(graph.outputs, expected, strict=True)])
 
 
-def _error(actual: Array, expected: Array) -> float:
+def _errors(actual: Array, expected: Array) -> Array:
+    """[vectors of the last dimension]: largest difference of each, over the largest value of all."""
     if actual.shape != expected.shape or not np.isfinite(actual).all():
-        return float("inf")
-    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+        return np.array([np.inf])
+    return np.abs(actual - expected).max(-1).flatten() / max(float(np.abs(expected).max()), 1e-30)

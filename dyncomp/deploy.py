@@ -22,7 +22,7 @@ from torch import Tensor
 from dyncomp import cost
 from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.ort.providers import DEVICES, require_providers
-from dyncomp.backends.parity import parity
+from dyncomp.backends.parity import error_of, parity
 from dyncomp.bundle import Bundle
 from dyncomp.cache import cache_folder
 from dyncomp.errors import BackendError, PassError, ProviderError, RequestError
@@ -292,9 +292,9 @@ def check_parity(lowered: Graph, folder: Path, *, threads: int | None = None, ba
     if lowered.info.get("screened"):
         allowed = max(allowed, SCREENED_TOLERANCE)
     entry = parity(lowered, model, used.session, backend=backend, good=allowed)
-    if not entry["relative_error"] <= allowed:
+    if not error_of(entry) <= allowed:
         raise PassError(
-            f"the {used.label} artifact differs from the PyTorch graph by {entry['relative_error']:.1e} (relative); allowed {allowed:g}",
+            f"the {used.label} artifact differs from the PyTorch graph by {error_of(entry):.1e} (relative); allowed {allowed:g}",
             hint="this is a defect: please report the model and the recipe",
         )
     return entry | {"placement": model.placement(), "notes": model.config.get("notes", [])}

@@ -244,6 +244,7 @@ def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -
     from dyncomp.backends.genai.check import compare
     from dyncomp.backends.genai.write import CONFIG, write
     from dyncomp.backends.ort.lower import LIBRARY
+    from dyncomp.backends.parity import error_of
     from dyncomp.deploy import TOLERANCE, with_cache
 
     task = opened.manifest.source.task
@@ -259,9 +260,9 @@ def _genai(request: ExportRequest, opened: Bundle, graph: Graph, folder: Path) -
     write(lowered, folder, tokenizer)
     allowed = TOLERANCE[lowered.precision]
     found = compare(lowered, folder, good=allowed)
-    if not found["relative_error"] <= allowed:
+    if not error_of(found) <= allowed:
         raise PassError(
-            f"what {found['class']} computes differs from the graph by {found['relative_error']:.1e} (relative); allowed {allowed:g}",
+            f"what {found['class']} computes differs from the graph by {error_of(found):.1e} (relative); allowed {allowed:g}",
             hint="this is a defect: please report the model and the recipe",
         )
     notes = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from dyncomp.backends.ort.decoder import decoder_for
 from dyncomp.backends.ort.lower import lower
 from dyncomp.backends.ort.parity import parity
 from dyncomp.backends.ort.run import OrtModel
+from dyncomp.backends.parity import error_of
+from dyncomp.backends.parity import parity as compare
+from dyncomp.backends.torch.decoder import TorchDecoder
 from dyncomp.passes import AddKVCache, CarveExperts, FitRouter, Quantize, SkipDepth
 from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.skip_depth import find_units
@@ -159,6 +163,33 @@ def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path:
     assert all(len(node.input) == 11 for node in nodes(tmp_path, "CachedAttention"))  # it has the gates
     assert [attribute(node, "gated") for node in nodes(tmp_path, "QuantizedLinear")] == [128, 0, 128, 0, 0]
     assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=1e-2)["relative_error"] <= 2e-2
+
+
+def test_a_token_that_skips_in_one_program_alone_is_no_defect() -> None:
+    """In few bits: a score within rounding of its threshold. A program that is wrong is wrong about more."""
+    graph = gated("llama", "block", closed=True)
+    Pipeline([Quantize(), AddKVCache(logits="chosen")]).run(graph, Context())
+
+    class Otherwise(TorchDecoder):
+        every, steps = 20, 0
+
+        def step(self, ids: Any) -> Any:
+            self.steps += 1
+            return super().step(ids) * (1 if self.steps % self.every else -1)
+
+    class Wrong(Otherwise):
+        every = 4
+
+    model = SimpleNamespace(precision="int8")
+    entry = compare(graph, model, lambda _: Otherwise(graph), backend="ort", prompt_tokens=8, steps=39)
+    assert entry["relative_error"] > 0.5
+    assert error_of(entry) == entry["typical_error"] < 1e-6
+    assert entry["greedy_tokens_equal"] == pytest.approx(38 / 39), "the last step's token is not used"
+    assert error_of(compare(graph, model, lambda _: Wrong(graph), backend="ort", prompt_tokens=8, steps=39)) > 0.5
+    graph = gated("llama", "block", closed=True)
+    Pipeline([AddKVCache(logits="chosen")]).run(graph, Context())
+    entry = compare(graph, model, lambda _: Otherwise(graph), backend="ort", prompt_tokens=8, steps=20)
+    assert error_of(entry) == entry["relative_error"] > 0.5, "floats are not rounded"
 
 
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")

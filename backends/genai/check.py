@@ -24,7 +24,7 @@ def compare(graph: Graph, folder: Path, *, good: float) -> dict[str, Any]:
     model = GenaiModel(folder, graph.precision) if installed else FedModel(folder, graph.precision)
     found = parity(graph, model, lambda opened: opened.session(), backend="genai", good=good)
     name = "onnxruntime-genai" if installed else "ONNX Runtime, fed as by onnxruntime-genai"
-    return {"class": name, "relative_error": found["relative_error"], "greedy_tokens_equal": found["greedy_tokens_equal"]}
+    return {"class": name} | {key: found[key] for key in ("relative_error", "typical_error", "greedy_tokens_equal") if key in found}
 
 
 class GenaiModel:

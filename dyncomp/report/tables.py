@@ -209,9 +209,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     for item in report.get("parity", []):
         equal = item.get("greedy_tokens_equal")
         tokens = f", greedy tokens equal {equal:.0%}" if equal is not None else ""
-        lines.append(
-            f"parity {item['backend']} {item['precision']} with the PyTorch graph: relative error {item['relative_error']:.1e}{tokens}"
-        )
+        most = f" (nine tokens of ten: {item['typical_error']:.1e})" if "typical_error" in item else ""
+        error = f"relative error {item['relative_error']:.1e}{most}{tokens}"
+        lines.append(f"parity {item['backend']} {item['precision']} with the PyTorch graph: {error}")
         lines += item.get("notes", [])
     first = next(iter(report["quality"].values()))
     if report.get("task") == "seq2seq":
