@@ -36,6 +36,8 @@ from dyncomp.trace import trace_model
 TOKENS, WINDOWS = 40_960, 16
 HEAL = "heal{steps=64 evaluations=4}"
 """Of SmolLM2: what two cores with bfloat16 do in about 30 CPU minutes (without, in an hour)."""
+HEAL_EXPERTS = "heal{steps=72 evaluations=3 hidden=2}"
+"""The same for experts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Row:
 def rows() -> list[Row]:
     """Every row there should be, the most telling first."""
     found = []
-    for model, rank, heal in (("minilm", 48, "heal{steps=100 batch=16 lr=0.0001}"), ("smollm2-135m", 64, HEAL)):
+    for model, path, heal in (
+        ("minilm", "rank=48 ridge=0.05", "heal{steps=100 batch=16 lr=0.0001}"), ("smollm2-135m", "rank=64", HEAL),
+    ):  # fmt: skip
         for active in (0.75, 0.5, 0.25):
             where = f"{model}, {active:.0%} of the FFN neurons active"
             static = f"prune-static{{active={active:g}}}"
@@ -70,7 +74,10 @@ def rows() -> list[Row]:
             if model == "smollm2-135m":
                 by_kl = routed.replace("}, refit", " budgets=kl}, refit")
                 found.append(Row(where, model, "96 experts, budgets by KL", by_kl))
-            routed += f"{{rank={rank}}}"
+                held = f"{routed}{{ridge=1}}"
+                found.append(Row(where, model, "96 experts, held to the weights", held))
+                found.append(Row(where, model, "the same, healed", f"{held}, {HEAL_EXPERTS}"))
+            routed += f"{{{path}}}"
             found.append(Row(where, model, "96 experts, linear path", routed))
             found.append(Row(where, model, "the same, healed", f"{routed}, {heal}"))
             found.append(Row(where, model, "static pruning, healed", f"{static}, {heal}"))

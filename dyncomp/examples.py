@@ -7,6 +7,7 @@ pixels. Which of them is a :class:`Reader`; behind it everything is a row (:mod:
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -317,8 +318,15 @@ def prepare_examples(
         made.evaluation["other source"] = reader.draw(second, count=count, seed=seed)
     if training:
         trained = calibration if source is None else _without(reader.load(source), evaluated, whole, calibration)
-        made.training = reader.draw(trained, seed=seed).rows
+        made.training = reader.draw(_shuffled(trained, seed), seed=seed).rows
     return made
+
+
+def _shuffled(collection: Any, seed: int) -> Any:
+    """Its documents in random order: what is set apart at the end (``heal``) is then of every kind, and of documents of its own."""
+    documents = list(collection.documents)
+    random.Random(seed).shuffle(documents)
+    return dataclasses.replace(collection, documents=tuple(documents))
 
 
 def _without(collection: Any, evaluated: set[Any], whole: Collection, calibration: Collection) -> Any:

@@ -19,7 +19,6 @@ from dyncomp.passes.least_squares import LeastSquares, enough_tokens
 from dyncomp.passes.recalibrate import Recalibrate
 from torch import Tensor, fx
 
-from dyncomp.calibrate import UNFITTED_SKIPS
 from dyncomp.errors import RequestError
 from dyncomp.graph import Graph
 from dyncomp.ops import sequence_scores
@@ -138,7 +137,7 @@ class SkipDepth(Pass):
             raise RequestError(f"skip-depth: the graph has no {self.what} that tokens can skip", hint=reasons or None)
         chosen = [i for i in self._chosen(len(units)) if i in kv]
         calibration, tokens = ctx.need_calibration(self.name), enough_tokens(max(u.width for u in units))
-        batches, fresh = calibration.first(tokens), calibration.unfitted(tokens, UNFITTED_SKIPS)
+        batches, fresh = calibration.first(tokens), calibration.unfitted(tokens)
         ctx = dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=batches))
         skipped, most = (1 - self.active) * len(units), self._most(next(iter(batches[0].values())))
         if self.gates == "exit":
@@ -162,9 +161,7 @@ class SkipDepth(Pass):
         gated = [(insert_gates(graph, units[i], self._rank, kv[i], experts=experts), shares[i]) for i in chosen if shares[i] >= MIN_SHARE]
         result = self._fitted(graph, gated, ctx, result)
         if fresh and self._gates == "threshold":
-            Recalibrate(tokens=UNFITTED_SKIPS).run(
-                graph, dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=fresh))
-            )
+            Recalibrate().run(graph, dataclasses.replace(ctx, calibration=dataclasses.replace(calibration, batches=fresh)))
         return result
 
     def _exits(

@@ -98,7 +98,7 @@ class Trainer:
         self._of_tokens = {s.scores for s in find_skips(self.student.graph)}
         self._budget = DepthBudget(self.student.graph) if settings.budget else None
         traded = {t.scores for t in self._budget.thresholds} if self._budget else set()
-        self._unseen = HeldOut(self.teacher, pieces(self.student.graph, held_out)[ranks.rank() :: ranks.world()], self.task)
+        self.unseen = HeldOut(self.teacher, pieces(self.student.graph, held_out)[ranks.rank() :: ranks.world()], self.task)
         self._levels = [torch.zeros(()) for _ in self._thresholds]
         self._watched: dict[fx.Node, Callable[[Tensor], Tensor]] = (
             {t.scores: partial(self._watch, i) for i, t in enumerate(self._thresholds) if t.scores not in traded} if settings.hold else {}
@@ -226,7 +226,7 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """Mean loss on the held-out windows, thresholds following each of their pieces."""
-        total = torch.tensor([self._unseen.total(self.student, self._watched)], dtype=torch.float64)
+        total = torch.tensor([self.unseen.total(self.student, self._watched)], dtype=torch.float64)
         ranks.add_up([total])
         return float(total) / len(self._held_out)
 

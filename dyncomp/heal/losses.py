@@ -67,6 +67,10 @@ def output_loss(student: Tensor, teacher: Tensor, task: str, finish: Finish, fin
 
 
 def relative_square(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error over the teacher's mean square."""
+    """Mean over tokens of ||student - teacher||² / ||teacher||².
+
+    Each token counts alike: where attention sinks are made, the first position's square is a million times that of others, and would be all
+    that a mean over tokens sees.
+    """
     teacher = teacher.float()
-    return (student.float() - teacher).square().mean() / teacher.square().mean()
+    return ((student.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-20)).mean()

@@ -29,7 +29,7 @@ class Settings:
     together: int = 0
     """Windows computed at once; memory grows with it. 0 is all that a process has of a batch."""
     hidden: float = 0.0
-    """Weight of the mean squared error of the residual stream after each FFN, relative to its mean square."""
+    """Weight of the squared error of a token's residual stream after each FFN, relative to its square."""
     balance: float = 0.0
     """Weight of the auxiliary load-balance loss (Switch, 2101.03961)."""
     balance_rate: float = 0.0
