@@ -47,7 +47,7 @@ def parity(
         else:
             errors, equal = _once(graph, model, seed + attempt), None
         found = {"relative_error": float(errors.max())}
-        if gated:
+        if gated and np.isfinite(errors).all():
             found["typical_error"] = float(np.sort(errors)[int(TYPICAL * (len(errors) - 1))])
         if not best or found["relative_error"] < best["relative_error"]:
             best = found | {"greedy_tokens_equal": equal}

@@ -171,21 +171,25 @@ def test_a_token_that_skips_in_one_program_alone_is_no_defect() -> None:
     Pipeline([Quantize(), AddKVCache(logits="chosen")]).run(graph, Context())
 
     class Otherwise(TorchDecoder):
-        every, steps = 20, 0
+        every, steps, factor = 20, 0, -1.0
 
         def step(self, ids: Any) -> Any:
             self.steps += 1
-            return super().step(ids) * (1 if self.steps % self.every else -1)
+            return super().step(ids) * (1 if self.steps % self.every else self.factor)
 
     class Wrong(Otherwise):
         every = 4
+
+    class NotANumber(Otherwise):
+        factor = math.nan
 
     model = SimpleNamespace(precision="int8")
     entry = compare(graph, model, lambda _: Otherwise(graph), backend="ort", prompt_tokens=8, steps=39)
     assert entry["relative_error"] > 0.5
     assert error_of(entry) == entry["typical_error"] < 1e-6
     assert entry["greedy_tokens_equal"] == pytest.approx(38 / 39), "the last step's token is not used"
-    assert error_of(compare(graph, model, lambda _: Wrong(graph), backend="ort", prompt_tokens=8, steps=39)) > 0.5
+    for wrong in (Wrong, NotANumber):
+        assert error_of(compare(graph, model, lambda _, wrong=wrong: wrong(graph), backend="ort", prompt_tokens=8, steps=39)) > 0.5
     graph = gated("llama", "block", closed=True)
     Pipeline([AddKVCache(logits="chosen")]).run(graph, Context())
     entry = compare(graph, model, lambda _: Otherwise(graph), backend="ort", prompt_tokens=8, steps=20)
