@@ -23,7 +23,6 @@ from dyncomp.heal.together import share
 from dyncomp.pipeline import Context, Pass, PassResult
 from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.rows import Rows, split_rows
-from dyncomp.sweep import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,14 @@ class Heal(Settings, Pass):
         share(graph, ctx.dense, train, chosen_by, self, ctx.seed, ctx.folder)
         trainer = Trainer(graph, ctx.dense, train, chosen_by, self, seed=ctx.seed, folder=ctx.folder, progress=ctx.progress)
         held = trainer.unseen if world() == 1 else HeldOut(trainer.teacher, pieces(graph, chosen_by), trainer.task)
-        half = self.bfloat16 and has_bfloat16()
-        before = held.total(Program(graph, bfloat16=half)) / held_out
+        before = held.total(Program(graph, bfloat16=self.half)) / held_out
         healed = trainer.run()
         del trainer
         if self.budget:
             settle(graph, unseen.batches, self.budget)
         if find_thresholds(graph) and (healed.best or self.budget):
             Recalibrate().run(graph, dataclasses.replace(ctx, calibration=_calibration(graph, apart)))
-        after = held.total(Program(graph, bfloat16=half)) / held_out
+        after = held.total(Program(graph, bfloat16=self.half)) / held_out
         facts = {
             "steps": healed.steps, "best": healed.best, "tokens": healed.tokens, "windows": len(train), "held_out_windows": windows,
             "loss": [before, after], "curve": healed.curve, "seconds": healed.seconds, "cpu_seconds": healed.cpu_seconds,

@@ -35,7 +35,6 @@ from dyncomp.regions.router import find_scores, selection_bias
 from dyncomp.regions.thresholds import find_thresholds
 from dyncomp.routing import balance_loss, bias_step, noisy, within_capacity, z_loss
 from dyncomp.rows import Rows, split_rows, tensors_of
-from dyncomp.sweep import has_bfloat16
 
 _TIMED = 2
 
@@ -89,9 +88,8 @@ class Trainer:
         self._folder, self._progress = folder, progress
         self.task = str(graph.info.get("task", "causal-lm"))
         self.weights = Weights(graph, rank=settings.rank, seed=seed)
-        half = settings.bfloat16 and has_bfloat16()
-        self.student = Program(graph, self.weights, trained=self.weights.names, bfloat16=half, checkpoints=settings.checkpoints)
-        self.teacher = Program(dense, bfloat16=half)
+        self.student = Program(graph, self.weights, trained=self.weights.names, bfloat16=settings.half, checkpoints=settings.checkpoints)
+        self.teacher = Program(dense, bfloat16=settings.half)
         self._routers = _routers(self.student.graph)
         self._streams = _streams(self.student.graph, self.teacher.graph) if settings.hidden else ([], [])
         self._thresholds = find_thresholds(self.student.graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dyncomp.errors import RequestError
+from dyncomp.sweep import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,8 @@ class Settings:
             raise RequestError(f"heal: a budget of {self.budget:.0%} of the operations", hint="at most 100%, for example budget=70%")
         if self.together and self.batch % self.together:
             raise RequestError(f"heal: together={self.together} does not divide batch={self.batch}")
+
+    @property
+    def half(self) -> bool:
+        """Whether products are in bfloat16: asked for, and this CPU has it."""
+        return self.bfloat16 and has_bfloat16()
