@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from dyncomp.regions.partial import ShapeOnly, evaluate, symbolic_shape
 aten = torch.ops.aten
 CACHED, ROTARY = cached_attention._opoverload, rotary._opoverload
 _SPARSE, _GATED = sparse_linear._opoverload, gated_linear._opoverload
+MAX_HEAD_DIM = 256
+"""Of the native operator."""
 _SIZES = {"batch": 2, "sequence": 3, "capacity": 5}
 
 
@@ -173,6 +175,67 @@ def require_cached(graph: Graph) -> None:
 def has_bias(node: fx.Node) -> bool:
     """Whether a ``dyncomp.cached_attention`` adds something to its scores."""
     return len(node.args) > 10 and node.args[10] is not None
+
+
+def heads_of(node: fx.Node, multiple: int, most: int | None = None) -> bool:
+    """Whether a ``dyncomp.cached_attention`` has keys and values of one size that is a multiple of this."""
+    key, value = (node.args[i].meta["val"].shape[3] for i in (1, 2))  # type: ignore[union-attr]
+    return bool(key == value and key % multiple == 0 and (most is None or key <= most))
+
+
+def fits_native(node: fx.Node) -> bool:
+    """Whether the native operator of :mod:`dyncomp.backends.native` computes a ``dyncomp.cached_attention``."""
+    return heads_of(node, 16, MAX_HEAD_DIM)
+
+
+def require_native(node: fx.Node, missing: str | None) -> None:
+    """Refuse keys and values in int8 that no kernel attends to.
+
+    Args:
+        missing: why there are no native kernels, None where there are.
+
+    Raises:
+        BackendError: there are none, or none for heads of this size.
+    """
+    reason = None
+    if missing is not None:
+        reason = f"only dyncomp's own kernels read it, and {missing}"
+    elif not fits_native(node):
+        key, value = (int(node.args[i].meta["val"].shape[3]) for i in (1, 2))  # type: ignore[union-attr]
+        reason = f"keys of {key} and values of {value} features have none: one multiple of 16 up to {MAX_HEAD_DIM} is needed"
+    if reason is not None:
+        where = node.meta.get("path") or node.name
+        raise BackendError(f"{where}: a KV cache in int8: {reason}", hint="convert without --kv-cache")
+
+
+def turn_bias(graph: Graph, node: fx.Node) -> None:
+    """Give a ``dyncomp.cached_attention`` the constant that it adds by distance as the native operator reads it."""
+    if not has_bias(node):
+        return
+    bias = node.args[10]
+    assert isinstance(bias, fx.Node)
+    name = f"{bias.target}_reaching_back"
+    if not graph.reads(name):
+        graph.add_tensor(name, reaching_back(graph.tensor(bias)), trainable=False)
+    node.update_arg(10, graph.read(name))
+
+
+def reaching_back(bias: Tensor) -> Tensor:
+    """What attention adds by distance [H, P], the farthest first and then as many zeros as the kernel reads keys at once: [H, P + 64]."""
+    return torch.nn.functional.pad(bias.flip(1), (0, 64)).contiguous()
+
+
+def skip_closed(node: fx.Node, gated: Collection[Any]) -> None:
+    """Give a native attention the gates under which alone its output is read: what nothing reads need not be computed.
+
+    Args:
+        node: a call with the result's parts as its users.
+        gated: operators of x and gates that read nothing of x where a gate is 0.
+    """
+    (out,) = (n for n in node.users if n.args[1] == 0)
+    readers = {u.args[1] if u.target in gated and u.args[0] is out else None for u in out.users}
+    if len(readers) == 1 and (gates := readers.pop()) is not None:
+        node.kwargs = {"gates": gates}
 
 
 def fused_linear(graph: Graph, b: Builder, linears: list[fx.Node]) -> fx.Node | None:

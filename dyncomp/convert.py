@@ -153,9 +153,7 @@ class ConvertRequest:
 
         if self.searched is not None:
             raise RequestError("--kv-cache: a search does not try caches", hint="name a recipe: --recipe, or --quantize")
-        if self.backend == "tvm":
-            raise RequestError(f"--kv-cache {self.kv_cache}: there are no TVM kernels for it", hint="leave it out, or use --backend ort")
-        if self.backend == "ort" and (reason := unavailable_reason()) is not None:
+        if self.backend in ("ort", "tvm") and (reason := unavailable_reason()) is not None:
             raise RequestError(f"--kv-cache {self.kv_cache} is read by native kernels, and {reason}", hint=f"{HINT}, or leave it out")
 
 

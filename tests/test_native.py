@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from dyncomp.backends.attention import reaching_back
 from dyncomp.backends.native import (
     ACTIVATION_CODES,
     pack_codes,
@@ -25,7 +26,6 @@ from dyncomp.backends.native import (
 )
 from dyncomp.backends.native.build import available
 from dyncomp.backends.ort.native import library
-from dyncomp.backends.ort.ops import reaching_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -28,7 +28,6 @@ from test_kv_cache import empty_caches
 
 import bench.tiny
 from bench.tiny import tokens, trace_tiny
-from dyncomp.convert import ConvertRequest
 from dyncomp.errors import BackendError, RequestError
 from dyncomp.graph import Graph
 from dyncomp.interpret import float_activations
@@ -210,14 +209,41 @@ def test_a_copied_prefix_is_continued(model: OrtModel) -> None:
     assert ids.size < CHUNK
 
 
+# ---- TVM -----------------------------------------------------------------------------------------------------------
+@needs_compiler
+@pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("llama", "fp32"), ("gemma3", "fp32"), ("bloom", "fp32")])
+def test_parity_in_tvm(name: str, weights: str, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    from dyncomp.backends.parity import parity as parity_of
+    from dyncomp.backends.tvm.decoder import decoder_for
+    from dyncomp.backends.tvm.lower import lower as lower_to_tvm
+    from dyncomp.backends.tvm.run import TvmModel
+    from dyncomp.backends.tvm.slots import TvmSlots
+
+    graph = wide(name)
+    if weights == "int8":
+        Quantize().run(graph, Context())
+    graph = cached(coded(graph))
+    kernels = lower_to_tvm(graph, tmp_path).kernels
+    assert kernels["dyncomp_quantized_cached_attention"] == 2
+    assert not any(kernel.startswith("cached_attention") for kernel in kernels)
+    model, limit = TvmModel(tmp_path, threads=2), 1e-4 if weights == "fp32" else 2e-2
+    entry = parity_of(graph, model, decoder_for, backend="tvm", good=limit)  # a padded batch, then steps
+    assert entry["relative_error"] <= limit
+    prompts, sampling = ["a first prompt, somewhat long", "b", "a first prompt, somewhat else"], Sampling(max_tokens=10)
+    expected = [Generator(decoder_for(model), Modulo()).generate([p], sampling)[0].tokens for p in prompts]
+    together = Batcher(TvmSlots(model, slots=2, capacity=64), Modulo()).complete(prompts, sampling)
+    assert [c.tokens for c in together] == expected
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 def test_what_cannot_keep_such_a_cache_says_so(tmp_path: Path) -> None:
     pytest.importorskip("tvm")
     from dyncomp.backends.tvm.select import select_attention as tvm_attention
 
     graph = cached(coded(trace_tiny("llama")))
-    with pytest.raises(BackendError, match="self_attn: a KV cache in int8 has no TVM kernel"):
-        tvm_attention(graph.copy())
+    with pytest.raises(BackendError, match="self_attn: a KV cache in int8: only dyncomp's own kernels read it"):
+        tvm_attention(graph.copy(), native=False)
     with pytest.raises(BackendError, match="a KV cache in int8: only dyncomp's own kernels read it"):
         lower(graph, tmp_path, native=False)
     with pytest.raises(BackendError, match="onnxruntime-genai allocates one in float"):
@@ -241,9 +267,3 @@ def test_a_bias_by_distance_is_in_the_kernel(tmp_path: Path) -> None:
     assert operators["dyncomp.CachedAttention"] == 2
     assert "Softmax" not in operators
     assert parity(graph, OrtModel(tmp_path, threads=2))["relative_error"] <= 1e-5
-
-
-def test_tvm_is_refused_before_any_work(tmp_path: Path) -> None:
-    request = ConvertRequest("model", tmp_path / "out", recipe="dense", quantize="int8", kv_cache="int8", backend="tvm")
-    with pytest.raises(RequestError, match="no TVM kernels"):
-        request.validate()

@@ -267,6 +267,23 @@ def test_other_architectures(name: str, options: dict[str, Any], tmp_path: Path)
     assert entry["relative_error"] <= 2e-2
 
 
+def test_attention_is_native_where_the_library_is(tmp_path: Path) -> None:
+    """Windows, a bias by distance, tokens that skip: what ``test_native`` holds against PyTorch, through TVM."""
+    from test_depth import gated
+    from test_quantized_cache import wide
+
+    skipping = gated(wide("llama"), "attention", closed=True)
+    for name, graph in {"llama": wide("llama"), "gemma3": wide("gemma3"), "bloom": wide("bloom"), "skipping": skipping}.items():
+        Quantize().run(graph, Context())
+        graph = with_cache(graph)
+        kernels = lower(graph, tmp_path / name).kernels
+        assert kernels["dyncomp_cached_attention"] == 2, name
+        assert not any(kernel.startswith("cached_attention") for kernel in kernels), name
+        entry = parity(graph, TvmModel(tmp_path / name, threads=2), decoder_for, backend="tvm", good=2e-2)
+        assert entry["relative_error"] <= 2e-2, name
+        assert entry["greedy_tokens_equal"] == 1, name
+
+
 def test_regions_in_precisions_of_their_own() -> None:
     graph = trace_tiny("llama")
     for i, layer in enumerate(find_linears(graph).values()):  # as quantize{mixed=4+8+32} leaves a graph

@@ -218,8 +218,8 @@ void compute(const void* kernel, Call& call, bool coded) {
 }  // namespace
 
 const Operator cached_attention = {"CachedAttention", kInputs<Type::kFloat>, 11, create,
-    [](const void* kernel, Call& call) { compute(kernel, call, false); }, destroy, 3};
+    [](const void* kernel, Call& call) { compute(kernel, call, false); }, destroy, 3, Type::kFloat, 3};
 const Operator quantized_cached_attention = {"QuantizedCachedAttention", kInputs<Type::kByte>, 11, create,
-    [](const void* kernel, Call& call) { compute(kernel, call, true); }, destroy, 3, Type::kByte};
+    [](const void* kernel, Call& call) { compute(kernel, call, true); }, destroy, 3, Type::kByte, 3};
 
 }  // namespace dyncomp

@@ -101,7 +101,7 @@ void destroy(void* kernel) { delete static_cast<Gate*>(kernel); }
 
 }  // namespace
 
-const Operator token_gates = {"TokenGates", kInputs, 4, create, compute, destroy, 2, Type::kFloat, 1};
-const Operator norm_gates = {"NormGates", kNormInputs, 6, create, compute_with_norm, destroy, 4, Type::kFloat, 1};
+const Operator token_gates = {"TokenGates", kInputs, 4, create, compute, destroy, 2, Type::kFloat, 0, 1};
+const Operator norm_gates = {"NormGates", kNormInputs, 6, create, compute_with_norm, destroy, 4, Type::kFloat, 0, 1};
 
 }  // namespace dyncomp

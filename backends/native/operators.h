@@ -20,6 +20,7 @@ struct Operator {
   void (*destroy)(void* kernel);
   size_t outputs = 1;
   Type later = Type::kFloat;  // of the outputs after the first
+  size_t updated = 0;         // the input that the second output may share memory with, the next the third: 0 for none
   size_t optional = 0;        // how many of the last outputs may be left out: then there is no memory for them
 };
 

@@ -8,24 +8,27 @@ import torch
 from dyncomp.backends.attention import (
     CACHED,
     ROTARY,
+    fits_native,
     flatten_attention,
     has_absent_tokens,
     has_bias,
     has_coded_cache,
+    heads_of,
     require_cached,
+    require_native,
     rotate_plainly,
+    skip_closed,
+    turn_bias,
 )
 from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.ort import cuda, ops
 from torch import Tensor, fx
 
-from dyncomp.errors import BackendError
 from dyncomp.graph import Graph
 from dyncomp.ops import append_cache, gated_linear, key_mask, key_mask_reference, sequence_scores, sequence_scores_reference
 from dyncomp.regions.partial import ShapeOnly
 
 aten = torch.ops.aten
-_MAX_HEAD_DIM = 256  # of the native operator
 _GATED = {gated_linear._opoverload, ops.take_rows}
 
 
@@ -42,60 +45,21 @@ def select_attention(graph: Graph, *, native: bool, on_gpu: bool = False) -> Non
         if node.target is not CACHED:
             continue
         if has_coded_cache(node):
-            _require_kernel(node, native)
-        if native and _fits(node, 16, _MAX_HEAD_DIM):
-            if has_bias(node):
-                _turn_bias(graph, node)
+            require_native(node, None if native else unavailable_reason() or "this lowering leaves them out")
+        if native and fits_native(node):
+            turn_bias(graph, node)
             flatten_attention(graph, node, shapes, ops.cached_attention)
-        elif _fits(node, 8) and not has_absent_tokens(node) and not has_bias(node) and (not on_gpu or cuda.halve_caches(graph, node)):
+        elif heads_of(node, 8) and not has_absent_tokens(node) and not has_bias(node) and (not on_gpu or cuda.halve_caches(graph, node)):
             lengths = lengths or _lengths(graph, node)
             attend = cuda.group_query_attention if on_gpu else ops.group_query_attention
-            flatten_attention(graph, node, shapes, attend, lengths, pairs=8 if _fits(node, 16) else 0)
+            flatten_attention(graph, node, shapes, attend, lengths, pairs=8 if heads_of(node, 16) else 0)
         else:
             node.target = attend_plainly
     graph.clean()
     for node in graph.nodes:
         if node.target is ops.cached_attention:
-            _skip_closed(node)
+            skip_closed(node, _GATED)
         node.target = _PLAIN.get(node.target, node.target)
-
-
-def _fits(node: fx.Node, multiple: int, most: int | None = None) -> bool:
-    """Both operators need a head size that is a multiple of something, the same for keys and values."""
-    key, value = (node.args[i].meta["val"].shape[3] for i in (1, 2))  # type: ignore[union-attr]
-    return bool(key == value and key % multiple == 0 and (most is None or key <= most))
-
-
-def _skip_closed(node: fx.Node) -> None:
-    """Give our attention the gates under which alone its output is read: what nothing reads need not be computed."""
-    (out,) = (n for n in node.users if n.args[1] == 0)
-    readers = {u.args[1] if u.target in _GATED and u.args[0] is out else None for u in out.users}
-    if len(readers) == 1 and (gates := readers.pop()) is not None:
-        node.kwargs = {"gates": gates}
-
-
-def _require_kernel(node: fx.Node, native: bool) -> None:
-    """Raises:
-    BackendError: keys and values are in int8, and no kernel attends to them.
-    """
-    where, reason = node.meta.get("path") or node.name, None
-    if not native:
-        reason = f"only dyncomp's own kernels read it, and {unavailable_reason() or 'this lowering leaves them out'}"
-    elif not _fits(node, 16, _MAX_HEAD_DIM):
-        key, value = (int(node.args[i].meta["val"].shape[3]) for i in (1, 2))  # type: ignore[union-attr]
-        reason = f"keys of {key} and values of {value} features have none: one multiple of 16 up to {_MAX_HEAD_DIM} is needed"
-    if reason is not None:
-        raise BackendError(f"{where}: a KV cache in int8: {reason}", hint="convert without --kv-cache")
-
-
-def _turn_bias(graph: Graph, node: fx.Node) -> None:
-    """Give the attention the constant that it adds by distance as the kernel reads it."""
-    bias = node.args[10]
-    assert isinstance(bias, fx.Node)
-    name = f"{bias.target}_reaching_back"
-    if not graph.reads(name):
-        graph.add_tensor(name, ops.reaching_back(graph.tensor(bias)), trainable=False)
-    node.update_arg(10, graph.read(name))
 
 
 def _lengths(graph: Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from dyncomp.backends.ort.native import DOMAIN
 from torch import Tensor
 from torch.onnx import ops
@@ -95,8 +94,8 @@ def cached_attention(
     present: Tensor | None = None, bias: Tensor | None = None, gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dyncomp's kernel: as :func:`group_query_attention`, with past_length [B] int64, the valid entries before this step, present
-    [B, 1, C, 1], 0 for entries that are not attended to, a bias as :func:`reaching_back` makes it, and gates [B, S, 1], 0 for queries that
-    nothing reads: they give zeros. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
+    [B, 1, C, 1], 0 for entries that are not attended to, a bias as :func:`~dyncomp.backends.attention.reaching_back` makes it, and gates
+    [B, S, 1], 0 for queries that nothing reads: they give zeros. Over caches in int8, uint8 [B, Hkv, C, D + 4], it is another operator."""
     coded = key_cache.dtype == torch.uint8
     attributes: dict[str, Any] = {
         "heads": heads, "kv_heads": int(key_cache.shape[1]), "interleaved": int(interleaved), "window": window, "scale": float(scale),
@@ -112,11 +111,6 @@ def cached_attention(
         version=1,
     )
     return result[0], result[1], result[2]
-
-
-def reaching_back(bias: Tensor) -> Tensor:
-    """What attention adds by distance [H, P], the farthest first and then as many zeros as the kernel reads keys at once: [H, P + 64]."""
-    return F.pad(bias.flip(1), (0, 64)).contiguous()
 
 
 def mixture_of_experts(

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import tvm
 from dyncomp.backends.program import default_decompositions, expand, is_composite
+from dyncomp.backends.tvm import ops
 from dyncomp.backends.tvm.kernels.attention import Attention
 from dyncomp.backends.tvm.kernels.attention import cached_attention as attention_kernel
 from dyncomp.backends.tvm.kernels.functions import FUNCTIONS
@@ -87,6 +88,7 @@ class Converters:
             "tvm_routed_ffn.default": self.routed_ffn,
             "tvm_native.default": self.native,
             "tvm_cached_attention.default": self.cached_attention,
+            "tvm_native_attention.default": self.native_attention,
             "scaled_dot_product_attention.default": self.attention,
             "to.device": self.to_device,
             "index.Tensor": self.index,
@@ -165,6 +167,23 @@ class Converters:
         shape = [*list(given[0].ty.shape)[: cast(int, leading)], width]
         call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(attributes), *given], relax.TensorType(shape, "float32"))
         return importer.block_builder.emit(call)
+
+    def native_attention(self, node: fx.Node, importer: Any) -> Any:
+        """The packed function of attention, which updates the caches it is given."""
+        names = ("query", "key", "value", "key_cache", "value_cache", "past", "cos", "sin")
+        every = (*names, "heads", "scale", "window", "softcap", "interleaved", "present", "bias")
+        given = dict(zip(every, arguments(node, importer), strict=False))  # the last two may be left out
+        gates = node.kwargs.get("gates")
+        key_cache, value_cache = given["key_cache"], given["value_cache"]
+        attributes = {name: given[name] for name in ("heads", "interleaved", "window", "scale", "softcap")}
+        text = ops.attributes_text(attributes | {"kv_heads": int(key_cache.ty.shape[1])})
+        inputs = [*(given.get(name) for name in (*names, "present", "bias")), None if gates is None else value_of(gates, importer)]
+        operator = "quantized_cached_attention" if str(key_cache.ty.dtype) == "uint8" else "cached_attention"
+        result = node.meta["val"][0]
+        out = relax.TensorType([*list(given["query"].ty.shape)[:2], int(result.shape[2])], "float32")
+        operands = [relax.op.null_value() if value is None else value for value in inputs]
+        call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(text), *operands], out)
+        return [importer.block_builder.emit(call), key_cache, value_cache]
 
     def on_rows(self, importer: Any, kernel: Any, x: Any, rest: list[Any], lead: list[Any], width: int) -> Any:
         """kernel(x [M, K], *rest) -> [M, width] on x [*lead, K]."""

@@ -36,7 +36,8 @@ class Lowered:
     """What lowering wrote.
 
     Args:
-        directory: holds ``model.so``, ``parameters.bin``, ``config.json``, and ``dyncomp_tvm.so`` where weights are quantized.
+        directory: holds ``model.so``, ``parameters.bin``, ``config.json``, and ``dyncomp_tvm.so`` where weights, or keys and values, are
+            in few bits.
         files: their paths.
         kernels: how many calls of each compiled function there are.
         inputs, outputs: names in order.
@@ -75,13 +76,13 @@ def lower(
     from dyncomp.backends.tvm.compile import compile_module
     from dyncomp.backends.tvm.importer import Converters, import_graph
     from dyncomp.backends.tvm.schedule import schedule_rest
-    from dyncomp.backends.tvm.select import select
+    from dyncomp.backends.tvm.select import select, takes_native
 
     report = progress or (lambda stage, done, total: None)
     directory, machine = Path(directory), machine or this_machine()
     foreign = machine.architecture != this_architecture()
     link = shared_library(machine.architecture) if foreign else None
-    native = _native_library(machine) if graph.quantized else None
+    native = _native_library(machine) if takes_native(graph) else None
     tiles = tiles_for(machine, tuning)
     report("select", 0, 4)
     selected = select(graph, tiles)
@@ -141,8 +142,8 @@ def write_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> list[dict[
 
 
 def _native_library(machine: Machine) -> Path:
-    """The kernels that compute with quantized weights: for this architecture all, of which the processor chooses, for another the
-    portable ones.
+    """The native kernels, which compute with quantized weights and attend: for this architecture all, of which the processor chooses, for
+    another the portable ones.
 
     Raises:
         BackendError: they cannot be compiled.
@@ -151,7 +152,7 @@ def _native_library(machine: Machine) -> Path:
         return native_library(architecture=machine.architecture)
     if (reason := unavailable_reason()) is not None:
         raise BackendError(
-            f"the TVM backend computes with quantized weights in native kernels, and {reason}",
+            f"the TVM backend computes with quantized weights, keys and values in native kernels, and {reason}",
             hint=f"{COMPILER_HINT}, or use --backend ort",
         )
     return native_library()

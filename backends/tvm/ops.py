@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyncomp.ops import SCALE_BYTES
+
 
 def _export_only(function: Callable[..., Any]) -> Any:
     operation = torch.library.custom_op(f"dyncomp_tvm::tvm_{function.__name__}", function, mutates_args=())
@@ -62,8 +64,23 @@ def cached_attention(
     Returns:
         [B, S, H * D] and the caches.
     """
-    out = query.new_empty(*query.shape[:2], heads * key_cache.shape[3])
-    return out, torch.empty_like(key_cache), torch.empty_like(value_cache)
+    return _attended(query, key_cache, value_cache, heads)
+
+
+@_export_only
+def native_attention(
+    query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor, past_length: Tensor,
+    cos: Tensor | None, sin: Tensor | None, heads: int, scale: float, window: int, softcap: float, interleaved: bool,
+    present: Tensor | None = None, bias: Tensor | None = None, gates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`cached_attention` by the native operator: with a bias as :func:`~dyncomp.backends.attention.reaching_back` makes it, gates
+    [B, S, 1], 0 for queries that nothing reads (they give zeros), and also over caches in int8, uint8 [B, Hkv, C, D + 4]."""
+    return _attended(query, key_cache, value_cache, heads)
+
+
+def _attended(query: Tensor, key_cache: Tensor, value_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    features = key_cache.shape[3] - (SCALE_BYTES if key_cache.dtype == torch.uint8 else 0)
+    return query.new_empty(*query.shape[:2], heads * features), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 
 @_export_only
@@ -71,11 +88,16 @@ def native(operator: str, inputs: Sequence[Tensor | None], attributes: str, lead
     """One of the native operators; the first ``leading`` dimensions of its first input -> [..., width].
 
     Args:
-        attributes: as the packed functions take them, `` rows=576 columns=1536 …``.
+        attributes: ``attributes_text``, `` rows=576 columns=1536 …``.
     """
     first = inputs[0]
     assert first is not None
     return first.new_empty(*first.shape[:leading], width, dtype=torch.float32)
+
+
+def attributes_text(attributes: Mapping[str, float]) -> str:
+    """Attributes as the packed functions take them."""
+    return "".join(f" {name}={value if isinstance(value, float) else int(value)}" for name, value in attributes.items())
 
 
 OPPOSITES: dict[Any, int] = {}
@@ -85,8 +107,7 @@ OPPOSITES: dict[Any, int] = {}
 def _native(operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, float], width: int) -> Tensor:
     first = inputs[0]
     assert first is not None
-    text = "".join(f" {name}={value if isinstance(value, float) else int(value)}" for name, value in attributes.items())
-    result: Tensor = native(operator, list(inputs), text, first.dim() - (operator != "quantized_embedding"), width)
+    result: Tensor = native(operator, list(inputs), attributes_text(attributes), first.dim() - (operator != "quantized_embedding"), width)
     return result
 
 

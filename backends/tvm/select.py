@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dyncomp.backends.attention import CACHED, ROTARY, flatten_attention, has_absent_tokens, has_coded_cache, require_cached, rotate_plainly
+from dyncomp.backends.attention import (
+    CACHED,
+    ROTARY,
+    fits_native,
+    flatten_attention,
+    has_absent_tokens,
+    has_coded_cache,
+    require_cached,
+    require_native,
+    rotate_plainly,
+    skip_closed,
+    turn_bias,
+)
+from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.native.select import join_stand_ins, select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
@@ -28,13 +41,13 @@ GATED = gated_linear._opoverload
 
 def select(graph: Graph, tiles: Tiles) -> Graph:
     """A copy of ``graph`` that calls the operators of :mod:`dyncomp.backends.tvm.ops`; for export only."""
-    graph = graph.copy()
+    graph, native = graph.copy(), takes_native(graph)
     fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
     select_sparse_ffns(graph, ops)
     select_quantized_ffns(graph, ops)
-    select_attention(graph)
+    select_attention(graph, native=native)
     select_positions(graph)
     select_norms(graph)
     select_patches(graph)
@@ -62,7 +75,9 @@ def require_no_quantized(graph: Graph) -> None:
             raise BackendError(f"{where}: {user.target} has no kernel for quantized weights ({node.target})", hint="use --backend ort")
 
 
-def select_attention(graph: Graph) -> None:
+def select_attention(graph: Graph, *, native: bool) -> None:
+    """Every ``dyncomp.cached_attention``: by the native operator where an artifact has the native library anyway, whose kernel for prompts
+    is the faster one; else by a kernel of TVM's own."""
     require_cached(graph)
     shapes = ShapeOnly(graph)
     for node in graph.nodes:
@@ -71,7 +86,7 @@ def select_attention(graph: Graph) -> None:
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (3, 4))  # type: ignore[union-attr]
         where = node.meta.get("path") or node.name
         if has_coded_cache(node):
-            raise BackendError(f"{where}: a KV cache in int8 has no TVM kernel", hint="use --backend ort, or convert without --kv-cache")
+            require_native(node, None if native else unavailable_reason() or "this lowering leaves them out")
         if key != value:
             raise BackendError(
                 f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"
@@ -80,11 +95,22 @@ def select_attention(graph: Graph) -> None:
             raise BackendError(
                 f"{where}: attention from which tokens are absent has no TVM kernel", hint="use --backend ort, or kv=compute"
             )
-        flatten_attention(graph, node, shapes, ops.cached_attention)
+        if native and fits_native(node):
+            turn_bias(graph, node)
+            flatten_attention(graph, node, shapes, ops.native_attention)
+        else:
+            flatten_attention(graph, node, shapes, ops.cached_attention)
     graph.clean()
     for node in graph.nodes:
-        if node.target is ROTARY:
+        if node.target is ops.native_attention:
+            skip_closed(node, {GATED})
+        elif node.target is ROTARY:
             node.target = rotate_plainly
+
+
+def takes_native(graph: Graph) -> bool:
+    """Whether something in the graph has native kernels alone: weights in few bits, or a KV cache in int8."""
+    return bool(graph.quantized) or any(n.target is CACHED and has_coded_cache(n) for n in graph.nodes)
 
 
 def select_positions(graph: Graph) -> None:

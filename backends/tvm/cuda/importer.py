@@ -36,7 +36,7 @@ def select(graph: Graph) -> Graph:
     fuse_rms_norms(graph)
     if any("val" not in n.meta for n in graph.nodes if n.op != "output"):
         graph.infer_shapes()
-    select_attention(graph)
+    select_attention(graph, native=False)
     select_positions(graph)
     select_norms(graph)
     for routed in find_routed(graph):

@@ -1,5 +1,5 @@
 // The operators for TVM: packed functions f(attributes, inputs..., output) that TVM finds in the library by name. Attributes are a text,
-// " rows=576 columns=1536 …"; inputs that are absent are None, or at the end left out; the output has been allocated.
+// " rows=576 columns=1536 …"; inputs that are absent are None, or at the end left out; the output has been allocated, further ones are inputs that change.
 #include <tvm/ffi/c_api.h>
 #include <tvm/runtime/c_backend_api.h>
 
@@ -67,8 +67,12 @@ class TvmCall final : public Call {
     return !failed();
   }
 
-  void* result(size_t, const Shape& shape) override {
+  void* result(size_t index, const Shape& shape) override {
     Shape given;
+    if (index > 0) {  // an input that is updated in place
+      const TVMFFIAny& updated = inputs_[operation_.updated + index - 1];
+      return operation_.updated ? read(updated, "output", operation_.later, &given) : nullptr;
+    }
     void* data = read(output_, "output", Type::kFloat, &given);
     bool equal = given.rank == shape.rank;
     for (size_t i = 0; equal && i < shape.rank; i++) equal = given.sizes[i] == shape.sizes[i];
@@ -159,3 +163,5 @@ DYNCOMP_EXPORT(quantized_linear)
 DYNCOMP_EXPORT(quantized_ffn)
 DYNCOMP_EXPORT(quantized_embedding)
 DYNCOMP_EXPORT(sparse_linear)
+DYNCOMP_EXPORT(cached_attention)
+DYNCOMP_EXPORT(quantized_cached_attention)
