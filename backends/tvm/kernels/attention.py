@@ -51,6 +51,8 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
     key_at, value_at = (heads * d, (heads + groups) * d) if a.packed else (0, 0)
     table = max(half, 1)
     scale, softcap, window, interleaved = a.scale, a.softcap, a.window, a.interleaved
+    lanes = next(n for n in (tile.lanes, 8, 4, 2, 1) if n <= tile.lanes and half % n == 0)
+    by_vectors = lanes > 1 and not interleaved  # pairs of vectors, else of numbers
 
     def angle(i: Any) -> Any:
         return i // 2 if interleaved else T.if_then_else(i < half, i, i - half)
@@ -66,12 +68,21 @@ def cached_attention(a: Attention, tile: Tile) -> Any:
     @T.macro
     def rotate(target, source, cos, sin, position):
         """target(i, value) stores feature i of source(i) turned to its position."""
-        for i in range(2 * half):
+        for i in range(0 if by_vectors else 2 * half):
             target(
                 i,
                 source(i) * cos[position, angle(i)]
                 + T.if_then_else(first(i), T.float32(0) - source(partner(i)), source(partner(i))) * sin[position, angle(i)],
             )
+        for i in range(half // lanes if by_vectors else 0):
+            near = T.alloc_buffer((lanes,), "float32", scope="local")
+            far = T.alloc_buffer((lanes,), "float32", scope="local")
+            for n in T.vectorized(lanes):
+                near[n] = source(i * lanes + n)
+                far[n] = source(half + i * lanes + n)
+            for n in T.vectorized(lanes):
+                target(i * lanes + n, near[n] * cos[position, i * lanes + n] - far[n] * sin[position, i * lanes + n])
+                target(half + i * lanes + n, far[n] * cos[position, i * lanes + n] + near[n] * sin[position, i * lanes + n])
         for i in range(d - 2 * half):
             target(2 * half + i, source(2 * half + i))
 

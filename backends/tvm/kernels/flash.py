@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from dyncomp.backends.tvm.kernels.functions import exp
@@ -29,6 +30,13 @@ def flash(features: int, tile: Tile) -> Any:
     at_once = next(n for n in (tile.vectors, 3, 2, 1) if n <= tile.vectors and parts % n == 0)  # vectors of the output at a time
     scores_of, values_of = product(wide), product(lanes)
 
+    def across(function: Any, vector: Any) -> Any:
+        """A vector's elements as one number, by halves: as few steps one after the other as can be."""
+        parts = [vector[n] for n in range(vector.shape[0].value)]
+        while len(parts) > 1:
+            parts = [function(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
     @T.macro
     def attend(query, key, panel, value, adjust, keep, store, begin, end, high, direct):
         o = T.alloc_buffer((high, parts, lanes), "float32", scope="local")
@@ -36,6 +44,7 @@ def flash(features: int, tile: Tile) -> Any:
         best = T.alloc_buffer((high,), "float32", scope="local")
         total = T.alloc_buffer((high,), "float32", scope="local")
         top = T.alloc_buffer((2,), "float32", scope="local")
+        lane = T.alloc_buffer((wide,), "float32", scope="local")
         for m in T.unroll(high):
             best[m] = T.float32(HIDDEN)
             total[m] = T.float32(0)
@@ -52,10 +61,7 @@ def flash(features: int, tile: Tile) -> Any:
                     for r in T.unroll(parts):
                         for n in T.vectorized(lanes):
                             part[n] = part[n] + query(0, r * lanes + n) * key(block * KEYS + j, r * lanes + n)
-                    top[0] = part[0]
-                    for n in T.unroll(lanes - 1):
-                        top[0] = top[0] + part[n + 1]
-                    p[0, j] = top[0]
+                    p[0, j] = across(operator.add, part)
             else:
                 acc = T.alloc_buffer((high, high_vectors, wide), "float32", scope="local")
                 for m in T.unroll(high):
@@ -70,16 +76,21 @@ def flash(features: int, tile: Tile) -> Any:
             for m in range(high):
                 for j in T.vectorized(KEYS):
                     p[m, j] = adjust(p[m, j], m, block * KEYS + j)
-                top[0] = best[m]
-                for j in range(KEYS):
-                    top[0] = T.if_then_else(p[m, j] <= top[0], top[0], p[m, j])  # NaN wins
+                for n in T.vectorized(wide):
+                    lane[n] = best[m]
+                for r in T.unroll(high_vectors):
+                    for n in T.vectorized(wide):
+                        lane[n] = T.max(lane[n], p[m, r * wide + n])  # may lose NaN: its exponential is one
+                top[0] = across(T.max, lane)
                 top[1] = exp(best[m] - top[0])
                 best[m] = top[0]
-                for j in T.vectorized(KEYS):
-                    p[m, j] = exp(p[m, j] - top[0])
-                total[m] = total[m] * top[1]
-                for j in range(KEYS):
-                    total[m] = total[m] + p[m, j]
+                for n in T.vectorized(wide):
+                    lane[n] = T.float32(0)
+                for r in T.unroll(high_vectors):
+                    for n in T.vectorized(wide):
+                        p[m, r * wide + n] = exp(p[m, r * wide + n] - top[0])
+                        lane[n] = lane[n] + p[m, r * wide + n]
+                total[m] = total[m] * top[1] + across(operator.add, lane)
                 for r in range(parts):
                     for n in T.vectorized(lanes):
                         o[m, r, n] = o[m, r, n] * top[1]
