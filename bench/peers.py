@@ -39,7 +39,7 @@ from dyncomp.models import LoadedModel, load_model
 from dyncomp.models.packaged import packaged_path
 from dyncomp.pipeline import Context
 from dyncomp.report.tables import show, table
-from dyncomp.runtime.bench import timed
+from dyncomp.runtime.bench import rest, timed
 from dyncomp.runtime.session import Array, DecoderSession
 from dyncomp.search import SCREEN
 from dyncomp.trace import trace_model
@@ -148,6 +148,7 @@ def measure(engines: list[Engine], request: Request, text: Array) -> list[dict[s
         window = text[turn % len(text)]
         start, read = window[:CONTEXT], window[CONTEXT : CONTEXT + STEPS].tolist()
         for index, engine in enumerate(engines):
+            rest()
             seconds = timed(functools.partial(engine.prefill, window[: request.prefill]))
             engine.prefill(start)
             times = [timed(functools.partial(engine.step, token)) for token in read]
