@@ -18,7 +18,7 @@ from bench import rowwise
 from bench.memory import alone
 from dyncomp.bundle import versions
 from dyncomp.convert import ConvertRequest, convert
-from dyncomp.errors import BackendError
+from dyncomp.errors import BackendError, PassError
 from dyncomp.export import ExportRequest, export
 from dyncomp.recipe import MADE, RECIPES
 from dyncomp.report.tables import between
@@ -55,9 +55,11 @@ def _export(bundle: Path, out: Path) -> dict[str, Any]:
     """The architecture and how far its stock class is from the graph, or why there is none."""
     try:
         record = export(ExportRequest(bundle, out))
-    except BackendError as error:
+    except BackendError as error:  # no architecture holds it: each line says why one does not
         reasons = [line.strip() for line in str(error).splitlines() if ": " in line and "holds this model" not in line]
         return {"refused": reasons[0].partition(": ")[2]}
+    except PassError as error:  # one does, and computes something else
+        return {"refused": str(error).splitlines()[0]}
     return {"architecture": record["architecture"], "median_error": record["check"]["median_error"]}
 
 
