@@ -1,12 +1,14 @@
-"""Decode and prefill of SmolLM2-135M dense: this backend beside the engines people would use otherwise, in one run, taking turns.
+"""Decode and prefill of SmolLM2-135M dense: our backends beside the engines people would use otherwise, in one run, taking turns.
 
-    python -m bench.peers [--threads 2] [--prefill 512] [--engines dyncomp-tvm …] [--precisions fp32 …] [--torch-compile] [--keep FOLDER]
-        [--json FILE]
+    python -m bench.peers [--threads 2] [--prefill 512] [--engines dyncomp-tvm …] [--precisions fp32 …] [--bundles BUNDLE …]
+        [--torch-compile] [--keep FOLDER] [--json FILE]
 
 Engines: ONNX Runtime with its own kernels (MatMulNBits for int8 and int4); dyncomp's on the same weights, in ONNX Runtime and in TVM;
 PyTorch in fp32 as Hugging Face runs it, on request compiled; onnxruntime-genai on the models its builder makes; llama.cpp on the packaged
-GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0). All read and decode the same text, for a screened head costs what the text asks
-for. Figures are medians; the machine may be busy, so the last column is what holds: decoding as a multiple of the first row's.
+GGUF (Q4_1) and on what it makes of that (F32, Q8_0, Q4_0). ``--bundles`` measures what ``dyncomp convert smollm2-135m`` made beside them,
+in each backend that it has an artifact for. All read and decode the same text, for a screened head costs what the text asks for. Figures
+are medians; the machine may be busy, so the last columns are what holds: speed as a multiple of the first row's, and of the best peer's
+with weights in as many bits.
 An engine that is not installed is named, not left out silently: ``pip install -e '.[peers]'``.
 """
 
@@ -31,13 +33,15 @@ import torch
 from dyncomp.backends.ort.lower import lower as lower_to_onnx
 from dyncomp.passes import Quantize
 
-from dyncomp.deploy import backend_of, with_cache
+from dyncomp.bundle import open_bundle
+from dyncomp.deploy import backend_of, open_session, with_cache
 from dyncomp.examples import packaged_text
 from dyncomp.graph import Graph
 from dyncomp.hardware import detect
 from dyncomp.models import LoadedModel, load_model
 from dyncomp.models.packaged import packaged_path
 from dyncomp.pipeline import Context
+from dyncomp.report.markdown import GAINS, gain_cells, peer_cells, peer_columns
 from dyncomp.report.tables import show, table
 from dyncomp.runtime.bench import rest, timed
 from dyncomp.runtime.session import Array, DecoderSession
@@ -50,6 +54,9 @@ PRECISIONS: dict[str, Quantize | None] = {
     "int4": Quantize(bits=4, symmetric=False), "int4, screened head": Quantize(bits=4, symmetric=False, screen=SCREEN),
 }  # fmt: skip
 CONTEXT, PREFILL, STEPS, ROUNDS = 64, 512, 16, 6
+BITS = {"fp32": 32, "F32": 32, "int8": 8, "Q8_0": 8, "int4": 4, "Q4_1": 4, "Q4_0": 4}
+"""Of the weights, by what a row's precision begins with."""
+OURS = {"ort": "dyncomp, ONNX Runtime", "tvm": "dyncomp, TVM"}
 NAMES = ("onnxruntime", "dyncomp-ort", "dyncomp-tvm", "torch", "genai", "llama.cpp")
 
 
@@ -61,6 +68,11 @@ class Engine:
     precision: str
     prefill: Callable[[Array], Any]
     step: Callable[[int], Any]
+    bundle: str = ""
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.precision.partition(",")[0]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Request:
     engines: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     compiled: bool = False
+    bundles: tuple[Path, ...] = ()
 
     def wants(self, engine: str, precision: str = "fp32") -> bool:
         return (not self.engines or engine in self.engines) and (not self.precisions or precision in self.precisions)
@@ -83,13 +96,17 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=PREFILL, help=f"tokens of the prompt that is timed, at most {PREFILL}")
     parser.add_argument("--engines", nargs="+", default=(), choices=NAMES, help="only these")
     parser.add_argument("--precisions", nargs="+", default=(), help="only these, as the rows are named")
+    parser.add_argument("--bundles", nargs="+", default=(), type=Path, help="converted models of SmolLM2-135M to measure beside them")
     parser.add_argument("--torch-compile", action="store_true", help="measure torch.compile too; it compiles for minutes")
     parser.add_argument("--keep", type=Path, help="folder to keep (or find) the lowered models in")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     if not 1 <= arguments.prefill <= PREFILL:
         parser.error(f"--prefill {arguments.prefill}: the text comes in windows of {PREFILL} tokens")
-    request = Request(arguments.threads, arguments.prefill, tuple(arguments.engines), tuple(arguments.precisions), arguments.torch_compile)
+    request = Request(
+        arguments.threads, arguments.prefill, tuple(arguments.engines), tuple(arguments.precisions), arguments.torch_compile,
+        tuple(arguments.bundles),
+    )  # fmt: skip
     torch.set_num_threads(request.threads)
     with tempfile.TemporaryDirectory() as scratch:
         loaded = load_model("smollm2-135m")
@@ -102,13 +119,15 @@ def main() -> None:
         rows = measure(engines, request, text.numpy())
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    title = f"SmolLM2-135M dense, {request.threads} threads, batch 1"
-    result = table(title, "engine", "precision", ">decode tokens/s", f">prefill {request.prefill}", ">decode ×")
+    result = table(f"SmolLM2-135M, {request.threads} threads, batch 1", *peer_columns(request.prefill))
     for row in rows:
-        decode = row["decode_tokens_per_s"]
-        cells = f"{decode:.1f}", f"{row['prefill_tokens_per_s']:.0f}", f"{decode / rows[0]['decode_tokens_per_s']:.2f}"
-        result.add_row(row["engine"], row["precision"], *cells)
+        result.add_row(*peer_cells(row, rows[0]))
     show(result)
+    if split := gains(rows):
+        result = table("what each part gives when decoding, x", *GAINS)
+        for gain in split:
+            result.add_row(*gain_cells(gain))
+        show(result)
 
 
 def prepare(loaded: LoadedModel, graph: Graph, folder: Path, request: Request) -> list[Engine]:
@@ -123,6 +142,8 @@ def prepare(loaded: LoadedModel, graph: Graph, folder: Path, request: Request) -
             _lower(graph, quantize, backend, place)
         used = backend_of(backend or "ort")
         engines.append(_session_engine(name, precision, used.session(used.open(place, threads=request.threads))))
+    for bundle in request.bundles:
+        engines += _converted(bundle, request.threads)
     if request.wants("torch"):
         engines += [_hugging_face(loaded.module, compiled=compiled) for compiled in (False, True)[: 1 + request.compiled]]
     others = [*_genai(loaded, folder, request), *_llama_cpp(folder, request)]
@@ -135,8 +156,19 @@ def _own() -> list[tuple[str, str, Quantize | None, str | None]]:
     for precision, quantize in PRECISIONS.items():
         if quantize is None or not quantize.screen:
             found.append(("ONNX Runtime" if quantize is None else "ONNX Runtime MatMulNBits", precision, quantize, None))
-        found += [("dyncomp, ONNX Runtime", precision, quantize, "ort"), ("dyncomp, TVM", precision, quantize, "tvm")]
+        found += [(name, precision, quantize, backend) for backend, name in OURS.items()]
     return found
+
+
+def _converted(bundle: Path, threads: int) -> list[Engine]:
+    """A bundle in each backend that it has an artifact for; its rows bear its folder's name."""
+    opened, engines = open_bundle(bundle), []
+    for backend, name in OURS.items():
+        if (bundle / "artifacts" / backend).is_dir():
+            session: Any = open_session(opened, backend, threads=threads)
+            engine = _session_engine(name, f"{session.model.precision}, {bundle.name}", session)
+            engines.append(dataclasses.replace(engine, bundle=bundle.name))
+    return engines
 
 
 def measure(engines: list[Engine], request: Request, text: Array) -> list[dict[str, Any]]:
@@ -155,14 +187,48 @@ def measure(engines: list[Engine], request: Request, text: Array) -> list[dict[s
             if turn:
                 prefills[index].append(seconds)
                 steps[index] += times[3:]
-    return [
+    return beside_peers([
         {
-            "engine": e.name, "precision": e.precision, "threads": request.threads, "batch": 1, "prefill_tokens": request.prefill,
-            "decode_tokens_per_s": 1 / statistics.median(steps[i]),
+            "engine": e.name, "precision": e.precision, "bundle": e.bundle, "bits": e.bits, "threads": request.threads, "batch": 1,
+            "prefill_tokens": request.prefill, "decode_tokens_per_s": 1 / statistics.median(steps[i]),
             "prefill_tokens_per_s": request.prefill / statistics.median(prefills[i]),
         }
         for i, e in enumerate(engines)
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+def beside_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with ``decode_x_peer`` and ``prefill_x_peer``: its rate over the best of the other engines with weights in as many bits,
+    None where none was measured. What is converted keeps to the bits of its weights, too."""
+    for what in ("decode", "prefill"):
+        best: dict[int, float] = {}
+        for row in rows:
+            if row["engine"] not in OURS.values():
+                best[row["bits"]] = max(best.get(row["bits"], 0.0), row[f"{what}_tokens_per_s"])
+        for row in rows:
+            row[f"{what}_x_peer"] = row[f"{what}_tokens_per_s"] / best[row["bits"]] if row["bits"] in best else None
+    return rows
+
+
+def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What decoding with a bundle gains over the best peer in fp32, in factors: fewer bits alone (the best peers, one over the other),
+    kernels alone (our dense model over the best peer in those bits), what is skipped alone (the bundle over our dense model in those)."""
+    best: dict[int, float] = {}
+    dense: dict[tuple[str, int], float] = {}
+    for row in rows:
+        rate, bits = row["decode_tokens_per_s"], row["bits"]
+        if row["engine"] not in OURS.values():
+            best[bits] = max(best.get(bits, 0.0), rate)
+        elif row["precision"] in PRECISIONS and not row["bundle"]:
+            dense.setdefault((row["engine"], bits), rate)  # the first: without a screened head
+    found = []
+    for row in rows:
+        rate, bits, ours = row["decode_tokens_per_s"], row["bits"], (row["engine"], row["bits"])
+        if row["bundle"] and ours in dense and {32, bits} <= best.keys():
+            factors = {"bits": best[bits] / best[32], "kernels": dense[ours] / best[bits], "skipping": rate / dense[ours]}
+            whole = {"all": rate / best[32]} | ({"of_int8": rate / best[8]} if 8 in best else {})
+            found.append({k: row[k] for k in ("bundle", "engine", "threads", "precision")} | factors | whole)
+    return found
 
 
 def _lower(graph: Graph, quantize: Quantize | None, backend: str | None, place: Path) -> None:

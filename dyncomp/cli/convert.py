@@ -63,7 +63,7 @@ def command(json_: bool, **choices: Any) -> None:
     choices leaves regions in float.
 
     --kv-cache int8 (in a recipe, quantize-cache) keeps keys and values as int8 codes with a scale for each token and head, about a
-    quarter of the bytes; quality is that of the rounded ones. dyncomp's ONNX Runtime kernels only: not --backend tvm.
+    quarter of the bytes; quality is that of the rounded ones. Only dyncomp's own kernels read them.
 
     Quality is measured on text, images or recordings held out from the calibration and on another source, beside the dense model and
     beside static pruning at the same cost. An interrupted run continues where it was.

@@ -43,25 +43,30 @@ def results_markdown(results: dict[str, Any]) -> str:
         threads = results["ffn"][0]["threads"]
         lines += [
             "",
-            f"## FFNs of SmolLM2-135M, {threads} thread, × the dense FFN of the same precision",
+            f"## FFNs, {threads} thread, × the dense FFN of the same precision",
             "",
-            "| FFNs | precision | decode step, ms | × dense | prefill of 128, ms | × dense |",
-            "|---|---|---|---|---|---|",
+            f"| {' | '.join(name.lstrip('>') for name in FFN)} |",
+            "|---" * len(FFN) + "|",
         ]
-        for row in results["ffn"]:
-            times = f"{row['ms_per_step']:.2f} | {row['speedup']:.2f} | {row['ms_per_prefill']:.2f} | {row['prefill_speedup']:.2f}"
-            lines.append(f"| {row['ffn']} | {row['precision']} | {times} |")
-    if results.get("peers"):
+        lines += [f"| {' | '.join(ffn_cells(row))} |" for row in results["ffn"]]
+    for threads, rows in _by_threads(results.get("peers", [])).items():
+        columns = [name.lstrip(">") for name in peer_columns(rows[0]["prefill_tokens"])]
+        lines += ["", f"## SmolLM2-135M beside other engines, {threads} thread{'s' * (threads > 1)}, batch 1", ""]
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(peer_cells(row, rows[0]))} |" for row in rows]
+    if results.get("gains"):
         lines += [
             "",
-            f"## SmolLM2-135M dense beside other engines, batch 1, prefill of {results['peers'][0]['prefill_tokens']}",
+            "## How the gain splits",
             "",
-            "| engine | precision | threads | decode tokens/s | prefill tokens/s |",
-            "|---|---|---|---|---|",
+            "Decoding beside the best other engine in fp32, in factors that multiply to *all*: fewer bits alone (the best of the others,",
+            "one over the other), kernels alone (our dense model over the best of the others in those bits), what is skipped alone (the",
+            "converted model over our dense one in those bits).",
+            "",
+            f"| {' | '.join(name.lstrip('>') for name in GAINS)} |",
+            "|---" * len(GAINS) + "|",
         ]
-        for row in results["peers"]:
-            speed = f"{row['decode_tokens_per_s']:.1f} | {row['prefill_tokens_per_s']:.0f}"
-            lines.append(f"| {row['engine']} | {row['precision']} | {row['threads']} | {speed} |")
+        lines += [f"| {' | '.join(gain_cells(row))} |" for row in results["gains"]]
     if results.get("serving"):
         lines += [
             "",
@@ -75,6 +80,46 @@ def results_markdown(results: dict[str, Any]) -> str:
         ]
         lines += [f"| {' | '.join(serving_cells(row))} |" for row in results["serving"]]
     return "\n".join(lines) + "\n"
+
+
+FFN = "model", "backend", "precision", "FFNs", ">decode step, ms", ">×", ">prefill of 128, ms", ">×"
+
+
+def ffn_cells(row: dict[str, Any]) -> list[str]:
+    """One row of :data:`FFN`, of ``bench.ffn``."""
+    times = f"{row['ms_per_step']:.2f}", f"{row['speedup']:.2f}", f"{row['ms_per_prefill']:.2f}", f"{row['prefill_speedup']:.2f}"
+    return [row["shape"], row["backend"], row["precision"], row["ffn"], *times]
+
+
+GAINS = "converted", "engine", "precision", "threads", ">bits", ">kernels", ">skipping", ">all", ">× best int8 peer"
+
+
+def gain_cells(gain: dict[str, Any]) -> list[str]:
+    """One row of :data:`GAINS`, of ``bench.peers.gains``."""
+    factors = [gain.get(name) for name in ("bits", "kernels", "skipping", "all", "of_int8")]
+    precision = gain["precision"].partition(",")[0]
+    return [gain["bundle"], gain["engine"], precision, str(gain["threads"]), *("" if x is None else f"{x:.2f}" for x in factors)]
+
+
+def peer_columns(prefill: int) -> list[str]:
+    """Of a table of engines; ``>`` for numbers."""
+    return ["engine", "precision", ">decode tokens/s", ">×", ">× best peer", f">prefill {prefill}", ">×", ">× best peer"]
+
+
+def peer_cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """A row of it: rates, over those of the first row, and over those of the best peer with weights in as many bits."""
+    cells = [row["engine"], row["precision"]]
+    for what, digits in (("decode", 1), ("prefill", 0)):
+        rate, peer = row[f"{what}_tokens_per_s"], row[f"{what}_x_peer"]
+        cells += [f"{rate:.{digits}f}", f"{rate / first[f'{what}_tokens_per_s']:.2f}", "" if peer is None else f"{peer:.2f}"]
+    return cells
+
+
+def _by_threads(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["threads"], []).append(row)
+    return found
 
 
 SERVING = (
