@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -194,7 +194,8 @@ def from_exported(
 
 
 def canonicalize(graph: Graph) -> None:
-    """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``.
+    """Remove what computes nothing: metadata assertions, casts to the same dtype, whole slices, dropout, ``* 1`` and ``+ 0``, and
+    tensors of no elements that something is appended to, as an empty KV cache is.
 
     ``view`` becomes ``reshape``, which does not depend on strides, and ``add_`` becomes ``add`` where nothing else can see the
     difference: a rewrite need not know how its inputs lie in memory.
@@ -202,6 +203,9 @@ def canonicalize(graph: Graph) -> None:
     for node in list(graph.module.graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target is aten.cat.default:
+            parts = cast(list[fx.Node], node.args[0])
+            node.update_arg(0, [part for part in parts if part.meta["val"].shape != (0,)] or parts)
         if node.target is aten._assert_tensor_metadata.default or node.target in _ASSERTIONS:
             graph.module.graph.erase_node(node)
         elif (source := _identity_of(node)) is not None:
@@ -230,6 +234,8 @@ _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 def _identity_of(node: fx.Node) -> fx.Node | None:
     """The node that ``node`` merely repeats, or None."""
     target, args = node.target, node.args
+    if target is aten.cat.default and len(parts := cast(list[fx.Node], args[0])) == 1:
+        return parts[0]
     source = args[0] if args and isinstance(args[0], fx.Node) else None
     if source is None:
         return None

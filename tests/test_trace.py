@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dyncomp.passes import AddKVCache
 from helpers import assert_close
 from tiny_checkpoint import write_checkpoint
 from torch import nn
 
-from bench.tiny import ARCHITECTURES, TOKENS, built, sample, tokens, trace_tiny
+from bench.tiny import ARCHITECTURES, TOKENS, TokenModel, built, sample, tokens, trace_tiny
 from dyncomp.errors import RequestError, TraceError
 from dyncomp.graph import op_name
 from dyncomp.models import load_for_inspection, load_model
+from dyncomp.pipeline import Context
 from dyncomp.trace import trace, trace_model
 
 
@@ -36,6 +38,18 @@ def test_graphs_are_canonical():
     forbidden = {"view", "_unsafe_view", "contiguous", "dropout", "detach", "alias", "_assert_tensor_metadata", "add_.Tensor"}
     for name in ("llama", "gptj", "bert", "torch_encoder", "falcon"):
         assert not forbidden & {op_name(n) for n in trace_tiny(name).nodes if n.op == "call_function"}
+
+
+def test_an_empty_cache_that_is_appended_to_is_none():
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, use_cache=True)).eval()
+    dims = {"input_ids": {0: "batch", 1: "sequence"}}
+    graph = trace(TokenModel(module, "logits"), {"input_ids": tokens(2, 5)}, dims)
+    assert not [n for n in graph.nodes if op_name(n) == "cat" and any(p.meta["val"].numel() == 0 for p in n.args[0])]
+    AddKVCache(context_length=64).run(graph, Context())
+    assert len([n for n in graph.nodes if op_name(n) == "dyncomp.cached_attention"]) == 2
 
 
 def test_in_place_stays_where_it_shows():
