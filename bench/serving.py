@@ -1,6 +1,6 @@
-"""What serving a dense model takes, beside the bare runtime: eight requests at a time, Python's share of a step, loading, prompt lookup.
+"""What serving a dense model takes, beside the bare runtime: eight requests at a time, Python's share of a step, loading, speculation.
 
-    python -m bench.serving [--threads 2] [--model smollm2-135m] [--precision int8 int4] [--cpu-time] [--json FILE]
+    python -m bench.serving [--threads 2] [--model smollm2-135m] [--precision fp32 int8 int4] [--cpu-time] [--json FILE]
 
 All in one process and taking turns, but for loading, which has a process of its own (:mod:`bench.loading`). Medians; greedy unless said.
 On a machine that others use, ``--cpu-time`` with one thread counts the processor's seconds, where the clock says how long the others ran.
@@ -32,7 +32,8 @@ from dyncomp.report.tables import show, table
 from dyncomp.runtime.batching import Batcher
 from dyncomp.runtime.generate import Generator
 from dyncomp.runtime.sampling import Sampling
-from dyncomp.runtime.speculate import Speculation
+from dyncomp.runtime.speculate import Draft, Speculation
+from dyncomp.search import SCREEN
 from dyncomp.trace import trace_model
 
 Clock = Callable[[], float]
@@ -112,13 +113,16 @@ def overhead(model: OrtModel, tokenizer: Any, texts: list[str], clock: Clock = t
     return {"step_seconds": step, "overhead": {way: statistics.median(seconds) / step for way, seconds in outside.items()}}
 
 
-def lookup(
-    model: OrtModel, tokenizer: Any, prompts: dict[str, str], clock: Clock = time.perf_counter, *, tokens: int = 4 * STEPS
-) -> dict[str, dict[str, Any]]:
-    """Prompt lookup beside decoding without it, prompts included: tokens a second × those without, and what was guessed and accepted."""
+def speculation(
+    model: OrtModel, tokenizer: Any, prompts: dict[str, str], clock: Clock = time.perf_counter, *, draft: OrtModel | None = None,
+    tokens: int = 4 * STEPS,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Speculation, by prompt lookup or with what a cheaper model drafts, beside decoding without it, prompts included: tokens a second ×
+    those without, and what was guessed and accepted."""
     found = {}
     for kind, prompt in prompts.items():
-        plain, session = Generator(OrtDecoder(model), tokenizer), Speculation(OrtDecoder(model), clock)
+        drafter = None if draft is None else Draft(OrtDecoder(draft))
+        plain, session = Generator(OrtDecoder(model), tokenizer), Speculation(OrtDecoder(model), clock, drafter=drafter)
         ways, seconds = (plain, Generator(session, tokenizer)), ([], [])  # type: ignore[var-annotated]
         for turn in range(ROUNDS + 1):
             done, spent = [], []
@@ -149,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--precision", nargs="+", default=["int8", "int4"], choices=("fp32", "int8", "int4"))
+    parser.add_argument("--precision", nargs="+", default=["fp32", "int8", "int4"], choices=("fp32", "int8", "int4"))
     parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds; takes --threads 1")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
@@ -163,15 +167,17 @@ def main() -> None:
         parser.error(f"{given.model} does not write text")
     texts, prompts = prompts_of(loaded.tokenizer, windows.tolist())
     rows = []
+    cheap = dense_artifact(dense, loaded.fingerprint, quantize=Quantize(bits=4, symmetric=False, screen=SCREEN))
     for precision in given.precision:
         quantize = None if precision == "fp32" else Quantize(bits=int(precision.removeprefix("int")))
         folder = dense_artifact(dense, loaded.fingerprint, quantize=quantize)
-        model = OrtModel(folder, threads=given.threads)
+        model, draft = OrtModel(folder, threads=given.threads), OrtModel(cheap, threads=given.threads)
         rows.append(
             {"model": loaded.name, "precision": precision, "threads": given.threads}
             | together(model, loaded.tokenizer, texts, clock)
             | overhead(model, loaded.tokenizer, texts, clock)
-            | {"loading": measured(folder), "lookup": lookup(model, loaded.tokenizer, prompts, clock)}
+            | {"loading": measured(folder), "lookup": speculation(model, loaded.tokenizer, prompts, clock)}
+            | {"drafted": speculation(model, loaded.tokenizer, prompts, clock, draft=draft)}
         )
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -41,12 +41,14 @@ def test_every_figure_is_measured_and_shown(model: OrtModel, monkeypatch: pytest
     assert len(texts) == serving.REQUESTS
     row: dict[str, Any] = {"precision": "fp32", "threads": 1} | serving.together(model, tokenizer, texts)
     row |= serving.overhead(model, tokenizer, texts)
-    row |= {"lookup": serving.lookup(model, tokenizer, prompts, tokens=20)}
+    row |= {"lookup": serving.speculation(model, tokenizer, prompts, tokens=20)}
+    row |= {"drafted": serving.speculation(model, tokenizer, prompts, tokens=20, draft=model)}
+    assert row["drafted"]["plain"]["accepted"] == row["drafted"]["plain"]["guessed"] > 0, "a model agrees with itself"
     row |= {"loading": {"file_mib": 10.0, "seconds": 0.5, "loaded_mib": 12.5, "run_mib": 15.0}}
     assert min(row["ratio"], row["whole_ratio"], row["step_seconds"], *row["overhead"].values()) > 0
     assert row["tokens_per_s"] == pytest.approx(row["ratio"] * row["one_tokens_per_s"])
     assert set(row["overhead"]) == set(serving.WAYS)
-    assert set(row["lookup"]) == {"repetitive", "plain"}
+    assert set(row["lookup"]) == set(row["drafted"]) == {"repetitive", "plain"}
     machine = {"vector": [], "architecture": "none", "cpu": "a cpu", "cores": 1}
     shown = results_markdown({"machine": machine, "versions": {}, "conversions": [], "ffn": [], "serving": [row]})
     head, _, cells = shown.strip().splitlines()[-3:]
@@ -60,4 +62,4 @@ def test_speculation_that_changes_the_text_is_not_timed(model: OrtModel, monkeyp
     step = serving.Speculation.step
     monkeypatch.setattr(serving.Speculation, "step", lambda self, ids: -step(self, ids))
     with pytest.raises(AssertionError, match="changed the text"):
-        serving.lookup(model, Numbers(), {"plain": "1 2 3"}, tokens=8)
+        serving.speculation(model, Numbers(), {"plain": "1 2 3"}, tokens=8)

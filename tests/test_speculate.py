@@ -94,6 +94,7 @@ def test_guessing_that_does_not_pay_is_turned_off() -> None:
     Generator(session, Bytes()).generate(["la la li lo la "], Sampling(max_tokens=120))
     assert session.report.pauses > 0
     assert session.report.guessed < 60
+    assert session.report.pauses <= 3, "each pause is twice as long as the one before"
     assert "did not pay" in str(session.report)
 
 

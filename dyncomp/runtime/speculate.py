@@ -22,8 +22,8 @@ LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 """Tokens at the end of the text that must have occurred before."""
 MOST = 7
 """Tokens guessed at a time."""
-PAUSE = 24
-"""Steps without guesses after guessing did not pay."""
+PAUSE, LONGEST_PAUSE = 24, 384
+"""Steps without guesses after guessing did not pay; twice as many each time that it does not, within a text."""
 
 
 @dataclass
@@ -124,6 +124,7 @@ class Speculation:
         self._alone = False  # one sequence
         self._ahead: list[tuple[int, Array]] = []  # guessed tokens in the cache that are not confirmed, with the logits after each
         self._guessed = self._taken = self._pause = 0
+        self._next_pause = PAUSE
         self.session.reset()
 
     def prefill(self, ids: Array, lengths: Array, room: int) -> Array:
@@ -176,7 +177,8 @@ class Speculation:
         length = self._costs.best_length(available)
         if length == 0:
             self.report.pauses += 1
-            self._pause, self._costs.right = PAUSE, 0.5  # then it is given another chance
+            self._pause, self._costs.right = self._next_pause, 0.5  # then it is given another chance
+            self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
             return []
         start = self._clock()
         found = self._drafter.following(length)
