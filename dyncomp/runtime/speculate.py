@@ -50,11 +50,11 @@ class SpeculationReport:
 
 @dataclass
 class _Costs:
-    """Running means: seconds of a pass by its tokens, seconds to guess a token, and how often a guess is right."""
+    """Running means: how often a guess is right, seconds of a pass by its tokens, seconds to guess a token."""
 
+    right: float
     seconds: dict[int, float] = field(default_factory=dict)
     guess: float = 0.0
-    right: float = 0.5
 
     def note(self, tokens: int, seconds: float) -> None:
         known = self.seconds.get(tokens)
@@ -84,6 +84,9 @@ class _Costs:
 
 class Drafter(Protocol):
     """What guesses how a text goes on."""
+
+    hope: float
+    """How often its guesses are taken to be right before that is known: one that is hoped less of than it needs to pay is never tried."""
 
     def begin(self, text: list[int], room: int) -> None:
         """A new text, that at most ``room`` tokens will follow."""
@@ -117,7 +120,7 @@ class Speculation:
             session.context_length,
         )
         self.report = SpeculationReport()
-        self._costs = _Costs()
+        self._costs = _Costs(self._drafter.hope)
         self.reset()
 
     def reset(self) -> None:
@@ -177,7 +180,7 @@ class Speculation:
         length = self._costs.best_length(available)
         if length == 0:
             self.report.pauses += 1
-            self._pause, self._costs.right = self._next_pause, 0.5  # then it is given another chance
+            self._pause, self._costs.right = self._next_pause, self._drafter.hope  # then it is given another chance
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
             return []
         start = self._clock()
@@ -188,6 +191,8 @@ class Speculation:
 
 class Lookup:
     """A text, and where each of its short sequences of tokens occurred last."""
+
+    hope = 0.5
 
     def __init__(self, text: Iterable[int] = ()) -> None:
         self.begin(text)
@@ -221,6 +226,8 @@ class Lookup:
 
 class Draft:
     """A cheaper model, and the tokens that it finds likeliest."""
+
+    hope = 0.9
 
     def __init__(self, session: ExtendableSession) -> None:
         self.session = session
