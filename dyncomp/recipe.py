@@ -111,14 +111,17 @@ def suitable_experts(widths: Sequence[int]) -> int:
 _STOCK = "fit-router{active={active} gates=topk bias=false temper=4}, refit-down{bias=false}"
 
 
-def _preset(name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "", copies: str = "", made: str = "carved") -> Recipe:
+def _preset(
+    name: str, *, experts: int, k: int, shared: int = 0, keep_dense: str = "", copies: str = "", made: str = "carved", temper: int = 0
+) -> Recipe:
     """Experts in the numbers of a system people know: ``k`` of ``experts`` run, ``shared`` of them for every token.
 
     Args:
+        temper: of ``fit-router``, for carved ones: where the stock class that holds them cannot tell scores apart that it makes colder.
         copies: options of ``upcycle``, where its experts and those that run are not as many as carved ones.
     """
     carve = f"carve-experts{{experts={experts} shared={shared} keep-dense={keep_dense}}}"
-    carved = f"{carve}, fit-router{{gates=topk k={k} bias=false}}, refit-down{{bias=false}}"
+    carved = f"{carve}, fit-router{{gates=topk k={k} bias=false temper={temper}}}, refit-down{{bias=false}}"
     both = {"carved": carved, "upcycled": f"upcycle{{{copies or f'experts={experts} k={k}'}}}"}
     passes = both.pop(made)
     return Recipe.model_validate({"name": name, "passes": passes, "made": made, "otherwise": next(iter(both.values()))})
@@ -143,7 +146,7 @@ RECIPES = {
         _preset("gpt4-16x2", experts=16, k=2),
         # Upcycled, fine-grained experts are eighths of an FFN, some of them shared and the others copied: a token runs an FFN's worth.
         _preset("qwen-moe-64x8", experts=64, shared=4, k=8, copies="experts=64 k=8 parts=8 shared=4"),
-        _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0", copies="experts=62 k=8 parts=8 shared=2 keep-dense=0"),
+        _preset("ds-moe", experts=64, shared=2, k=8, keep_dense="0", copies="experts=62 k=8 parts=8 shared=2 keep-dense=0", temper=4),
         # 1 shared and 7 of 56 experts, from 4 of 8 groups; carved, 8 of 56 beside 8 shared ones. Sigmoid scores, normalised weights and a
         # bias that chooses, which `heal` moves with balance-rate=0.001.
         Recipe(

@@ -79,6 +79,8 @@ AS_THEY_ARE = [
     ("llama", SOFTMAX_UNSHARED, "mixtral"), ("llama", SOFTMAX_UNSHARED, "granite-moe"), ("qwen3", SOFTMAX_UNSHARED, "qwen3-moe"),
     ("llama", "upcycle", "mixtral"), ("llama", "upcycle{k=1}", "granite-moe"), ("mixtral", "", "mixtral"), ("mixtral", "", "granite-moe"),
     ("llama", "upcycle{gates=deepseek-v3 k=3}", "glm4-moe"), ("llama", "upcycle{gates=deepseek-v3 k=2 groups=2 kept=1}", "glm4-moe"),
+    *(("llama", "upcycle{experts=7 k=4 parts=4 shared=1}", architecture) for architecture in ("granite-moe", "qwen2-moe")),
+    ("llama", "upcycle{experts=13 k=4 parts=4 shared=1 gates=deepseek-v3 groups=2 kept=1}", "glm4-moe"),
 ]  # fmt: skip
 
 

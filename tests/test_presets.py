@@ -18,7 +18,7 @@ from dyncomp.errors import DyncompError, PassError, RequestError
 from dyncomp.recipe import MADE, RECIPES, load_recipe
 from dyncomp.regions import find_routed
 
-NO_CHOICE = "its gates are neither a softmax nor a sigmoid of its k highest scores"
+NO_CHOICE = "its gates are what experts are chosen by, the model's are 1"
 PRESETS = {
     # name: (experts, share of their neurons that a token runs, the architecture that holds it or why none does)
     "mixtral-8x2:carved": (8, 2 / 8, "granite-moe"),
@@ -26,11 +26,11 @@ PRESETS = {
     "gpt4-16x2:carved": (16, 2 / 16, "granite-moe"),
     "gpt4-16x2:upcycled": (16, 2 / 16, "granite-moe"),
     "qwen-moe-64x8:carved": (64, 8 / 64, "granite-moe"),
-    "qwen-moe-64x8:upcycled": (64, 8 / 64, NO_CHOICE),
-    "ds-moe:carved": (64, 8 / 64, "glm4-moe"),
-    "ds-moe:upcycled": (62, 8 / 62, NO_CHOICE),
+    "qwen-moe-64x8:upcycled": (64, 8 / 64, "granite-moe"),
+    "ds-moe:carved": (64, 8 / 64, "qwen2-moe"),
+    "ds-moe:upcycled": (62, 8 / 62, "qwen2-moe"),
     "deepseek-v3:carved": (64, 16 / 64, NO_CHOICE),
-    "deepseek-v3:upcycled": (57, 8 / 57, NO_CHOICE),
+    "deepseek-v3:upcycled": (57, 8 / 57, "glm4-moe"),
     "switch:carved": (8, 1 / 8, "granite-moe"),
     "switch:upcycled": (8, 1 / 8, "granite-moe"),
     "mod-12.5": (0, 0.875, "each added to the stream"),

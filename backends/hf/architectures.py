@@ -129,6 +129,8 @@ class Architecture:
         found = []
         if not weighting.equal and (weighting.function != self.function or not (weighting.normalised or self.unnormalised)):
             found.append(f"its gates are {Weighting(self.function, slope=1)}, the model's {weighting}")
+        if weighting.equal and weighting.function == "sigmoid":
+            found.append("its gates are what experts are chosen by, the model's are 1 for all that sigmoids choose by groups or bias")
         if weighting.groups > 1 and not self.groups:
             found.append(
                 f"it chooses among all experts, the model in {weighting.kept} of {weighting.groups} groups (fit-router{{gates=topk}})"

@@ -51,13 +51,18 @@ def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
     if shared and not bool(always[:shared].all()):
         return "its shared experts are not the first ones"
     after = _added_later(graph, region, scores)
-    tried = find_weighting(graph, gates, scores, shared, after)
-    if isinstance(tried, str):
+    unread = 0 if shared else int((~weight.any(1)).long().cumprod(0).sum())  # `upcycle` gives them no scores, and reads none
+    tried: tuple[Weighting, int] | str = ""
+    for shared in dict.fromkeys((shared, unread if unread < len(weight) else 0)):  # noqa: B020
+        tried = find_weighting(graph, gates, scores, shared, None if after is None else after[shared:])
+        if not isinstance(tried, str):
+            break
+    else:
         return tried
     weighting, k = tried
     if weighting.function == "sigmoid" and rest and bool(rest[0].any()):
         return "its scores have a bias before the sigmoid"
-    bias = bias[shared:] if after is None else after
+    bias = (bias if after is None else after)[shared:]
     return TopK(weight[shared:], None if bool((bias == bias[0]).all()) else bias, k, shared, weighting)
 
 

@@ -31,7 +31,7 @@ class Weighting:
     Attributes:
         function: ``softmax`` or ``sigmoid``.
         normalised: over the experts that run: gates sum to ``total``.
-        slope: 0 where all that run have the same gate.
+        slope: 0 where all that run have the same gate; ``function`` then says what of the scores is compared, with a bias or by groups.
         groups, kept: those that run are in the ``kept`` best of so many groups (:func:`~dyncomp.routing.groups.limit_to_groups`).
     """
 
@@ -50,11 +50,11 @@ class Weighting:
         """[..., E] -> [..., E].
 
         Args:
-            bias: [E], added where experts are chosen and not to their weights: to sigmoids, or to the scores of equal gates.
+            bias: [E], added where experts are chosen and not to their weights: to sigmoids, or to scores.
         """
         cooled = self.slope * scores
         affinity = cooled.sigmoid() if self.function == "sigmoid" else cooled.softmax(-1)
-        order = affinity if self.function == "sigmoid" and not self.equal else scores
+        order = scores if self.function == "softmax" else scores.sigmoid() if self.equal else affinity
         if bias is not None:
             order = order + bias
         if self.groups > 1:
@@ -123,6 +123,6 @@ def _candidates(experts: int, k: int) -> Iterator[Weighting]:
     sizes = [g for g in range(2, experts // 2 + 1) if experts % g == 0]
     grouped = [(1, 1), *((g, kept) for g in sizes for kept in range(1, g) if kept * (experts // g) >= k)]
     slopes = [2.0**-p for p in range(COLDEST + 1)]
-    kinds = [("softmax", True, 0.0), *itertools.product(("softmax", "sigmoid"), (True, False), slopes)]
+    kinds = [("softmax", True, 0.0), ("sigmoid", True, 0.0), *itertools.product(("softmax", "sigmoid"), (True, False), slopes)]
     for groups, (function, normalised, slope) in itertools.product(grouped, kinds):
         yield Weighting(function, normalised, slope, 1.0, *groups)
