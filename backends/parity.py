@@ -11,6 +11,7 @@ from dyncomp.backends.recompute import Array
 from dyncomp.backends.torch.decoder import decoder_for as torch_decoder_for
 
 from dyncomp.graph import Graph
+from dyncomp.interpret import sparse_nodes
 from dyncomp.regions import find_routed
 from dyncomp.regions.depth import find_skips
 from dyncomp.regions.tokens import random_inputs, vocabulary_size
@@ -34,11 +35,12 @@ def parity(
 
     Returns:
         a ``parity`` entry of a report: ``relative_error`` is the largest absolute difference over the largest absolute value
-        of the graph's outputs; with routers and weights in few bits ``typical_error`` is the largest of :data:`TYPICAL` of the tokens;
+        of the graph's outputs; with weights in few bits and routers, or inputs that count as zero, ``typical_error`` is the largest of
+        :data:`TYPICAL` of the tokens;
         ``greedy_tokens_equal`` the fraction of steps whose likeliest token agrees (None for others); ``attempts`` the number of
         inputs it took.
     """
-    gated = graph.precision != "fp32" and bool(find_routed(graph) or find_skips(graph))
+    gated = graph.precision != "fp32" and bool(find_routed(graph) or find_skips(graph) or sparse_nodes(graph))
     best: dict[str, Any] = {}
     for attempt in range(attempts):
         random = np.random.default_rng(seed + attempt)
@@ -57,8 +59,9 @@ def parity(
 
 
 TYPICAL = 0.9
-"""Of the tokens: a gate within rounding of its threshold opens in one program and not in the other, and where that is a whole layer, its
-token differs by more than rounding. With weights in few bits that is a token in fifty; a wrong program is wrong about most."""
+"""Of the tokens: a gate within rounding of its threshold opens in one program and not in the other, and where that is a whole layer, or
+many inputs of linear layers, its token differs by more than rounding. With weights in few bits that is a token in fifty; a wrong program
+is wrong about most."""
 
 
 def error_of(entry: dict[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from dyncomp.passes.depth_gates import insert_gates
 from dyncomp.passes.skip_depth import find_units
 from helpers import assert_close
 from test_depth import context, gated
+from test_sparsify import sparsified
 
 import bench.tiny
 from bench.tiny import built, sample, trace_tiny
@@ -165,9 +167,10 @@ def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path:
     assert parity(graph, OrtModel(tmp_path, threads=1), prompt_tokens=12, steps=16, good=1e-2)["relative_error"] <= 2e-2
 
 
-def test_a_token_that_skips_in_one_program_alone_is_no_defect() -> None:
-    """In few bits: a score within rounding of its threshold. A program that is wrong is wrong about more."""
-    graph = gated("llama", "block", closed=True)
+@pytest.mark.parametrize("make", [lambda: gated("llama", "block", closed=True), lambda: sparsified("llama", "sparsify{active=75%}")[0]])
+def test_a_token_that_skips_in_one_program_alone_is_no_defect(make: Callable[[], Graph]) -> None:
+    """In few bits: a score, or an input of a sparse layer, within rounding of its threshold. A program that is wrong is wrong about more."""
+    graph = make()
     Pipeline([Quantize(), AddKVCache(logits="chosen")]).run(graph, Context())
 
     class Otherwise(TorchDecoder):
