@@ -169,9 +169,9 @@ def test_quantized_layers_that_tokens_skip_need_no_branches(what: str, tmp_path:
 
 @pytest.mark.parametrize("make", [lambda: gated("llama", "block", closed=True), lambda: sparsified("llama", "sparsify{active=75%}")[0]])
 def test_a_token_that_skips_in_one_program_alone_is_no_defect(make: Callable[[], Graph]) -> None:
-    """In few bits: a score, or an input of a sparse layer, within rounding of its threshold. A program that is wrong is wrong about more."""
+    """In few bits: a score, or an input of a sparse layer, within rounding of its threshold. A wrong program is wrong about more."""
     graph = make()
-    Pipeline([Quantize(), AddKVCache(logits="chosen")]).run(graph, Context())
+    Pipeline([Quantize(), AddKVCache(context_length=64, logits="chosen")]).run(graph, Context())
 
     class Otherwise(TorchDecoder):
         every, steps, factor = 20, 0, -1.0
