@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench import exports
 from bench.peers import OURS, beside_peers, gains
 from dyncomp.report.markdown import FFN, GAINS, peer_columns, results_markdown
 
@@ -50,3 +51,15 @@ def test_results_are_shown_in_whole_tables() -> None:
         assert len(rows) == count
         assert {line.count("|") for line in rows} == {len(columns) + 1}
     assert "| dyncomp, ONNX Runtime | int8, small | 45.0 | 4.50 | 1.80 | 400 | 4.00 | 4.00 |" in text
+
+
+def test_exports_are_shown_with_what_refused_them() -> None:
+    check = {"class": "GraniteMoeShared", "relative_error": 1e-6, "median_error": 1e-7, "greedy_equal": 63, "greedy_tokens": 64}
+    routed = check | {"other_experts": 2, "positions": 71}
+    keys = list(exports.rows())
+    found = {keys[0]: {"check": check}, keys[1]: {"refused": "llama.cpp is not here"}, keys[2]: {"check": routed}}
+    *_, dense, refused, experts = exports.markdown({"rows": found}).strip().splitlines()
+    assert dense.endswith("| llama | GraniteMoeShared | 1.0e-06 | 1.0e-07 |  | 63 of 64 |")
+    assert "llama.cpp is not here" in refused
+    assert experts.endswith("| 2 of 71 | 63 of 64 |")
+    assert {line.count("|") for line in (dense, refused, experts)} == {8}
