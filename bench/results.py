@@ -62,7 +62,7 @@ def main() -> None:
     for threads in ("2", "1"):
         results["serving"] += _measured("bench.serving", "--threads", threads)
         write(results, arguments.out)
-    results["ffn"] = _measured("bench.ffn", "--precision", "fp32", "int8", "int4")
+    results["ffn"] = _measured("bench.ffn", "--precision", "fp32", "int8", "int4", "--shape", "smollm2-135m", "2048x8192")
     write(results, arguments.out)
 
 
