@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dyncomp.report.tables import between
@@ -41,19 +42,11 @@ def results_markdown(results: dict[str, Any]) -> str:
     lines += [_cost_row(report) for report in results["conversions"]]
     if results["ffn"]:
         threads = results["ffn"][0]["threads"]
-        lines += [
-            "",
-            f"## FFNs, {threads} thread, × the dense FFN of the same precision",
-            "",
-            f"| {' | '.join(name.lstrip('>') for name in FFN)} |",
-            "|---" * len(FFN) + "|",
-        ]
-        lines += [f"| {' | '.join(ffn_cells(row))} |" for row in results["ffn"]]
+        lines += ["", f"## FFNs, {threads} thread, × the dense FFN of the same precision", ""]
+        lines += _table(FFN, map(ffn_cells, results["ffn"]))
     for threads, rows in _by_threads(results.get("peers", [])).items():
-        columns = [name.lstrip(">") for name in peer_columns(rows[0]["prefill_tokens"])]
         lines += ["", f"## SmolLM2-135M beside other engines, {threads} thread{'s' * (threads > 1)}, batch 1", ""]
-        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(peer_cells(row, rows[0]))} |" for row in rows]
+        lines += _table(peer_columns(rows[0]["prefill_tokens"]), [peer_cells(row, rows[0]) for row in rows])
     if results.get("gains"):
         lines += [
             "",
@@ -63,10 +56,8 @@ def results_markdown(results: dict[str, Any]) -> str:
             "one over the other), kernels alone (our dense model over the best of the others in those bits), what is skipped alone (the",
             "converted model over our dense one in those bits).",
             "",
-            f"| {' | '.join(name.lstrip('>') for name in GAINS)} |",
-            "|---" * len(GAINS) + "|",
+            *_table(GAINS, map(gain_cells, results["gains"])),
         ]
-        lines += [f"| {' | '.join(gain_cells(row))} |" for row in results["gains"]]
     if results.get("serving"):
         lines += [
             "",
@@ -76,10 +67,8 @@ def results_markdown(results: dict[str, Any]) -> str:
             "beyond the runtime's call, in % of that call. Prompt lookup, and a draft by int4 with a screened head, are × decoding",
             "without, with the tokens that a pass gives; the text is the same.",
             "",
-            f"| {' | '.join(SERVING)} |",
-            "|---" * len(SERVING) + "|",
+            *_table(SERVING, map(serving_cells, results["serving"])),
         ]
-        lines += [f"| {' | '.join(serving_cells(row))} |" for row in results["serving"]]
     return "\n".join(lines) + "\n"
 
 
@@ -114,6 +103,12 @@ def peer_cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
         rate, peer = row[f"{what}_tokens_per_s"], row[f"{what}_x_peer"]
         cells += [f"{rate:.{digits}f}", f"{rate / first[f'{what}_tokens_per_s']:.2f}", "" if peer is None else f"{peer:.2f}"]
     return cells
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; columns may begin with ``>``, as those of the terminal's tables do."""
+    head = [name.removeprefix(">") for name in columns]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _by_threads(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
