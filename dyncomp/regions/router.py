@@ -51,13 +51,13 @@ def find_topk(graph: Graph, region: RoutedFFN) -> TopK | str:
     if shared and not bool(always[:shared].all()):
         return "its shared experts are not the first ones"
     after = _added_later(graph, region, scores)
-    unread = 0 if shared else int((~weight.any(1)).long().cumprod(0).sum())  # `upcycle` gives them no scores, and reads none
+    unread = int((~weight.any(1)).long().cumprod(0).sum())  # `upcycle` does not score its shared experts
     tried: tuple[Weighting, int] | str = ""
-    for shared in dict.fromkeys((shared, unread if unread < len(weight) else 0)):  # noqa: B020
+    for shared in (unread, 0) if not shared and 0 < unread < len(weight) else (shared,):  # noqa: B020
         tried = find_weighting(graph, gates, scores, shared, None if after is None else after[shared:])
         if not isinstance(tried, str):
             break
-    else:
+    if isinstance(tried, str):
         return tried
     weighting, k = tried
     if weighting.function == "sigmoid" and rest and bool(rest[0].any()):
