@@ -97,6 +97,9 @@ class Drafter(Protocol):
     def available(self, most: int) -> int:
         """How many tokens, at most ``most``, can be guessed now."""
 
+    def prepare(self) -> None:
+        """What has to be done once a text before it can guess, and does not count as guessing."""
+
     def following(self, most: int) -> list[int]:
         """The next tokens, at most ``most``, as it guesses them."""
 
@@ -183,6 +186,7 @@ class Speculation:
             self._pause, self._costs.right = self._next_pause, self._drafter.hope  # then it is given another chance
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
             return []
+        self._drafter.prepare()
         start = self._clock()
         found = self._drafter.following(length)
         self._costs.note_guess((self._clock() - start) / length)
@@ -211,6 +215,9 @@ class Lookup:
     def available(self, most: int) -> int:
         return len(self.following(most))
 
+    def prepare(self) -> None:
+        pass
+
     def following(self, most: int) -> list[int]:
         """What followed the latest earlier occurrence of the longest known ending, at most ``most`` tokens."""
         for ending in self._endings():
@@ -225,7 +232,7 @@ class Lookup:
 
 
 class Draft:
-    """A cheaper model, and the tokens that it finds likeliest."""
+    """A cheaper model, and the tokens that it finds likeliest. It reads a text only once it is asked for guesses."""
 
     hope = 0.9
 
@@ -236,10 +243,13 @@ class Draft:
         self._text = list(text)
         self._limit = min(len(text) + room, self.session.context_length or len(text) + room)
         self._seen: list[int] = []  # tokens in its cache
-        if len(text) < self._limit:
-            self.session.prefill(np.array([text]), np.array([len(text)]), self._limit - len(text))
-            self._seen = list(text)
-        self._same = len(self._seen)  # of them, those known to be the text's
+        self._same = 0  # of them, those known to be the text's
+
+    def prepare(self) -> None:
+        if not self._seen:
+            self.session.prefill(np.array([self._text[:-1]]), np.array([len(self._text) - 1]), self._limit - len(self._text) + 1)
+            self._seen = self._text[:-1]
+            self._same = len(self._seen)
 
     def append(self, token: int) -> None:
         self._text.append(token)
