@@ -38,7 +38,7 @@ class Row:
 
 def rows() -> dict[str, Row]:
     written = {
-        "dense": ("llama",), "granite-moe": ("granite-moe", "qwen2-moe"), "qwen-moe": ("qwen2-moe",),
+        "static": ("llama",), "granite-moe": ("granite-moe", "qwen2-moe"), "qwen-moe": ("qwen2-moe",),
         "mixtral-8x2:upcycled": ("mixtral", "granite-moe"), "deepseek-v3:upcycled": ("glm4-moe",), "ds-moe:carved": ("qwen2-moe",),
     }  # fmt: skip
     ways = [("hf", set().union(*written.values())), ("gguf", set(NAMES))]
