@@ -38,11 +38,10 @@ class Row:
 
 def rows() -> dict[str, Row]:
     written = {
-        "static": ("llama",), "granite-moe": ("granite-moe", "qwen2-moe"), "qwen-moe": ("qwen2-moe",),
+        "granite-moe": ("granite-moe", "qwen2-moe"), "qwen-moe": ("qwen2-moe",),
         "mixtral-8x2:upcycled": ("mixtral", "granite-moe"), "deepseek-v3:upcycled": ("glm4-moe",), "ds-moe:carved": ("qwen2-moe",),
     }  # fmt: skip
-    ways = [("hf", set().union(*written.values())), ("gguf", set(NAMES))]
-    every = [Row(r, backend, name) for r, names in written.items() for name in names for backend, holds in ways if name in holds]
+    every = [Row(r, way, name) for r, names in written.items() for name in names for way in ("hf", "gguf") if way == "hf" or name in NAMES]
     return {f"{r.recipe} {r.backend} {r.architecture}": r for r in every}
 
 
