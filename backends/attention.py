@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from dyncomp.backends.native import unavailable_reason
 from torch import Tensor, fx
 
 from dyncomp.errors import BackendError
@@ -188,18 +189,15 @@ def fits_native(node: fx.Node) -> bool:
     return heads_of(node, 16, MAX_HEAD_DIM)
 
 
-def require_native(node: fx.Node, missing: str | None) -> None:
+def require_native(node: fx.Node, native: bool) -> None:
     """Refuse keys and values in int8 that no kernel attends to.
 
-    Args:
-        missing: why there are no native kernels, None where there are.
-
     Raises:
-        BackendError: there are none, or none for heads of this size.
+        BackendError: there are no native kernels, or none for heads of this size.
     """
     reason = None
-    if missing is not None:
-        reason = f"only dyncomp's own kernels read it, and {missing}"
+    if not native:
+        reason = f"only dyncomp's own kernels read it, and {unavailable_reason() or 'this lowering leaves them out'}"
     elif not fits_native(node):
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (1, 2))  # type: ignore[union-attr]
         reason = f"keys of {key} and values of {value} features have none: one multiple of 16 up to {MAX_HEAD_DIM} is needed"

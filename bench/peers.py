@@ -201,26 +201,29 @@ def beside_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with ``decode_x_peer`` and ``prefill_x_peer``: its rate over the best of the other engines with weights in as many bits,
     None where none was measured. What is converted keeps to the bits of its weights, too."""
     for what in ("decode", "prefill"):
-        best: dict[int, float] = {}
-        for row in rows:
-            if row["engine"] not in OURS.values():
-                best[row["bits"]] = max(best.get(row["bits"], 0.0), row[f"{what}_tokens_per_s"])
+        best = _best_peers(rows, what)
         for row in rows:
             row[f"{what}_x_peer"] = row[f"{what}_tokens_per_s"] / best[row["bits"]] if row["bits"] in best else None
     return rows
 
 
+def _best_peers(rows: list[dict[str, Any]], what: str) -> dict[int, float]:
+    """Bits of the weights -> the best rate of the other engines."""
+    best: dict[int, float] = {}
+    for row in rows:
+        if row["engine"] not in OURS.values():
+            best[row["bits"]] = max(best.get(row["bits"], 0.0), row[f"{what}_tokens_per_s"])
+    return best
+
+
 def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What decoding with a bundle gains over the best peer in fp32, in factors: fewer bits alone (the best peers, one over the other),
     kernels alone (our dense model over the best peer in those bits), what is skipped alone (the bundle over our dense model in those)."""
-    best: dict[int, float] = {}
+    best = _best_peers(rows, "decode")
     dense: dict[tuple[str, int], float] = {}
     for row in rows:
-        rate, bits = row["decode_tokens_per_s"], row["bits"]
-        if row["engine"] not in OURS.values():
-            best[bits] = max(best.get(bits, 0.0), rate)
-        elif row["precision"] in PRECISIONS and not row["bundle"]:
-            dense.setdefault((row["engine"], bits), rate)  # the first: without a screened head
+        if row["engine"] in OURS.values() and row["precision"] in PRECISIONS and not row["bundle"]:
+            dense.setdefault((row["engine"], row["bits"]), row["decode_tokens_per_s"])  # the first: without a screened head
     found = []
     for row in rows:
         rate, bits, ours = row["decode_tokens_per_s"], row["bits"], (row["engine"], row["bits"])

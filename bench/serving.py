@@ -167,11 +167,12 @@ def main() -> None:
         parser.error(f"{given.model} does not write text")
     texts, prompts = prompts_of(loaded.tokenizer, windows.tolist())
     rows = []
-    cheap = dense_artifact(dense, loaded.fingerprint, quantize=Quantize(bits=4, symmetric=False, screen=SCREEN))
+    cheap = Quantize(bits=4, symmetric=False, screen=SCREEN)
+    draft = OrtModel(dense_artifact(dense, loaded.fingerprint, quantize=cheap), threads=given.threads)
     for precision in given.precision:
         quantize = None if precision == "fp32" else Quantize(bits=int(precision.removeprefix("int")))
         folder = dense_artifact(dense, loaded.fingerprint, quantize=quantize)
-        model, draft = OrtModel(folder, threads=given.threads), OrtModel(cheap, threads=given.threads)
+        model = OrtModel(folder, threads=given.threads)
         rows.append(
             {"model": loaded.name, "precision": precision, "threads": given.threads}
             | together(model, loaded.tokenizer, texts, clock)

@@ -148,14 +148,18 @@ def test_a_recipe_and_the_option_say_the_same() -> None:
     assert load_recipe("dense").resolve(kv_cache="int8") == [QuantizeCache()]
 
 
+def cached_in_int8(name: str, weights: str) -> Graph:
+    graph = wide(name)
+    if weights == "int8":
+        Quantize().run(graph, Context())
+    return cached(coded(graph))
+
+
 # ---- ONNX Runtime --------------------------------------------------------------------------------------------------
 @needs_compiler
 @pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("gemma3", "fp32"), ("bloom", "fp32")])
 def test_parity_in_onnx_runtime(name: str, weights: str, tmp_path: Path) -> None:
-    graph = wide(name)
-    if weights == "int8":
-        Quantize().run(graph, Context())
-    graph = cached(coded(graph))
+    graph = cached_in_int8(name, weights)
     operators = lower(graph, tmp_path).operators
     assert operators["dyncomp.QuantizedCachedAttention"] == 2
     assert "dyncomp.CachedAttention" not in operators
@@ -220,10 +224,7 @@ def test_parity_in_tvm(name: str, weights: str, tmp_path: Path) -> None:
     from dyncomp.backends.tvm.run import TvmModel
     from dyncomp.backends.tvm.slots import TvmSlots
 
-    graph = wide(name)
-    if weights == "int8":
-        Quantize().run(graph, Context())
-    graph = cached(coded(graph))
+    graph = cached_in_int8(name, weights)
     kernels = lower_to_tvm(graph, tmp_path).kernels
     assert kernels["dyncomp_quantized_cached_attention"] == 2
     assert not any(kernel.startswith("cached_attention") for kernel in kernels)

@@ -20,7 +20,6 @@ from dyncomp.backends.attention import (
     skip_closed,
     turn_bias,
 )
-from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.ort import cuda, ops
 from torch import Tensor, fx
 
@@ -45,7 +44,7 @@ def select_attention(graph: Graph, *, native: bool, on_gpu: bool = False) -> Non
         if node.target is not CACHED:
             continue
         if has_coded_cache(node):
-            require_native(node, None if native else unavailable_reason() or "this lowering leaves them out")
+            require_native(node, native)
         if native and fits_native(node):
             turn_bias(graph, node)
             flatten_attention(graph, node, shapes, ops.cached_attention)

@@ -163,10 +163,8 @@ class Converters:
     def native(self, node: fx.Node, importer: Any) -> Any:
         """A packed function of the native library, on weights as it stores them."""
         operator, inputs, attributes, leading, width = node.args
-        given = [value_of(i, importer) if isinstance(i, fx.Node) else relax.op.null_value() for i in cast(list[Any], inputs)]
-        shape = [*list(given[0].ty.shape)[: cast(int, leading)], width]
-        call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(attributes), *given], relax.TensorType(shape, "float32"))
-        return importer.block_builder.emit(call)
+        given: list[Any] = [value_of(i, importer) if isinstance(i, fx.Node) else None for i in cast(list[Any], inputs)]
+        return self.packed(importer, str(operator), str(attributes), given, [*list(given[0].ty.shape)[: cast(int, leading)], width])
 
     def native_attention(self, node: fx.Node, importer: Any) -> Any:
         """The packed function of attention, which updates the caches it is given."""
@@ -179,11 +177,14 @@ class Converters:
         text = ops.attributes_text(attributes | {"kv_heads": int(key_cache.ty.shape[1])})
         inputs = [*(given.get(name) for name in (*names, "present", "bias")), None if gates is None else value_of(gates, importer)]
         operator = "quantized_cached_attention" if str(key_cache.ty.dtype) == "uint8" else "cached_attention"
-        result = node.meta["val"][0]
-        out = relax.TensorType([*list(given["query"].ty.shape)[:2], int(result.shape[2])], "float32")
+        shape = [*list(given["query"].ty.shape)[:2], int(node.meta["val"][0].shape[2])]
+        return [self.packed(importer, operator, text, inputs, shape), key_cache, value_cache]
+
+    def packed(self, importer: Any, operator: str, attributes: str, inputs: list[Any], shape: list[Any]) -> Any:
+        """A call of a native operator's packed function; None among the inputs for what is absent."""
         operands = [relax.op.null_value() if value is None else value for value in inputs]
-        call = relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(text), *operands], out)
-        return [importer.block_builder.emit(call), key_cache, value_cache]
+        out = relax.TensorType(shape, "float32")
+        return importer.block_builder.emit(relax.op.call_dps_packed(f"{PREFIX}{operator}", [tvm.ir.StringImm(attributes), *operands], out))
 
     def on_rows(self, importer: Any, kernel: Any, x: Any, rest: list[Any], lead: list[Any], width: int) -> Any:
         """kernel(x [M, K], *rest) -> [M, width] on x [*lead, K]."""

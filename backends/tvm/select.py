@@ -18,7 +18,6 @@ from dyncomp.backends.attention import (
     skip_closed,
     turn_bias,
 )
-from dyncomp.backends.native import unavailable_reason
 from dyncomp.backends.native.select import join_stand_ins, select_quantized_ffns, select_quantized_linears
 from dyncomp.backends.native.sparse import select_sparse_ffns, select_sparse_linears
 from dyncomp.backends.tvm import ops
@@ -86,7 +85,7 @@ def select_attention(graph: Graph, *, native: bool) -> None:
         key, value = (int(node.args[i].meta["val"].shape[3]) for i in (3, 4))  # type: ignore[union-attr]
         where = node.meta.get("path") or node.name
         if has_coded_cache(node):
-            require_native(node, None if native else unavailable_reason() or "this lowering leaves them out")
+            require_native(node, native)
         if key != value:
             raise BackendError(
                 f"{where}: attention with keys of {key} and values of {value} features has no TVM kernel", hint="use --backend ort"
